@@ -1,0 +1,157 @@
+"""The command line of the project: `python -m experiments [NAME] [settings]`."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import pkgutil
+import shlex
+import sys
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import jax
+import platformdirs
+
+import experiments
+from experiments.contract import configure
+from experiments.progress import progress
+from subliminal_theory.errors import InputError
+from subliminal_theory.runs import RunDirectory, load_results
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 on bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished parts are kept, add --resume to go on", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
+    found = discover()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, found))
+        print("usage: python -m experiments NAME [settings]      (NAME --help shows the settings)\n")
+        for name, module in found.items():
+            print(f"  {name:{width}}  {(module.__doc__ or '').splitlines()[0]}")
+        return 0
+    name, *rest = arguments
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(found)}"
+        raise InputError(f"unknown experiment {name!r}; {hint}")
+    module = found[name]
+    if hasattr(module, "main"):
+        return int(module.main(rest))
+    return run(name, module, rest)
+
+
+def discover() -> dict[str, types.ModuleType]:
+    """The modules of this folder that are experiments, by name."""
+    names = sorted(info.name for info in pkgutil.iter_modules(experiments.__path__))
+    modules = {name: importlib.import_module(f"experiments.{name}") for name in names if not name.startswith("_")}
+    return {name: m for name, m in modules.items() if hasattr(m, "plan") or hasattr(m, "main")}
+
+
+def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
+    """Run one experiment into a run directory and draw its figure."""
+    options = vars(_parser(name, module).parse_args(arguments))
+    out, resume, preset = options.pop("out"), options.pop("resume"), options.pop("preset", None)
+    _use_compilation_cache()
+    config = configure(module, preset, options)
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.metadata.get("recorded", True)
+    }
+    path = Path(out) if out is not None else Path("runs") / name
+    command = shlex.join(["python", "-m", "experiments", name, *arguments])
+    directory = RunDirectory.open(path, name, settings, resume=resume, command=command)
+    parts = module.plan(config)
+    waiting = [part for part in parts if not directory.finished(part.name)]
+    if len(waiting) < len(parts):
+        print(f"{len(parts) - len(waiting)} of {len(parts)} parts are finished already", file=sys.stderr)
+    with progress(name, sum(part.size for part in waiting)) as advance:
+        for part in waiting:
+            start = time.monotonic()
+            rows = part.compute()
+            directory.save(part.name, rows, time.monotonic() - start)
+            advance(part.size)
+    directory.finish([part.name for part in parts])
+    draw(path, module, config)
+    print(module.report(load_results(path), config))
+    print(f"written to {path}{os.sep}: figure.png, figure.pdf, results.csv, summary.json, provenance.json")
+    return 0
+
+
+def draw(path: Path, module: types.ModuleType, config: Any) -> None:
+    """Draw a run's figure from its files alone."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure = module.plot(load_results(path), config)
+    metadata: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
+
+    def save(file: Any, kind: str) -> None:
+        figure.savefig(file, format=kind, dpi=200, metadata=metadata[kind])
+
+    RunDirectory(path, {}, {}).save_figure(save)
+    pyplot.close(figure)
+
+
+def _use_compilation_cache() -> None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = platformdirs.user_cache_path("subliminal_theory") / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"python -m experiments {name}",
+        description=module.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    default = next(iter(module.PRESETS.values()))
+    parser.add_argument("--out", default=None, help=f"folder of the run (default runs/{name})")
+    parser.add_argument(
+        "--resume", action="store_true", default=False, help="go on with the run that the folder holds"
+    )
+    if len(module.PRESETS) > 1:
+        parser.add_argument("--preset", help=f"{' | '.join(module.PRESETS)}: settings to start from")
+    for field in dataclasses.fields(default):
+        value, choices = getattr(default, field.name), field.metadata.get("choices")
+        names = f"{{{' | '.join(choices)}}} " if choices else ""
+        types_ = [t for t in (get_args(field.type) or (field.type,)) if t is not types.NoneType]
+        shown = json.dumps(value) if value is not None else "automatic"
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=types_[0],
+            metavar=getattr(types_[0], "__name__", "value"),
+            help=f"{names}{field.metadata['help']} (default {shown})".replace("%", "%%"),
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

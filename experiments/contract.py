@@ -1,0 +1,87 @@
+"""What an experiment is: a frozen `Config`, its `PRESETS`, a `plan` in parts, and a `plot`.
+
+A module of this folder that defines these four is found by the command line. The first line of its
+docstring describes it in the list.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.runs import Row
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a run that is computed and stored as a whole, and its size in runs for the progress bar."""
+
+    name: str
+    size: int
+    compute: Callable[[], Sequence[Row]]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    positive: bool = False,
+) -> Any:
+    """A field of a Config, with what the command line says of it and accepts for it."""
+    return field(
+        default=default,
+        metadata={"help": help, "choices": choices, "minimum": minimum, "positive": positive},
+    )
+
+
+def configure(experiment: ModuleType, preset: str | None, changes: dict[str, Any]) -> Any:
+    """The configuration of a preset with some settings changed.
+
+    Raises:
+        InputError: unknown preset, or a value outside its range.
+    """
+    if hasattr(experiment, "configure"):
+        config = experiment.configure(preset, changes)
+    else:
+        config = dataclasses.replace(from_preset(experiment.PRESETS, preset), **changes)
+    validate(config)
+    return config
+
+
+def from_preset(presets: dict[str, Any], name: str | None) -> Any:
+    """One of the presets, the first if no name is given.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name is None:
+        return next(iter(presets.values()))
+    if name not in presets:
+        raise InputError(f"unknown preset {name!r}; there are {', '.join(presets)}")
+    return presets[name]
+
+
+def validate(config: Any) -> None:
+    """Check every setting against the range that its field states.
+
+    Raises:
+        InputError: names the flag, its value and its range.
+    """
+    for setting in dataclasses.fields(config):
+        value, limits = getattr(config, setting.name), setting.metadata
+        flag = "--" + setting.name.replace("_", "-")
+        if limits.get("choices") and value is not None and value not in limits["choices"]:
+            raise InputError(f"{flag} {value!r} is unknown; there are {', '.join(limits['choices'])}")
+        if not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value):
+            raise InputError(f"{flag} must be finite, got {value}")
+        if limits.get("minimum") is not None and value < limits["minimum"]:
+            raise InputError(f"{flag} must be at least {limits['minimum']}, got {value}")
+        if limits.get("positive") and value <= 0:
+            raise InputError(f"{flag} must be above 0, got {value}")

@@ -1,0 +1,62 @@
+"""The look of the project's figures: readable at half a page, safe for the colour-blind, runs as dots."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from subliminal_theory.estimate import t_interval
+
+# Okabe and Ito's palette.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "figure.constrained_layout.use": True,
+}
+
+
+def panels(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, np.ndarray]:
+    """A figure in the project's style and its axes [rows, columns]; `size` in inches."""
+    with pyplot.rc_context(STYLE):
+        return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+
+
+def bar(axes: Axes, x: float, values: Sequence[float], colour: str) -> None:
+    """A bar of the mean with its 95% t interval and value, and single runs as dots spread sideways."""
+    offsets = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
+    axes.plot(x + offsets, values, ".", color="black", markersize=3.5, alpha=0.55, zorder=3)
+    estimate = t_interval(values)
+    half = 0.0 if np.isnan(estimate.half_width) else estimate.half_width
+    axes.bar(x, estimate.mean, width=0.62, color=colour, alpha=0.85, zorder=1)
+    axes.errorbar(x, estimate.mean, half, color="black", capsize=4, linewidth=1.4, zorder=4)
+    top = max(estimate.mean + half, *values, estimate.mean)
+    axes.annotate(f"{estimate.mean:.2f}", (x, top), (0, 3), textcoords="offset points", ha="center")
+
+
+def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chance: float | None = None) -> Figure:
+    """One bar for each group of runs, with its mean, 95% t interval and dots."""
+    figure, ((axes,),) = panels()
+    for x, values in enumerate(groups.values()):
+        bar(axes, x, values, COLOURS[x % len(COLOURS)])
+    if chance is not None:
+        axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
+        axes.annotate("chance", (len(groups) - 0.55, chance), (0, 2), textcoords="offset points", color="grey")
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(0, 1.1)
+    axes.set_xlim(-0.65, len(groups) - 0.35)
+    axes.set_title(title)
+    count = {len(values) for values in groups.values()}
+    axes.annotate(
+        f"bars: mean of n = {min(count)} runs; whiskers: 95% t interval; dots: single runs",
+        (1, -0.3), xycoords="axes fraction", ha="right", fontsize=7, color="grey",
+    )  # fmt: skip
+    return figure

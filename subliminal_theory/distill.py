@@ -1,0 +1,151 @@
+"""The verb of the project: one update, one scanned run, for a toy and for a language model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from subliminal_theory.channel import Channel, imitation_loss, weighted_mean
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.model import Model
+from subliminal_theory.source import Batch, Source
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trained:
+    """A model after its run, and the loss of every step before that step's update."""
+
+    model: Model
+    losses: Float[Array, " steps"]
+
+
+def distill(
+    student: Model,
+    teacher: Model | None,
+    channel: Channel,
+    source: Source,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    key: Key[Array, ""],
+) -> Trained:
+    """Train a student on what a channel lets it see of a teacher, and on nothing else.
+
+    Step t takes `theta <- theta - update(grad E_x[loss(f_theta(x), targets)])`. The teacher is called
+    inside the step, unless the batch brings targets sampled beforehand: then give `teacher=None`.
+    A pure function: `jax.jit` it with the models and the source as arguments, and `jax.vmap` it over
+    students, channels, teachers or keys. What is not mapped over (a shared teacher, shared inputs)
+    is computed once for all.
+
+    Raises:
+        InputError: the source brings labels; both or neither of a teacher and targets are given;
+            student and teacher have different logits; the channel selects logits that do not exist.
+    """
+    source_key = named(key, "source")
+    probe = _probe(source, source_key, steps)
+    if probe.labels is not None:
+        raise InputError("a student must not see labels: give it a source without them")
+    if (teacher is None) == (probe.targets is None):
+        given = "neither a teacher nor targets" if teacher is None else "both a teacher and targets"
+        raise InputError(f"distill got {given}: the source brings targets exactly when teacher is None")
+    require_compatible(student, teacher, channel, probe.inputs)
+
+    def loss(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, ""]:
+        targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
+        return imitation_loss(channel, model(batch.inputs), targets, batch.weights)
+
+    return _run(student, loss, source, optimizer, steps, key)
+
+
+def teach(
+    model: Model,
+    loss: Callable[[Float[Array, "*batch n"], PyTree], Float[Array, "*batch"]],
+    source: Source,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    key: Key[Array, ""],
+) -> Trained:
+    """Give a teacher its trait: the run of `distill` with `loss(logits, labels)`, one value per position.
+
+    Raises:
+        InputError: the source brings no labels.
+    """
+    if _probe(source, named(key, "source"), steps).labels is None:
+        raise InputError("teaching a trait needs labels: the source brings none")
+
+    def trait_loss(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, ""]:
+        return weighted_mean(loss(model(batch.inputs), batch.labels), batch.weights)
+
+    return _run(model, trait_loss, source, optimizer, steps, key)
+
+
+def _run(
+    model: Model,
+    loss: Callable[[Model, Batch, Key[Array, ""]], Float[Array, ""]],
+    source: Source,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    key: Key[Array, ""],
+) -> Trained:
+    source_key, channel_key = named(key, "source"), named(key, "channel")
+
+    def step(carry: PyTree, scheduled: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+        params, state = carry
+        index, entry = scheduled
+        batch = source.batch(source_key, entry)
+        step_key = named(channel_key, index)
+        value, gradient = jax.value_and_grad(lambda p: loss(model.with_params(p), batch, step_key))(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    schedule = (jax.numpy.arange(steps), source.schedule(source_key, steps))
+    (params, _), losses = jax.lax.scan(step, (model.params, optimizer.init(model.params)), schedule)
+    return Trained(model.with_params(params), losses)
+
+
+def _probe(source: Source, key: Key[Array, ""], steps: int) -> Batch:
+    """The shapes of one batch, without computing it."""
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
+
+    def first(key: Key[Array, ""]) -> Batch:
+        return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, steps)))
+
+    return jax.eval_shape(first, key)
+
+
+def require_compatible(student: Model, teacher: Model | None, channel: Channel, inputs: PyTree) -> None:
+    """Refuse a student and a teacher that do not speak over the same logits.
+
+    Raises:
+        InputError: their logits differ in shape, or the channel selects logits that do not exist.
+    """
+    shape = jax.eval_shape(lambda model, x: model(x), student, inputs).shape
+    if teacher is not None:
+        taught = jax.eval_shape(lambda model, x: model(x), teacher, inputs).shape
+        if shape != taught:
+            raise InputError(f"student logits {shape} and teacher logits {taught} differ in shape")
+    channel.visible(shape[-1])
+
+
+def require_finite(losses: Float[Array, "..."], runs: list[str]) -> None:
+    """Refuse a diverged training run, once its losses are on the host.
+
+    `losses` is [run, ..., steps], `runs` names the leading axis.
+
+    Raises:
+        InputError: names the first run that diverged and its step.
+    """
+    values = np.asarray(losses)
+    for name, run in zip(runs, values.reshape(len(runs), -1, values.shape[-1]), strict=True):
+        bad = ~np.isfinite(run)
+        if bad.any():
+            step = int(bad.any(0).argmax())
+            raise InputError(
+                f"the loss of {name} is not finite at step {step + 1} of {run.shape[-1]}: "
+                "use a smaller learning rate"
+            )

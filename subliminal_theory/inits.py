@@ -1,0 +1,139 @@
+"""Where a student starts: a policy per layer, relative to the teacher's initialisation.
+
+    initialise({"layers/2/*": Shared(), "*": Fresh()}, reference, fresh, key)
+
+shares the output layer and draws the rest anew. The first pattern that matches a parameter's path decides.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from subliminal_theory.channel import Channel
+from subliminal_theory.distill import Trained, distill
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.model import Model, match_paths, path_name
+from subliminal_theory.source import Source
+
+
+class Policy(Protocol):
+    """Makes a student's parameter from the teacher's initial one and an independent draw of it."""
+
+    def __call__(
+        self, key: Key[Array, ""], reference: Float[Array, "..."], fresh: Float[Array, "..."]
+    ) -> Float[Array, "..."]: ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The teacher's initial parameter itself."""
+
+    def __call__(self, key: Key[Array, ""], reference: Array, fresh: Array) -> Array:
+        """`reference`."""
+        return reference
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """An independent draw."""
+
+    def __call__(self, key: Key[Array, ""], reference: Array, fresh: Array) -> Array:
+        """`fresh`."""
+        return fresh
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """reference + sigma * rms(fresh) * N(0, 1): noise in units of the parameter's own initial scale.
+
+    Parameters that start at 0, such as biases, stay there.
+    """
+
+    sigma: float
+
+    def __call__(self, key: Key[Array, ""], reference: Array, fresh: Array) -> Array:
+        """The perturbed parameter."""
+        scale = jnp.sqrt(jnp.mean(jnp.square(fresh)))
+        return reference + self.sigma * scale * jax.random.normal(key, reference.shape, reference.dtype)
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """(1 - t) reference + t fresh; its scale is smaller between than at the ends."""
+
+    t: float
+
+    def __call__(self, key: Key[Array, ""], reference: Array, fresh: Array) -> Array:
+        """The point t of the way."""
+        return (1 - self.t) * reference + self.t * fresh
+
+
+def initialise(
+    policy: Policy | Mapping[str, Policy], reference: PyTree, fresh: PyTree, key: Key[Array, ""]
+) -> PyTree:
+    """Parameters of a student from its teacher's initial ones and an independent draw of the same shape.
+
+    `policy` is one policy for all, or glob patterns of parameter paths, such as `layers/0/*`, in order.
+
+    Raises:
+        InputError: a pattern matches no parameter, or a parameter is matched by no pattern.
+    """
+    rules = policy if isinstance(policy, Mapping) else {"*": policy}
+    match_paths(reference, list(rules))
+
+    def one(path: Any, old: Array, new: Array) -> Array:
+        name = path_name(path)
+        for pattern, rule in rules.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return rule(named(key, name), old, new)
+        raise InputError(f"no initialisation policy for parameter {name}: add a rule, or '*' for the rest")
+
+    return jax.tree_util.tree_map_with_path(one, reference, fresh)
+
+
+def permute_neurons(params: PyTree, layers: Sequence[PyTree], key: Key[Array, ""]) -> PyTree:
+    """The same function with its hidden neurons in another order, a new one for every hidden layer.
+
+    `params["layers"]` is a mapping from layer to `kernel` [..., inputs, outputs] and perhaps `bias`, and
+    `layers` its keys in order of computation. Where a layer flattens feature maps first, features must
+    vary fastest.
+
+    Raises:
+        InputError: a layer does not exist.
+    """
+    network = dict(params["layers"])
+    missing = [layer for layer in layers if layer not in network]
+    if missing:
+        raise InputError(f"no layer {missing[0]!r}; there are {list(network)}")
+    for here, after in zip(layers[:-1], layers[1:], strict=True):
+        neurons = network[here]["kernel"].shape[-1]
+        order = jax.random.permutation(named(key, str(here)), neurons)
+        network[here] = {name: leaf[..., order] for name, leaf in network[here].items()}
+        kernel = network[after]["kernel"]
+        grouped = kernel.reshape(*kernel.shape[:-2], -1, neurons, kernel.shape[-1])
+        network[after] = {**network[after], "kernel": grouped[..., order, :].reshape(kernel.shape)}
+    return {**params, "layers": network}
+
+
+def clone(
+    student: Model,
+    reference: Model,
+    channel: Channel,
+    source: Source,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    key: Key[Array, ""],
+) -> Trained:
+    """Make a student behave like the teacher at its initialisation, before the teacher learns anything.
+
+    This "behavioural matching" is the distillation of the untrained `reference`; what it cannot match is
+    what the channel and the source do not show.
+    """
+    return distill(student, reference, channel, source, optimizer, steps, key)

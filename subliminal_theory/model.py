@@ -1,0 +1,106 @@
+"""A model is a pure function and two pytrees: what is trained and what is not."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from subliminal_theory.errors import InputError
+
+Apply = Callable[[PyTree, PyTree], Float[Array, "..."]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Model:
+    """`apply(params, inputs) -> logits` with its trainable `params` and its `frozen` rest.
+
+    `apply` is static: give the same function (or one that compares equal) for the same network, or
+    everything compiled for it is compiled again. `frozen` is None, or a pytree of the structure of
+    `params` in which exactly the leaves that are None in `params` are arrays.
+    """
+
+    apply: Apply = field(metadata={"static": True})
+    params: PyTree
+    frozen: PyTree = None
+
+    def __call__(self, inputs: PyTree) -> Float[Array, "..."]:
+        """Logits [batch, ..., n] of inputs [batch, ...]."""
+        return self.apply(self.all_params, inputs)
+
+    @property
+    def all_params(self) -> PyTree:
+        """Trainable and frozen parameters in one pytree."""
+        if self.frozen is None:
+            return self.params
+        return jax.tree.map(
+            lambda p, f: f if p is None else p, self.params, self.frozen, is_leaf=lambda leaf: leaf is None
+        )
+
+    def with_params(self, params: PyTree) -> "Model":
+        """The same function at other trainable parameters."""
+        return replace(self, params=params)
+
+    def freeze(self, *patterns: str) -> "Model":
+        """Stop training the parameters whose path, such as `layers/0/kernel`, matches a glob pattern.
+
+        Raises:
+            InputError: a pattern matches no parameter.
+        """
+        everything = self.all_params
+        match_paths(everything, patterns)
+
+        def frozen(path: Any) -> bool:
+            return any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
+
+        split = jax.tree_util.tree_map_with_path
+        return Model(
+            self.apply,
+            split(lambda path, leaf: None if frozen(path) else leaf, everything),
+            split(lambda path, leaf: leaf if frozen(path) else None, everything),
+        )
+
+
+def path_name(path: Any) -> str:
+    """The name of a leaf, such as `layers/0/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
+    """Refuse a glob pattern that matches no parameter.
+
+    Raises:
+        InputError: names the pattern and the parameters there are.
+    """
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"pattern {pattern!r} matches no parameter; there are {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class _Functional:
+    """The pure function of an NNX module; equal for modules of equal structure."""
+
+    graph: nnx.GraphDef
+
+    def __call__(self, params: PyTree, inputs: PyTree) -> Float[Array, "..."]:
+        return nnx.merge(self.graph, nnx.State(params))(inputs)
+
+
+def from_nnx(module: nnx.Module) -> Model:
+    """Split an NNX module into a pure function and a plain nested dictionary of parameters.
+
+    Raises:
+        InputError: the module holds variables that are not parameters (batch statistics, dropout keys),
+            which a pure `apply(params, inputs)` cannot update.
+    """
+    graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
+    if jax.tree.leaves(rest):
+        names = sorted({path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(rest)})
+        raise InputError(f"{type(module).__name__} holds state besides its parameters: {', '.join(names)}")
+    return Model(_Functional(graph), nnx.to_pure_dict(params))

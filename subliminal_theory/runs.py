@@ -1,0 +1,252 @@
+"""A run directory: what was asked, what came out, how it was made; killed at any moment, it resumes.
+
+config.json       the experiment and every setting
+parts/NAME.json   the rows of one finished part, written in one atomic step
+results.csv       all rows: condition, seed, metric, value, then the swept axes
+summary.json      mean, 95% t interval and n over runs per condition, metric and axes
+provenance.json   versions, device, commands and wall times
+"""
+
+import csv
+import errno
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Estimate, t_interval
+
+FORMAT = 1
+COLUMNS = ("condition", "seed", "metric", "value")
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The tidy rows of a run, each a mapping of `COLUMNS` and the swept axes."""
+
+    rows: Sequence[Row]
+
+    def values(self, **wanted: object) -> list[float]:
+        """Values of the rows that agree with all the given columns, in order."""
+        return [row["value"] for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
+
+    def distinct(self, column: str) -> list[Any]:
+        """The entries of a column, in order of appearance."""
+        return list(dict.fromkeys(row[column] for row in self.rows if column in row))
+
+    def estimates(self) -> list[tuple[dict[str, Any], Estimate]]:
+        """A 95% t interval over runs for every condition, metric and setting of the axes."""
+        groups: dict[tuple, list[float]] = {}
+        for row in self.rows:
+            group = tuple((name, row[name]) for name in row if name not in ("seed", "value"))
+            groups.setdefault(group, []).append(row["value"])
+        return [(dict(group), t_interval(values)) for group, values in groups.items()]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, even after a power cut.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"the disk is full: could not write {path}; finished parts are kept, make room and add --resume"
+            ) from error
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The `config.json` of a run directory.
+
+    Raises:
+        InputError: the folder is no run directory, or the file is damaged.
+    """
+    config = _read_json(path / "config.json")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise InputError(f"{path / 'config.json'} is not of this program (format {FORMAT}); choose another --out")
+    return config
+
+
+def load_results(path: Path) -> Results:
+    """The `results.csv` of a run directory.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    file = path / "results.csv"
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            table = list(csv.DictReader(lines))
+        rows = [{**row, "seed": int(row["seed"]), "value": float(row["value"])} for row in table]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is missing or damaged: run the experiment again with --resume") from error
+    return Results(rows)
+
+
+class RunDirectory:
+    """The folder of one run; make it with `RunDirectory.open`."""
+
+    def __init__(self, path: Path, parts: dict[str, dict[str, Any]], provenance: dict[str, Any]) -> None:
+        self.path = path
+        self._parts = parts
+        self._provenance = provenance
+
+    @classmethod
+    def open(
+        cls, path: Path, experiment: str, config: Mapping[str, Any], *, resume: bool, command: str
+    ) -> "RunDirectory":
+        """Start a run in a new or empty folder, or take up one of the same configuration.
+
+        Raises:
+            InputError: the folder cannot be written, is not empty, holds a run of another configuration,
+                or is damaged; nothing in it is changed then.
+        """
+        wanted = json.loads(json.dumps({"format": FORMAT, "experiment": experiment, "config": config}))
+        try:
+            (path / "parts").parent.mkdir(parents=True, exist_ok=True)
+            entries = [entry for entry in path.iterdir() if not entry.name.endswith(".tmp")]
+        except OSError as error:
+            raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
+        if not entries:
+            write_atomically(path / "config.json", _json(wanted))
+        else:
+            _require_same(path, wanted, resume)
+        try:
+            (path / "parts").mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
+        for leftover in [*path.glob(".*.tmp"), *path.glob("parts/.*.tmp")]:
+            leftover.unlink(missing_ok=True)
+        parts = {file.stem: _read_part(file) for file in sorted((path / "parts").glob("*.json"))}
+        file = path / "provenance.json"
+        provenance = _read_json(file) if file.exists() else {"invocations": []}
+        provenance["invocations"].append({"command": command, **environment()})
+        return cls(path, parts, provenance)
+
+    def finished(self, part: str) -> bool:
+        """Whether a part's rows are stored."""
+        return part in self._parts
+
+    def save(self, part: str, rows: Sequence[Row], seconds: float) -> None:
+        """Store a part in one atomic step; from then on it is never computed again.
+
+        Raises:
+            InputError: the disk is full or the folder cannot be written; earlier parts stay.
+        """
+        content = {"rows": [dict(row) for row in rows], "seconds": seconds}
+        write_atomically(self.path / "parts" / f"{part}.json", _json(content))
+        self._parts[part] = content
+
+    def finish(self, order: Sequence[str]) -> Results:
+        """Write results, summary and provenance from the stored parts, in the given order."""
+        rows = [row for part in order for row in self._parts[part]["rows"]]
+        axes = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in COLUMNS]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [*COLUMNS, *axes], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path / "results.csv", table.getvalue().encode())
+        results = load_results(self.path)
+        summary = [
+            {**group, "mean": _number(e.mean), "half_width_95": _number(e.half_width), "n": e.n}
+            for group, e in results.estimates()
+        ]
+        write_atomically(self.path / "summary.json", _json(summary))
+        self._provenance["seconds"] = {part: round(self._parts[part]["seconds"], 3) for part in order}
+        write_atomically(self.path / "provenance.json", _json(self._provenance))
+        return results
+
+    def save_figure(self, draw: Callable[[io.BytesIO, str], None]) -> None:
+        """Store figure.png and figure.pdf; `draw(file, format)` renders one."""
+        for kind in ("png", "pdf"):
+            image = io.BytesIO()
+            draw(image, kind)
+            write_atomically(self.path / f"figure.{kind}", image.getvalue())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and time, as provenance records them."""
+    packages = ("subliminal_theory", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _require_same(path: Path, wanted: dict[str, Any], resume: bool) -> None:
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is not empty and holds no run: choose another --out")
+    found = read_config(path)
+    if found["experiment"] != wanted["experiment"]:
+        raise InputError(f"{path} holds a run of {found['experiment']!r}: choose another --out")
+    old, new = found["config"], wanted["config"]
+    changed = [f"{name}={old.get(name)!r}" for name in {**old, **new} if old.get(name) != new.get(name)]
+    if changed:
+        raise InputError(
+            f"{path} holds a run with other settings ({', '.join(changed)}): repeat those or choose another --out"
+        )
+    if not resume:
+        raise InputError(f"{path} already holds this run: add --resume to go on, or choose another --out")
+
+
+def _read_part(file: Path) -> dict[str, Any]:
+    part = _read_json(file)
+    rows = part.get("rows") if isinstance(part, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(COLUMNS) <= set(row) for row in rows):
+        raise InputError(f"{file} is damaged: delete it and add --resume to compute that part again")
+    return part
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing: {file.parent} is not a run directory") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{file} is damaged (no valid JSON): delete it and add --resume") from error
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

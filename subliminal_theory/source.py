@@ -1,0 +1,105 @@
+"""Where inputs come from: a source makes the batch of a step from a key, inside the step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One step's data; every leaf has a leading batch axis.
+
+    `weights` has one entry per position of the logits, 0 for padding. `targets` are what a teacher
+    transmitted beforehand (sampled tokens). `labels` teach a teacher; a student that is handed labels
+    is refused.
+    """
+
+    inputs: PyTree
+    weights: Float[Array, "batch ..."]
+    targets: PyTree = None
+    labels: PyTree = None
+
+
+class Source(Protocol):
+    """A pytree with a schedule for a whole run and a batch for each of its entries.
+
+    `schedule(key, steps)` gives a pytree with leading axis `steps` that the run scans over;
+    `batch(key, entry)` turns one of its entries into data, with the same key at every step.
+    """
+
+    def schedule(self, key: Key[Array, ""], steps: int) -> PyTree: ...
+
+    def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch: ...
+
+
+def epoch_order(
+    key: Key[Array, ""], examples: int, batch_size: int, steps: int
+) -> tuple[Int[Array, "steps batch"], Float[Array, "steps batch"]]:
+    """Indices of `steps` batches that pass over the examples in a new order each epoch, and their weights.
+
+    An epoch has ceil(examples / batch_size) batches; the last one is filled up with index 0 at weight 0,
+    so that its mean is over the examples that are left.
+    """
+    per_epoch = -(-examples // batch_size)
+    epochs = -(-steps // per_epoch)
+    keys = jax.vmap(lambda epoch: named(key, epoch))(jnp.arange(epochs))
+    order = jax.vmap(lambda k: jax.random.permutation(k, examples))(keys)
+    padding = per_epoch * batch_size - examples
+    index = jnp.pad(order, ((0, 0), (0, padding)))
+    weights = jnp.pad(jnp.ones((epochs, examples)), ((0, 0), (0, padding)))
+    shape = (epochs * per_epoch, batch_size)
+    return index.reshape(shape)[:steps], weights.reshape(shape)[:steps]
+
+
+def _as_they_are(inputs: PyTree) -> PyTree:
+    return inputs
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Examples:
+    """Stored examples, passed over in a new order each epoch.
+
+    `inputs`, `labels` and `targets` are pytrees with one leading axis of examples; `prepare` maps a
+    gathered batch of inputs to what the model takes (say bytes to [-1, 1]), so that the store stays small.
+
+    Raises:
+        InputError: a batch size below 1, or leaves of different lengths.
+    """
+
+    inputs: PyTree
+    batch_size: int = field(metadata={"static": True})
+    labels: PyTree = None
+    targets: PyTree = None
+    prepare: Callable[[Any], PyTree] = field(default=_as_they_are, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"Examples: batch_size must be at least 1, got {self.batch_size}")
+        leaves = jax.tree.leaves((self.inputs, self.labels, self.targets))
+        counts = {leaf.shape[0] for leaf in leaves if hasattr(leaf, "shape")}
+        if len(counts) > 1:
+            raise InputError(f"Examples: inputs, labels and targets differ in number: {sorted(counts)}")
+
+    def without_labels(self) -> "Examples":
+        """The same inputs for a student."""
+        return replace(self, labels=None)
+
+    def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
+        """Indices and weights of every step."""
+        examples = jax.tree.leaves(self.inputs)[0].shape[0]
+        return epoch_order(key, examples, self.batch_size, steps)
+
+    def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch:
+        """Gather and prepare one batch."""
+        index, weights = entry
+        inputs, labels, targets = jax.tree.map(lambda leaf: leaf[index], (self.inputs, self.labels, self.targets))
+        return Batch(self.prepare(inputs), weights, targets, labels)

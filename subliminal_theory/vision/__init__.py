@@ -1,0 +1,1 @@
+"""Subliminal learning in image classifiers."""

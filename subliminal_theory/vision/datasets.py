@@ -1,0 +1,241 @@
+"""Images to learn from: MNIST, any set of four idx files, and digits that need neither file nor network."""
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+from jaxtyping import UInt8
+from rich.console import Console
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.vision.download import Remote, fetch
+
+_TRAIN_IMAGES = "train-images-idx3-ubyte"
+_TRAIN_LABELS = "train-labels-idx1-ubyte"
+_TEST_IMAGES = "t10k-images-idx3-ubyte"
+_TEST_LABELS = "t10k-labels-idx1-ubyte"
+_STEMS = (_TRAIN_IMAGES, _TRAIN_LABELS, _TEST_IMAGES, _TEST_LABELS)
+
+MNIST = Remote(
+    mirrors=(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    sha256={
+        _TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        _TRAIN_LABELS: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        _TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        _TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Grey images with one label each, as read-only arrays, and the SHA-256 of what they were read from.
+
+    Pixels run from 0 to `maximum` and labels from 0 to `classes - 1`. `sha256` maps a file's name without
+    suffix to the digest of its decompressed bytes or, for the digits, a field's name to that of its bytes.
+    """
+
+    name: str
+    train_images: UInt8[np.ndarray, "train height width"]
+    train_labels: UInt8[np.ndarray, " train"]
+    test_images: UInt8[np.ndarray, "test height width"]
+    test_labels: UInt8[np.ndarray, " test"]
+    classes: int
+    maximum: int
+    sha256: dict[str, str]
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        _, height, width = self.train_images.shape
+        return height, width
+
+
+def load(name: str, data_dir: Path | None = None, *, progress: Console | None = None) -> ImageDataset:
+    """Load "mnist", "digits", "auto" (MNIST, or the digits where it cannot be had) or a folder of idx files.
+
+    MNIST is looked for in `data_dir` or its folder `mnist`, and nowhere else if that is given; else in
+    $SUBLIMINAL_DATA likewise, then in the user's cache, into which missing files are downloaded. Its
+    checksums are always verified. The digits are scikit-learn's 1,797 of 8 x 8 pixels; in each class every
+    fifth, in their given order, is for testing. Download progress, and the line in which "auto" says that
+    it took the digits and why, go to `progress`, which defaults to standard error. Raises InputError if the
+    name is not known or files are missing, damaged, at odds with each other or not to be had.
+    """
+    cache = platformdirs.user_cache_path("subliminal_theory") / "mnist"
+    return _load(name, data_dir, cache, MNIST, progress or Console(stderr=True))
+
+
+def _load(name: str, data_dir: Path | None, cache: Path, remote: Remote, console: Console) -> ImageDataset:
+    if name == "digits":
+        return _digits()
+    if name in ("mnist", "auto"):
+        try:
+            return _read("mnist", _mnist_files(data_dir, cache, remote, console), remote.sha256, classes=10)
+        except InputError as error:
+            if name == "mnist" or data_dir is not None:
+                raise
+            console.out(f"using the embedded 8 x 8 digits instead of MNIST: {error}", highlight=False)
+            return _digits()
+    if os.path.isdir(name):
+        folder = Path(name)
+        return _read(folder.resolve().name, _require(folder, _files(folder)))
+    raise InputError(
+        f"no data set or folder is called {name!r}: give mnist, digits, auto or the path of a folder that "
+        "holds the four idx files"
+    )
+
+
+def _mnist_files(data_dir: Path | None, cache: Path, remote: Remote, console: Console) -> dict[str, Path]:
+    if data_dir is not None:
+        folder = max((data_dir, data_dir / "mnist"), key=lambda folder: len(_files(folder)))
+        return _require(folder, _files(folder))
+    if root := os.environ.get("SUBLIMINAL_DATA"):
+        for folder in (Path(root), Path(root, "mnist")):
+            if len(files := _files(folder)) == len(_STEMS):
+                return files
+    found = _files(cache)
+    return {stem: found.get(stem) or fetch(remote, stem, cache, console) for stem in _STEMS}
+
+
+def _digits() -> ImageDataset:
+    from sklearn.datasets import load_digits  # takes a second to import, which only this data set is worth
+
+    digits = load_digits()
+    images, labels = digits.images.astype(np.uint8), digits.target.astype(np.uint8)
+    test = np.zeros(len(labels), bool)
+    for label in range(10):
+        test[np.flatnonzero(labels == label)[4::5]] = True
+    arrays = {
+        "train_images": images[~test],
+        "train_labels": labels[~test],
+        "test_images": images[test],
+        "test_labels": labels[test],
+    }
+    for array in arrays.values():
+        array.flags.writeable = False
+    sha256 = {field: hashlib.sha256(array.tobytes()).hexdigest() for field, array in arrays.items()}
+    return ImageDataset(name="digits", **arrays, classes=10, maximum=16, sha256=sha256)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The idx files of a folder by stem, under any of the four names in use for each."""
+    found = {}
+    for stem in _STEMS:
+        dotted = stem.replace("-idx", ".idx")
+        for name in (f"{stem}.gz", stem, f"{dotted}.gz", dotted):
+            if os.path.isfile(folder / name):
+                found[stem] = folder / name
+                break
+    return found
+
+
+def _require(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
+    for stem in _STEMS:
+        if stem not in files:
+            raise InputError(
+                f"{folder} does not hold {stem} or {stem}.gz: put the four idx files there, or name another folder"
+            )
+    return files
+
+
+def _read(
+    name: str, files: dict[str, Path], expected: dict[str, str] | None = None, classes: int | None = None
+) -> ImageDataset:
+    """Read and check the four files; `classes` defaults to one more than the largest training label."""
+    arrays, sha256 = {}, {}
+    for stem, path in files.items():
+        data = _unpacked(path)
+        arrays[stem] = parse_idx(data, str(path))
+        sha256[stem] = hashlib.sha256(data).hexdigest()
+        if expected is not None and sha256[stem] != expected[stem]:
+            raise InputError(
+                f"{path} is not the {stem} of {name} (SHA-256 {sha256[stem]}, expected {expected[stem]}): "
+                "remove it and download it again"
+            )
+        dimensions = 3 if stem in (_TRAIN_IMAGES, _TEST_IMAGES) else 1
+        if arrays[stem].ndim != dimensions:
+            raise InputError(
+                f"{path} has {arrays[stem].ndim} dimensions instead of {dimensions}: put {stem} in its place"
+            )
+    if classes is None:
+        classes = int(arrays[_TRAIN_LABELS].max()) + 1
+    for images, labels in ((_TRAIN_IMAGES, _TRAIN_LABELS), (_TEST_IMAGES, _TEST_LABELS)):
+        if len(arrays[images]) != len(arrays[labels]):
+            raise InputError(
+                f"{files[images]} has {len(arrays[images])} images but {files[labels]} has "
+                f"{len(arrays[labels])} labels: take both from one data set"
+            )
+        if (largest := arrays[labels].max()) >= classes:
+            raise InputError(
+                f"{files[labels]} has a label {largest}, beyond the {classes} classes of {name}: "
+                "replace it by the labels of this data set"
+            )
+    if arrays[_TRAIN_IMAGES].shape[1:] != arrays[_TEST_IMAGES].shape[1:]:
+        raise InputError(
+            f"{files[_TEST_IMAGES]} has images of {arrays[_TEST_IMAGES].shape[1:]} pixels but "
+            f"{files[_TRAIN_IMAGES]} of {arrays[_TRAIN_IMAGES].shape[1:]}: take both from one data set"
+        )
+    return ImageDataset(
+        name=name,
+        train_images=arrays[_TRAIN_IMAGES],
+        train_labels=arrays[_TRAIN_LABELS],
+        test_images=arrays[_TEST_IMAGES],
+        test_labels=arrays[_TEST_LABELS],
+        classes=classes,
+        maximum=255,
+        sha256=sha256,
+    )
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            return file.read()
+    except EOFError as error:
+        raise InputError(f"{path} is a gzip file that ends too early: download it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{path} is no intact gzip file ({error}): download it again, or drop .gz from its name if it is "
+            "already decompressed"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): make it readable") from error
+
+
+def parse_idx(data: bytes, where: str) -> UInt8[np.ndarray, "..."]:
+    """Parse an idx file of unsigned bytes in one or three dimensions into a read-only view of `data`.
+
+    `where` names the file in messages. Raises InputError unless `data` is exactly such a file with at least
+    one element.
+    """
+    if data[:4] not in (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03"):
+        raise InputError(
+            f"{where} starts with 0x{data[:4].hex()} instead of 0x00000801 or 0x00000803: give an idx file "
+            "of unsigned bytes in one or three dimensions"
+        )
+    dimensions = data[3]
+    begin = 4 + 4 * dimensions
+    if len(data) < begin:
+        raise InputError(f"{where} ends within its header, after {len(data)} bytes: download it again")
+    shape = struct.unpack(f">{dimensions}I", data[4:begin])
+    promised, held = math.prod(shape), len(data) - begin
+    if promised != held:
+        fault = "is cut short" if held < promised else "has bytes to spare"
+        raise InputError(
+            f"{where} {fault}: its header promises {promised} bytes and {held} follow: download it again"
+        )
+    if not promised:
+        raise InputError(f"{where} has no elements, its shape is {shape}: give a file that has some")
+    return np.frombuffer(data, np.uint8, offset=begin).reshape(shape)
