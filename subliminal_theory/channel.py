@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from subliminal_theory.errors import InputError
 
 Where = Bool[Array, " n"] | None
+_BOOL = np.dtype(bool)
 
 
 class Channel(Protocol):
@@ -271,9 +272,7 @@ class Subset:
     @property
     def _is_mask(self) -> bool:
         # Tree transformations put placeholders without a dtype in the place of data.
-        return not isinstance(self.where, Sequence) and getattr(self.where, "dtype", np.dtype(bool)) == np.dtype(
-            bool
-        )
+        return not isinstance(self.where, Sequence) and getattr(self.where, "dtype", _BOOL) == _BOOL
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Children and static part of the pytree."""
