@@ -25,8 +25,8 @@ STYLE: Any = {
 
 def panels(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, np.ndarray]:
     """A figure in the project's style and its axes [rows, columns]; `size` in inches."""
-    with pyplot.rc_context(STYLE):
-        return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    pyplot.rcParams.update(STYLE)
+    return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
 
 
 def bar(axes: Axes, x: float, values: Sequence[float], colour: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 from scipy import stats
 
 from subliminal_theory.errors import InputError
@@ -49,7 +49,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], level: fl
     return t_interval(np.subtract(first, second), level)
 
 
-def log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+def log_slope(x: ArrayLike, y: ArrayLike) -> float:
     """Least-squares slope of log |y| against log |x|: the order of y in x.
 
     Raises:
