@@ -1,0 +1,26 @@
+"""Strict settings for every test, and one table of tolerances."""
+
+import os
+
+# Must be set before jax is imported: bit-for-bit tests start processes that inherit it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+# Relative errors allowed to a computation of some hundred operations in a format.
+TOLERANCE = {"float32": 2e-5, "float64": 1e-10}
+
+
+@pytest.fixture
+def x64():
+    """Compute in float64, as the theorem needs."""
+    with jax.enable_x64(True):
+        yield

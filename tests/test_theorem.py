@@ -1,0 +1,408 @@
+"""The theorem against closed forms, dense Jacobians, fitted orders and random cases."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.architectures import AUX, BUILDERS, CLASSES, IMAGE, OUTPUTS, build
+from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import log_slope
+from subliminal_theory.model import from_nnx
+from subliminal_theory.theorem import check, how_small
+from subliminal_theory.vision.mlp import MLP
+from tests.conftest import TOLERANCE
+
+pytestmark = pytest.mark.usefixtures("x64")
+AUXILIARY = tuple(range(CLASSES, OUTPUTS))
+
+
+def perceptron(seed, sizes=(6, 5, OUTPUTS), activation="tanh", use_bias=True):
+    model = from_nnx(MLP(sizes, activation=activation, use_bias=use_bias, rngs=nnx.Rngs(seed)))
+    return model.apply, jax.tree.map(lambda leaf: leaf.astype(float), model.params)
+
+
+def class_loss(apply, images, labels):
+    def loss(params):
+        return -jnp.mean(jax.nn.log_softmax(apply(params, images)[:, :CLASSES])[jnp.arange(len(labels)), labels])
+
+    return loss
+
+
+@pytest.fixture
+def toy(x64):
+    apply, params = perceptron(0)
+    rng = np.random.default_rng(0)
+    images, inputs = jnp.asarray(rng.normal(size=(2, 9, 6)))
+    trait_loss = class_loss(apply, images, jnp.asarray(rng.integers(0, CLASSES, 9)))
+    return apply, params, trait_loss, inputs
+
+
+@pytest.mark.parametrize(
+    "channel",
+    [SoftLogits(), SoftLogits(2.5), SquaredError(np.linspace(0.1, 2, OUTPUTS)), Subset(AUXILIARY), SampledToken()],
+    ids=["KL", "KL warm", "squared", "auxiliary", "sampled"],
+)
+def test_prediction_equals_dense_jacobian_and_hessian(toy, channel):
+    apply, params, trait_loss, inputs = toy
+    eps = 1e-6
+    key = jax.random.key(0)
+    report = check(apply, params, trait_loss, inputs, channel, teacher_step=eps, student_step=1e-3, key=key)
+
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    direction = -jax.grad(lambda p: trait_loss(unravel(p)))(flat)
+    jacobian = jax.jacobian(lambda p: apply(unravel(p), inputs))(flat)
+    moved = np.asarray(jacobian @ direction)
+    soft = SoftLogits() if isinstance(channel, SampledToken) else channel
+    logits = apply(params, inputs)
+    total = 0.0
+    for z, u in zip(logits, moved, strict=True):
+        hessian = jax.hessian(lambda s, z=z: soft.loss(s, soft.targets(None, z)))(z)
+        total += u @ np.asarray(hessian) @ u
+    expected = eps * total / len(inputs)
+    assert float(report.predicted_inner_product) == pytest.approx(expected, rel=TOLERANCE["float64"])
+    if soft is channel:
+        assert float(report.inner_product) == pytest.approx(expected, rel=1e-4)
+        assert report.verdict == "descends"
+
+
+def test_linear_squared_error_closed_form():
+    rng = np.random.default_rng(1)
+    x, direction, theta = rng.normal(size=(8, 4)), rng.normal(size=(4, 3)), rng.normal(size=(4, 3))
+    w = np.array([0.5, 1.0, 2.0])
+    eps, alpha = 0.3, 0.2
+    report = check(
+        lambda params, inputs: inputs @ params,
+        jnp.asarray(theta),
+        lambda params: -jnp.sum(params * direction),
+        jnp.asarray(x),
+        SquaredError(w),
+        teacher_step=eps,
+        student_step=alpha,
+    )
+    inner = 2 * eps * np.mean(((x @ direction) ** 2) @ w)
+    assert float(report.inner_product) == pytest.approx(inner, rel=TOLERANCE["float64"])
+    assert float(report.predicted_inner_product) == pytest.approx(inner, rel=TOLERANCE["float64"])
+    # The trait loss is linear, so its change is exactly minus alpha times the inner product.
+    assert float(report.change) == pytest.approx(-alpha * inner, rel=TOLERANCE["float64"])
+    assert float(report.predicted_change) == pytest.approx(-alpha * inner, rel=TOLERANCE["float64"])
+    norm = 2 * eps * np.linalg.norm(x.T @ (x @ direction * w) / 8)
+    assert float(report.student_norm) == pytest.approx(norm, rel=TOLERANCE["float64"])
+    assert float(report.cosine) == pytest.approx(inner / norm / np.linalg.norm(direction))
+
+
+def test_orders_in_both_steps(toy):
+    apply, params, trait_loss, inputs = toy
+    steps = np.geomspace(1e-4, 1e-2, 6)
+    one = jax.jit(
+        lambda eps, alpha: check(
+            apply, params, trait_loss, inputs, Subset(AUXILIARY), teacher_step=eps, student_step=alpha
+        )
+    )
+    reports = [one(step, step) for step in steps]
+    assert log_slope(steps, [float(r.inner_product) for r in reports]) == pytest.approx(1, abs=0.02)
+    errors = [float(r.inner_product - r.predicted_inner_product) for r in reports]
+    assert log_slope(steps, errors) == pytest.approx(2, abs=0.05)
+    assert log_slope(steps**2, [float(r.change) for r in reports]) == pytest.approx(1, abs=0.02)
+
+
+def test_other_initialisation_imitates_the_teacher_before_its_step(toy):
+    apply, params, trait_loss, inputs = toy
+    _, other = perceptron(1)
+    steps = np.geomspace(1e-4, 1e-2, 5)
+    reports = [
+        check(
+            apply, params, trait_loss, inputs, SoftLogits(),
+            teacher_step=step, student_step=1e-3, student_params=other,
+        )
+        for step in steps
+    ]  # fmt: skip
+    assert {r.verdict for r in reports} == {"different initialisation"}
+    inner = [float(r.inner_product) for r in reports]
+    assert log_slope(steps, inner) == pytest.approx(0, abs=0.1)
+    gaps = [float(r.inner_product - r.unupdated_inner_product) for r in reports]
+    assert log_slope(steps, gaps) == pytest.approx(1, abs=0.05)
+    assert log_slope(steps, [1 - float(r.unupdated_cosine) for r in reports]) == pytest.approx(2, abs=0.1)
+    # Independently: the direction that imitates the teacher at its initialisation.
+    targets = jax.nn.softmax(apply(params, inputs))
+    old = jax.grad(lambda p: -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(apply(p, inputs)), -1)))(other)
+    trait = jax.grad(trait_loss)(params)
+    product = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(trait), strict=True))
+    assert float(reports[0].unupdated_inner_product) == pytest.approx(float(product), rel=1e-9)
+
+
+def test_zero_cases_are_named(toy):
+    apply, params, trait_loss, inputs = toy
+
+    def verdict(loss, channel):
+        report = check(apply, params, loss, inputs, channel, teacher_step=1e-2, student_step=1e-2)
+        assert abs(float(report.inner_product)) < 1e-16
+        return report.verdict, report.zero_case.split(":")[0].split(" (")[0]
+
+    head = lambda p: p["layers"][1]  # noqa: E731
+    assert verdict(trait_loss, Subset((5,))) == ("orthogonal", "blind channel")
+    assert verdict(trait_loss, SquaredError(0.0)) == ("orthogonal", "blind channel")
+    unseen = lambda p: jnp.sum(head(p)["kernel"][:, :CLASSES] ** 2)  # noqa: E731
+    assert verdict(unseen, Subset(AUXILIARY)) == ("orthogonal", "invisible trait")
+    shift = lambda p: jnp.sum(head(p)["bias"][CLASSES:])  # noqa: E731
+    assert verdict(shift, Subset(AUXILIARY)) == ("orthogonal", "logit shift")
+    assert verdict(lambda p: jnp.sum(head(p)["bias"] * 0), SoftLogits())[1] == "the trait loss is stationary"
+
+
+def test_squared_error_sees_what_a_softmax_cannot(toy):
+    apply, params, trait_loss, inputs = toy
+    shift = lambda p: jnp.sum(p["layers"][1]["bias"][CLASSES:])  # noqa: E731
+    for loss, channel in ((trait_loss, Subset((5,), SquaredError())), (shift, Subset(AUXILIARY, SquaredError()))):
+        report = check(apply, params, loss, inputs, channel, teacher_step=1e-2, student_step=1e-2)
+        assert report.verdict == "descends"
+        assert report.zero_case == ""
+
+
+def test_a_step_that_is_too_large_is_called_so():
+    report = check(
+        lambda params, inputs: inputs @ params[:, None],
+        jnp.ones(2),
+        lambda params: 0.5 * jnp.sum(params**2),
+        jnp.eye(2),
+        SquaredError(),
+        teacher_step=0.1,
+        student_step=100.0,
+    )
+    assert report.verdict == "step too large"
+    assert "step too large" in str(report)
+
+
+def test_any_function_of_any_pytree():
+    params = (jnp.asarray(0.3), [jnp.arange(3.0)], {"b": jnp.ones((2, 2))})
+
+    def apply(p, inputs):
+        scale, (vector,), rest = p
+        return jnp.stack([scale * inputs, inputs**2 * vector[1], jnp.sin(inputs * rest["b"][0, 1])], -1)
+
+    report = check(
+        apply, params, lambda p: p[0] ** 2 + jnp.sum(jnp.cos(p[2]["b"])), jnp.linspace(-1, 1, 5), SoftLogits(),
+        teacher_step=1e-4, student_step=1e-4, weights=jnp.array([1.0, 0, 2, 1, 1]),
+    )  # fmt: skip
+    assert report.verdict == "descends"
+    assert float(report.inner_product) == pytest.approx(float(report.predicted_inner_product), rel=1e-3)
+
+
+def test_positions_of_weight_zero_do_not_count(toy):
+    apply, params, trait_loss, inputs = toy
+    steps = {"teacher_step": 1e-3, "student_step": 1e-3}
+    weights = jnp.array([1.0, 1, 1, 1, 0, 0, 0, 0, 0])
+    masked = check(apply, params, trait_loss, inputs, SoftLogits(), weights=weights, **steps)
+    short = check(apply, params, trait_loss, inputs[:4], SoftLogits(), **steps)
+    assert float(masked.inner_product) == pytest.approx(float(short.inner_product), rel=1e-12)
+    assert float(masked.predicted_inner_product) == pytest.approx(float(short.predicted_inner_product), rel=1e-12)
+
+
+def test_cost_is_at_most_five_gradients_and_memory_a_few_copies():
+    width = 512
+    apply, params = perceptron(0, (width, width, width, OUTPUTS))
+    inputs = jnp.ones((64, width))
+    trait_loss = class_loss(apply, inputs, jnp.zeros(64, int))
+
+    def report(params, **start):
+        steps = {"teacher_step": 1e-3, "student_step": 1e-3}
+        return check(apply, params, trait_loss, inputs, SoftLogits(), **steps, **start)
+
+    gradient = jax.jit(jax.grad(trait_loss)).lower(params).compile()
+    for function, arguments in (
+        (report, (params,)),
+        (lambda p, q: report(p, student_params=q), (params, params)),
+    ):
+        compiled = jax.jit(function).lower(*arguments).compile()
+        ratio = compiled.cost_analysis()["flops"] / gradient.cost_analysis()["flops"]
+        assert 2 < ratio <= 5
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert compiled.memory_analysis().temp_size_in_bytes < 8 * size
+
+
+@pytest.mark.parametrize("step", ["teacher_step", "student_step"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_steps_are_refused(toy, step, value):
+    apply, params, trait_loss, inputs = toy
+    steps = {"teacher_step": 1e-3, "student_step": 1e-3, step: value}
+    with pytest.raises(InputError, match=f"{step} must be a positive, finite number"):
+        check(apply, params, trait_loss, inputs, SoftLogits(), **steps)
+
+
+def test_other_bad_input_is_refused(toy):
+    apply, params, trait_loss, inputs = toy
+    steps = {"teacher_step": 1e-3, "student_step": 1e-3}
+    with pytest.raises(InputError, match="must be a scalar"):
+        check(apply, params, lambda p: apply(p, inputs), inputs, SoftLogits(), **steps)
+    with pytest.raises(InputError, match="outside 0..6"):
+        check(apply, params, trait_loss, inputs, Subset((7,)), **steps)
+    with pytest.raises(InputError, match="no output metric"):
+        check(apply, params, trait_loss, inputs, SampledToken(0.0), **steps)
+    with pytest.raises(InputError, match="give it a key"):
+        check(apply, params, trait_loss, inputs, SampledToken(), **steps)
+    _, other = perceptron(1, (6, 4, OUTPUTS))
+    with pytest.raises(InputError, match="structure and shapes"):
+        check(apply, params, trait_loss, inputs, SoftLogits(), student_params=other, **steps)
+    with pytest.raises(InputError, match="teacher_step must be"):
+        how_small(apply, params, trait_loss, inputs, SoftLogits(), teacher_step=-1.0)
+
+
+def test_how_small_is_exact_for_quadratics():
+    """Linear model, quadratic trait: L falls exactly while alpha < 2 D_S.D_T / D_S^T H D_S."""
+    rng = np.random.default_rng(2)
+    x, theta, root = rng.normal(size=(7, 5)), rng.normal(size=5), rng.normal(size=(5, 5))
+    hessian, eps = root @ root.T, 0.1
+    steps = how_small(
+        lambda p, inputs: inputs @ p[:, None],
+        jnp.asarray(theta),
+        lambda p: 0.5 * p @ jnp.asarray(hessian) @ p,
+        jnp.asarray(x),
+        SquaredError(),
+        teacher_step=eps,
+    )
+    d_t = -hessian @ theta
+    d_s = 2 * eps * x.T @ (x @ d_t) / 7
+    limit = 2 * (d_s @ d_t) / (d_s @ hessian @ d_s)
+    assert float(steps.student_step) == pytest.approx(limit, rel=1e-6)
+    assert float(steps.student_step_bound) == pytest.approx(limit, rel=1e-6)
+    # D_S . D_T is linear in eps here: it never fails and has no curvature.
+    assert float(steps.teacher_step) == float(steps.teacher_step_searched)
+    assert float(steps.teacher_step_bound) == pytest.approx(float(steps.teacher_step_searched))
+
+
+def test_how_small_finds_a_teacher_step_that_is_too_large():
+    """One logit sin(theta), squared error: D_S . D_T is proportional to sin(eps g) and fails at eps g = pi."""
+    slope = 0.5
+    steps = how_small(
+        lambda p, inputs: jnp.sin(p)[None, None] * inputs,
+        jnp.asarray(0.0),
+        lambda p: -slope * p,
+        jnp.ones((1, 1)),
+        SquaredError(),
+        teacher_step=0.1,
+        farthest=1.0,
+    )
+    assert float(steps.teacher_step_searched) == 0  # parameters of norm 0 give no scale
+    steps = how_small(
+        lambda p, inputs: jnp.sin(p - 100.0)[None, None] * inputs,
+        jnp.asarray(100.0),
+        lambda p: -slope * p,
+        jnp.ones((1, 1)),
+        SquaredError(),
+        teacher_step=0.1,
+        farthest=0.05,
+        probes=200,
+    )
+    assert float(steps.teacher_step) == pytest.approx(np.pi / slope, rel=1e-6)
+    assert 0 < float(steps.teacher_step_bound) <= float(steps.teacher_step)
+
+
+def test_below_the_bounds_the_guarantee_holds(toy):
+    apply, params, trait_loss, inputs = toy
+    channel = Subset(AUXILIARY)
+    steps = how_small(apply, params, trait_loss, inputs, channel, teacher_step=0.1, probes=96)
+    assert float(steps.teacher_step_bound) <= float(steps.teacher_step)
+    assert float(steps.student_step_bound) <= float(steps.student_step)
+    run = jax.jit(
+        lambda eps, alpha: check(apply, params, trait_loss, inputs, channel, teacher_step=eps, student_step=alpha)
+    )
+    for share in (0.01, 0.3, 0.7, 0.99):
+        assert float(run(share * steps.teacher_step_bound, 1e-3).inner_product) > 0
+        assert run(0.1, share * steps.student_step_bound).verdict == "descends"
+
+
+@functools.cache
+def compiled_case(network, kind):
+    """check() of one network and kind of loss with everything else as data, at steps tiny relative to theta."""
+
+    @jax.jit
+    def run(key, data, inputs, images, labels):
+        model = build(network, key)
+        trait_loss = class_loss(model.apply, images, labels)
+        channel = SquaredError(data[1:]) if kind == "squared" else Subset(data[1:] > 0, SoftLogits(data[0]))
+        size = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(model.params)))
+        probe = check(model.apply, model.params, trait_loss, inputs, channel, teacher_step=1e-6, student_step=1e-6)
+        eps = 1e-6 * size / probe.teacher_norm
+        alpha = 1e-6 * size * 1e-6 / jnp.maximum(probe.student_norm, 1e-300) / eps
+        return check(model.apply, model.params, trait_loss, inputs, channel, teacher_step=eps, student_step=alpha)
+
+    return run
+
+
+def random_case(networks):
+    return st.tuples(
+        st.sampled_from(networks),
+        st.sampled_from(["squared", "KL"]),
+        st.sampled_from(["normal", "uniform", "sparse", "one image"]),
+        st.floats(0.3, 4.0),
+        st.lists(
+            st.floats(0.0, 3.0).map(lambda w: 0.0 if w < 1 else w), min_size=OUTPUTS, max_size=OUTPUTS
+        ).filter(lambda w: sum(x > 0 for x in w) >= 1),
+        st.floats(0.1, 3.0),
+        st.integers(0, 2**32 - 1),
+    )
+
+
+def holds(case):
+    network, kind, law, temperature, weights, scale, seed = case
+    rng = np.random.default_rng(seed)
+    shape = (6, *IMAGE)
+    inputs = {
+        "normal": lambda: rng.normal(size=shape),
+        "uniform": lambda: rng.uniform(-1, 1, size=shape),
+        "sparse": lambda: rng.normal(size=shape) * (rng.random(shape) < 0.2),
+        "one image": lambda: np.repeat(rng.normal(size=(1, *IMAGE)), 6, 0),
+    }[law]()
+    report = compiled_case(network, kind)(
+        jax.random.key(seed), jnp.asarray([temperature, *weights]), jnp.asarray(scale * inputs),
+        jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.integers(0, CLASSES, 6)),
+    )  # fmt: skip
+    signal = float(report.predicted_inner_product)
+    rounding = 1e-12 * float(report.teacher_norm) * float(report.student_norm)
+    assert signal >= -rounding
+    assert float(report.inner_product) >= -rounding
+    assert report.verdict in ("orthogonal", "descends"), str(report)
+    if report.verdict == "orthogonal":
+        assert abs(float(report.inner_product)) <= 1e-9 * float(report.teacher_norm)
+
+
+FEW = ["linear", "MLP, ReLU", "MLP, tanh", "residual, layer norm"]
+
+
+@settings(max_examples=120)
+@given(random_case(FEW))
+def test_holds_for_random_cases(case):
+    with jax.enable_x64(True):
+        holds(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=2500)
+@given(random_case(list(BUILDERS)))
+def test_holds_for_thousands_of_random_cases(case):
+    with jax.enable_x64(True):
+        holds(case)
+
+
+def test_sampled_tokens_carry_the_signal_on_average(toy):
+    """The mean of D_S over all token sequences, weighted by their probabilities, is D_S of the soft channel."""
+    apply, params, trait_loss, inputs = toy
+    inputs = inputs[:1]
+    direction = jax.tree.map(jnp.negative, jax.grad(trait_loss)(params))
+    teacher = jax.tree.map(lambda p, d: p + 0.05 * d, params, direction)
+    probabilities = jax.nn.softmax(apply(teacher, inputs))[0]
+    mean = 0.0
+    for token, p in enumerate(probabilities):
+        loss = lambda q, token=token: SampledToken().loss(apply(q, inputs), jnp.array([token]))[0]  # noqa: E731
+        gradient = jax.grad(loss)(params)
+        mean -= p * sum(
+            jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+        )
+    soft = check(apply, params, trait_loss, inputs, SoftLogits(), teacher_step=0.05, student_step=1e-3)
+    assert float(mean) == pytest.approx(float(soft.inner_product), rel=1e-9)
+    assert len(AUXILIARY) == AUX
