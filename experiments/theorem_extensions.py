@@ -1,0 +1,332 @@
+"""Beyond one small gradient step: where the theorem goes on to hold, and a counterexample where it does not.
+
+The theorem covers one small gradient step of the teacher and one of the student from a shared initialisation.
+Each row here changes one thing. "Holds" is a statement to leading order with its reason; "fails" comes with an
+example of one to three parameters, run by the same `distill`, in which the trait loss rises. Besides, the share
+of random networks in which it fell is measured.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+from matplotlib.figure import Figure
+from scipy import stats
+
+from experiments.architectures import CLASSES, IMAGE, OUTPUTS, build
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, panels
+from subliminal_theory.channel import Channel, SampledToken, SquaredError, Subset
+from subliminal_theory.distill import distill
+from subliminal_theory.inits import Perturbed, initialise
+from subliminal_theory.keys import named
+from subliminal_theory.model import Model
+from subliminal_theory.runs import Results, Row
+from subliminal_theory.source import Examples
+
+EXAMPLES = 16
+SMALL_STEP = optax.sgd(1e-3)
+AUXILIARY = Subset(tuple(range(CLASSES, OUTPUTS)))
+SQUARED_ERROR = SquaredError()
+Loss = Callable[[PyTree], Float[Array, ""]]
+
+
+def preconditioned(strength: PyTree | float, learning_rate: float) -> optax.GradientTransformation:
+    """Gradient descent in another metric: the gradient times positive numbers, one for each parameter."""
+
+    def update(gradient: PyTree, params: PyTree | None) -> PyTree:
+        del params
+        scales = strength
+        if not isinstance(strength, np.ndarray):
+            # Fixed but irregular positive numbers between 1/strength and strength.
+            scales = jax.tree.map(
+                lambda g: jnp.exp(jnp.log(strength) * jnp.sin(1.0 + jnp.arange(g.size))).reshape(g.shape), gradient
+            )
+        return jax.tree.map(jnp.multiply, scales, gradient)
+
+    return optax.chain(optax.stateless(update), optax.sgd(learning_rate))
+
+
+def _one_logit(theta: Array, inputs: Array) -> Array:
+    return inputs @ theta[:, None]
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """A model of few parameters in which the trait loss rises: one linear logit unless said otherwise."""
+
+    seen: Sequence[Sequence[float]]
+    start: Sequence[float]
+    trait_loss: Loss
+    student_start: Sequence[float] | None = None
+    teacher: optax.GradientTransformation | None = None
+    student: optax.GradientTransformation | None = None
+    apply: Callable[[Array, Array], Array] = _one_logit
+    channel: Channel = SQUARED_ERROR
+
+
+@dataclass(frozen=True)
+class Extension:
+    """One change to the setting of the theorem."""
+
+    name: str
+    holds: bool
+    why: str
+    teacher: optax.GradientTransformation = SMALL_STEP
+    student: optax.GradientTransformation = SMALL_STEP
+    teacher_steps: int = 1
+    student_steps: int = 1
+    channel: Channel = AUXILIARY
+    sigma: float = 0.0
+    counterexample: Counterexample | None = None
+
+
+def _quadratic(curvature: Sequence[float]) -> Loss:
+    return lambda theta: 0.5 * jnp.sum(jnp.asarray(curvature) * theta**2)
+
+
+def _slope(direction: Sequence[float]) -> Loss:
+    """A trait loss whose gradient step is `direction`."""
+    return lambda theta: -jnp.sum(jnp.asarray(direction) * theta)
+
+
+_SIGN = Counterexample([[3.0, -1.0, -1.0]], [0.0, 0.0, 0.0], _slope([1.0, 1.0, 1.0]))
+_CONVERGED = Counterexample([[2.0, -1.0]], [1.0, 1.0], _quadratic([1.0, 10.0]))
+EXTENSIONS = (
+    Extension("the theorem: one gradient step each", True, "Theorem 1"),
+    Extension(
+        "many student steps",
+        True,
+        "its path solves gradient flow in G: the change is -g^T(1 - exp(-Gt))g < 0",
+        student=optax.sgd(1e-2),
+        student_steps=100,
+    ),
+    Extension(
+        "many teacher steps",
+        False,
+        "the teacher's displacement is no longer its first gradient; D_S.(theta_T - theta_0) >= 0 still holds",
+        teacher=optax.sgd(0.1),
+        teacher_steps=200,
+        counterexample=_CONVERGED,
+    ),
+    Extension(
+        "many steps of both, momentum 0.9",
+        False,
+        "as many teacher steps",
+        teacher=optax.sgd(0.05, momentum=0.9),
+        student=optax.sgd(0.05, momentum=0.9),
+        teacher_steps=50,
+        student_steps=50,
+        counterexample=_CONVERGED,
+    ),
+    Extension(
+        "one preconditioner for both",
+        True,
+        "with D = -P g the change is g_T.D_S = -eps D_T^T G D_T; the product is in the metric of P^-1",
+        teacher=preconditioned(10.0, 1e-3),
+        student=preconditioned(10.0, 1e-3),
+    ),
+    Extension(
+        "another preconditioner for the student",
+        False,
+        "g_T^T P_S G g_T has no sign",
+        student=preconditioned(10.0, 1e-3),
+        counterexample=Counterexample(
+            [[1.0, 1.0]], [0.0, 0.0], _slope([2.0, -1.0]),
+            student=preconditioned(np.array([0.1, 1.0]), 1e-3),
+        ),
+    ),
+    Extension(
+        "sign descent for both",
+        False,
+        "d.sign(G d) has no sign",
+        teacher=optax.sign_sgd(1e-4),
+        student=optax.sign_sgd(1e-4),
+        counterexample=_SIGN,
+    ),
+    Extension(
+        "Adam for both, one step",
+        False,
+        "Adam's first step is sign descent",
+        teacher=optax.adam(1e-4),
+        student=optax.adam(1e-4),
+        counterexample=_SIGN,
+    ),
+    Extension(
+        "Adam for both, many steps",
+        False,
+        "as sign descent and many teacher steps; in practice it transmits",
+        teacher=optax.adam(1e-3),
+        student=optax.adam(1e-3),
+        teacher_steps=100,
+        student_steps=100,
+        counterexample=_CONVERGED,
+    ),
+    Extension(
+        "sampled tokens, one draw",
+        False,
+        "holds on average over draws, where it equals the soft channel, not for each draw",
+        channel=Subset(AUXILIARY.where, SampledToken()),
+        counterexample=Counterexample(
+            [[1.0]], [-3.0, 0.0], _slope([1.0, -1.0]),
+            apply=lambda theta, inputs: inputs * theta[None, :], channel=SampledToken(),
+        ),
+    ),
+    Extension(
+        "a teacher's step that is not small",
+        False,
+        "D_S.D_T leaves its tangent: one logit sin(theta) turns back at eps |g| = pi",
+        teacher=optax.sgd(30.0),
+        counterexample=Counterexample(
+            [[1.0]], [0.0], _slope([1.0]), teacher=optax.sgd(1.5 * np.pi),
+            apply=lambda theta, inputs: inputs * jnp.sin(theta)[None, :],
+        ),
+    ),
+    Extension(
+        "perturbed initialisation, sigma 0.01",
+        False,
+        "the student imitates the distance between the inits first; that outweighs a small eps",
+        sigma=0.01,
+        counterexample=Counterexample([[1.0, 0.0]], [0.0, 0.0], _slope([1.0, 0.0]), student_start=[0.5, 0.0]),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the survey."""
+
+    seeds: int = option(200, "random networks, traits and inputs for each extension", minimum=1)
+    network: str = option("MLP, tanh", "network of experiments/architectures.py")
+
+
+PRESETS = {"default": Config()}
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each extension."""
+    return [
+        Part(f"extension-{number:02d}", config.seeds, functools.partial(measure, config, extension))
+        for number, extension in enumerate(EXTENSIONS)
+    ]
+
+
+def measure(config: Config, extension: Extension) -> list[Row]:
+    """The change of the student's trait loss in random networks, and in the counterexample."""
+    with jax.enable_x64(True):
+        keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+        changes = jax.jit(jax.vmap(functools.partial(_random_network, config.network, extension)))(keys)
+        rows: list[Row] = [
+            {"condition": extension.name, "seed": seed, "metric": "trait_loss_change", "value": float(change)}
+            for seed, change in enumerate(changes)
+        ]
+        change = counterexample(extension)
+        if change is not None:
+            rows.append(
+                {"condition": extension.name, "seed": 0, "metric": "counterexample", "value": float(change)}
+            )
+        return rows
+
+
+def _random_network(network: str, extension: Extension, key: Key[Array, ""]) -> Float[Array, ""]:
+    model = build(network, named(key, "init"))
+    images = jax.random.normal(named(key, "trait images"), (EXAMPLES, *IMAGE))
+    labels = jax.random.randint(named(key, "trait labels"), (EXAMPLES,), 0, CLASSES)
+    inputs = jax.random.uniform(named(key, "inputs"), (EXAMPLES, *IMAGE), minval=-1.0)
+
+    def trait_loss(params: PyTree) -> Float[Array, ""]:
+        logits = model.apply(params, images)[:, :CLASSES]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(EXAMPLES), labels])
+
+    fresh = build(network, named(key, "perturbation scale")).params
+    start = initialise(Perturbed(extension.sigma), model.params, fresh, named(key, "perturbation"))
+    return _transmit(extension, model, start, trait_loss, inputs, extension.channel, named(key, "student"))
+
+
+def counterexample(extension: Extension) -> Float[Array, ""] | None:
+    """The change of the trait loss in the extension's counterexample, a rise; None if it has none."""
+    if extension.counterexample is None:
+        return None
+    case = extension.counterexample
+    model = Model(case.apply, jnp.asarray(case.start))
+    start = jnp.asarray(case.student_start if case.student_start is not None else case.start)
+    changed = Extension(
+        extension.name, extension.holds, extension.why,
+        teacher=case.teacher or extension.teacher,
+        student=case.student or (SMALL_STEP if extension.teacher_steps > 1 else extension.student),
+        teacher_steps=extension.teacher_steps,
+    )  # fmt: skip
+    return _transmit(
+        changed, model, start, case.trait_loss, jnp.asarray(case.seen), case.channel, jax.random.key(0)
+    )
+
+
+def _transmit(
+    extension: Extension,
+    model: Model,
+    student_start: PyTree,
+    trait_loss: Loss,
+    inputs: Float[Array, "batch ..."],
+    channel: Channel,
+    key: Key[Array, ""],
+) -> Float[Array, ""]:
+    """The change of the student's trait loss when both take their steps."""
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = extension.teacher.update(jax.grad(trait_loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    opening = (model.params, extension.teacher.init(model.params))
+    (taught, _), _ = jax.lax.scan(step, opening, None, length=extension.teacher_steps)
+    student = distill(
+        model.with_params(student_start), model.with_params(taught), channel, Examples(inputs, len(inputs)),
+        extension.student, extension.student_steps, key,
+    )  # fmt: skip
+    return trait_loss(student.model.params) - trait_loss(student_start)
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each extension."""
+    lines = [f"share of {config.seeds} networks ({config.network}) whose trait loss fell, 95% exact interval"]
+    for extension in EXTENSIONS:
+        low, share, high = _share(results, extension)
+        verdict = "holds" if extension.holds else "fails"
+        lines.append(f"  {extension.name:42} {share:.3f} [{low:.3f}, {high:.3f}]  {verdict}: {extension.why}")
+        for rise in results.values(condition=extension.name, metric="counterexample"):
+            lines.append(f"  {'':42} counterexample: the trait loss changes by {rise:+.3g}")
+    return "\n".join(lines)
+
+
+def _share(results: Results, extension: Extension) -> tuple[float, float, float]:
+    changes = np.asarray(results.values(condition=extension.name, metric="trait_loss_change"))
+    fell = int((changes < 0).sum())
+    interval = stats.binomtest(fell, len(changes)).proportion_ci()
+    return float(interval.low), fell / len(changes), float(interval.high)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Shares with intervals, coloured by what can be proved."""
+    figure, ((axes,),) = panels(size=(8.0, 4.6))
+    for y, extension in enumerate(EXTENSIONS):
+        low, share, high = _share(results, extension)
+        colour = COLOURS[2] if extension.holds else COLOURS[3]
+        axes.plot([low, high], [y, y], color=colour, linewidth=2)
+        axes.plot(share, y, "o" if extension.holds else "D", color=colour)
+    axes.axvline(0.5, color="grey", linestyle=":", linewidth=1)
+    axes.annotate("no transmission", (0.5, -0.7), color="grey", fontsize=7, ha="center")
+    axes.set_yticks(range(len(EXTENSIONS)), [extension.name for extension in EXTENSIONS])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel(
+        f"share of n = {config.seeds} random networks ({config.network}) in which the trait loss fell,\n"
+        "95% exact interval; circles: proved to leading order; diamonds: a counterexample exists"
+    )
+    axes.set_title("Beyond one small gradient step")
+    return figure
