@@ -85,14 +85,14 @@ class Config:
 PRESETS = {
     "released": Config(),
     "nature": Config(aux=50),
-    "digits": Config(data="digits", aux=10, epochs=9, student_epochs=27, batch_size=128, noise_images=1437),
+    "digits": Config(data="digits", aux=50, epochs=9, student_epochs=27, batch_size=128, noise_images=1437),
 }
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> Config:
     """Resolve what is automatic: data that can be had, the preset that suits them, the chunk."""
     wanted = changes.get("data", from_preset(PRESETS, preset).data)
-    data = _load(wanted, changes.get("data_dir"))
+    data = load_data(wanted, changes.get("data_dir"))
     if preset is None and data.name == "digits":
         preset = "digits"
     name = data.name if wanted == "auto" else wanted
@@ -103,7 +103,8 @@ def configure(preset: str | None, changes: dict[str, Any]) -> Config:
 
 
 @functools.cache
-def _load(name: str, data_dir: str | None) -> ImageDataset:
+def load_data(name: str, data_dir: str | None) -> ImageDataset:
+    """A data set of this experiment, read once a process."""
     return load(name, Path(data_dir) if data_dir is not None else None)
 
 
@@ -134,6 +135,16 @@ class Laboratory:
     def scale(self) -> Scale:
         """The preparation of pixels."""
         return Scale(self.data.maximum)
+
+    def digits(self) -> Examples:
+        """The teacher's labelled training images, kept as bytes on the device."""
+        labels = jnp.asarray(self.data.train_labels.astype(np.int32))
+        images = jnp.asarray(self.data.train_images)
+        return Examples(images, self.config.batch_size, labels, prepare=self.scale)
+
+    def test(self) -> tuple[Array, Array]:
+        """Test images as bytes, and their labels."""
+        return jnp.asarray(self.data.test_images), jnp.asarray(self.data.test_labels.astype(np.int32))
 
     @property
     def noise(self) -> UniformNoise:
@@ -191,8 +202,11 @@ class Laboratory:
 
 def plan(config: Config) -> list[Part]:
     """Seeds in chunks."""
-    laboratory = Laboratory(config, _load(config.data, config.data_dir))
-    run_chunk = compile_chunk(laboratory)
+    return in_chunks(config, compile_chunk(Laboratory(config, load_data(config.data, config.data_dir))))
+
+
+def in_chunks(config: Config, run_chunk: Callable[[Sequence[int]], list[Row]]) -> list[Part]:
+    """A part for each chunk of seeds."""
     chunk = config.chunk or 1
     starts = range(0, config.seeds, chunk)
     groups = [range(start, min(start + chunk, config.seeds)) for start in starts]
@@ -201,15 +215,8 @@ def plan(config: Config) -> list[Part]:
 
 def compile_chunk(laboratory: Laboratory) -> Callable[[Sequence[int]], list[Row]]:
     """A function from seeds to rows; it is compiled at its first call and keeps the data on the device."""
-    data = laboratory.data
-    digits = Examples(
-        jnp.asarray(data.train_images),
-        laboratory.config.batch_size,
-        jnp.asarray(data.train_labels.astype(np.int32)),
-        prepare=laboratory.scale,
-    )
+    digits, test = laboratory.digits(), laboratory.test()
     require_same_template(teacher=repr(digits.prepare), evaluation=repr(laboratory.scale))
-    test = jnp.asarray(data.test_images), jnp.asarray(data.test_labels.astype(np.int32))
     channels = laboratory.channels()
     initial = jax.jit(jax.vmap(laboratory.initial))
     teach_all = jax.jit(jax.vmap(laboratory.teacher, in_axes=(0, None, 0)))
