@@ -1,6 +1,13 @@
+# The two commands need Python >= 3.11, make and a package index, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test environment
+.PHONY: help demo test figures environment clean
+
+help:
+	@echo "make demo     environment, then the theorem's table and the MNIST figure, and one summary page"
+	@echo "make test     environment, then all default tests"
+	@echo "make figures  the committed figures, from full runs (about 40 minutes on two cores)"
+	@echo "make clean    remove the environment and the demo"
 
 environment: .venv/ready
 
@@ -10,7 +17,21 @@ environment: .venv/ready
 	touch $@
 
 demo: environment
-	$(BIN)/python -m experiments mnist --data auto --seeds 4 --out demo/mnist
+	rm -rf demo
+	$(BIN)/python -m experiments theorem --seeds 5 --out demo/theorem
+	$(BIN)/python -m experiments mnist --data auto --seeds 5 --out demo/mnist
+	$(BIN)/python -m experiments summary demo
 
 test: environment
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+figures: environment
+	$(BIN)/python -m experiments theorem --out figures/theorem --resume
+	$(BIN)/python -m experiments theorem_extensions --out figures/theorem_extensions --resume
+	$(BIN)/python -m experiments mnist --out figures/mnist --resume
+	$(BIN)/python -m experiments mnist --preset nature --out figures/mnist_nature --resume
+	$(BIN)/python -m experiments mnist --data digits --out figures/mnist_digits --resume
+	$(BIN)/python -m experiments mnist_noise --out figures/mnist_noise --resume
+
+clean:
+	rm -rf .venv demo
