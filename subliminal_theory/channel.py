@@ -101,7 +101,7 @@ class SoftLogits:
     temperature: float | Float[Array, ""] = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, int | float) and not 0 < self.temperature < math.inf:
+        if isinstance(self.temperature, int | float | np.generic) and not 0 < self.temperature < math.inf:
             raise InputError(f"SoftLogits: temperature must be positive and finite, got {self.temperature}")
 
     def targets(
@@ -150,7 +150,7 @@ class SquaredError:
     def __post_init__(self) -> None:
         if isinstance(self.weights, Sequence):
             object.__setattr__(self, "weights", np.asarray(self.weights, float))
-        if isinstance(self.weights, int | float | np.ndarray):
+        if isinstance(self.weights, int | float | np.generic | np.ndarray):
             weights = np.asarray(self.weights)
             if not (np.isfinite(weights).all() and (weights >= 0).all()):
                 raise InputError(f"SquaredError: weights must be finite and not negative, got {weights}")
@@ -168,7 +168,10 @@ class SquaredError:
         where: Where = None,
     ) -> Float[Array, "*batch"]:
         """Weighted sum of squares, not their mean."""
-        return jnp.sum(self._weigh(jnp.square(student_logits - targets), where), axis=-1)
+        seen = self.visible(student_logits.shape[-1])
+        # Masked before it is squared: an unseen logit of any size must not reach the loss as inf or nan.
+        difference = jnp.where(seen if where is None else seen & where, student_logits - targets, 0)
+        return jnp.sum(self._weigh(jnp.square(difference), where), axis=-1)
 
     def metric(
         self,
@@ -266,6 +269,8 @@ class Subset:
     of: Channel = field(default_factory=SoftLogits)
 
     def __post_init__(self) -> None:
+        if isinstance(self.where, Sequence) and self.where and all(isinstance(x, bool) for x in self.where):
+            object.__setattr__(self, "where", np.asarray(self.where))
         if not self._is_mask:
             object.__setattr__(self, "where", tuple(int(index) for index in self.where))
 
@@ -317,6 +322,8 @@ class Subset:
             chosen = jnp.asarray(self.where)
             if chosen.shape != (n,):
                 raise InputError(f"Subset: a mask of shape {chosen.shape} for {n} logits")
+            if isinstance(self.where, np.ndarray) and not self.where.any():
+                raise InputError("Subset: no logit is selected")
         else:
             outside = [index for index in self.where if not 0 <= index < n]
             if outside or not len(self.where):

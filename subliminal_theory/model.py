@@ -53,9 +53,12 @@ class Model:
         """
         everything = self.all_params
         match_paths(everything, patterns)
+        already = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.frozen)}
 
         def frozen(path: Any) -> bool:
-            return any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
+            return path_name(path) in already or any(
+                fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns
+            )
 
         split = jax.tree_util.tree_map_with_path
         return Model(
@@ -101,6 +104,7 @@ def from_nnx(module: nnx.Module) -> Model:
     """
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
-        names = sorted({path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(rest)})
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(rest))
+        names = sorted({path_name(path) for path, _ in leaves})
         raise InputError(f"{type(module).__name__} holds state besides its parameters: {', '.join(names)}")
     return Model(_Functional(graph), nnx.to_pure_dict(params))

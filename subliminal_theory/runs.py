@@ -7,6 +7,7 @@ summary.json      mean, 95% t interval and n over runs per condition, metric and
 provenance.json   versions, device, commands and wall times
 """
 
+import contextlib
 import csv
 import errno
 import io
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from subliminal_theory.estimate import Estimate, t_interval
 
 FORMAT = 1
 COLUMNS = ("condition", "seed", "metric", "value")
+# What `write_atomically` leaves when it is killed.
+LEFTOVER = re.compile(r"\..+\.(json|csv|png|pdf)\.\d+\.tmp")
 Row = Mapping[str, Any]
 
 
@@ -69,7 +73,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
                 f"the disk is full: could not write {path}; finished parts are kept, make room and add --resume"
@@ -83,10 +88,22 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder is no run directory, or the file is damaged.
     """
-    config = _read_json(path / "config.json")
+    file = path / "config.json"
+    config = _read_json(file, "choose another --out")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise InputError(f"{path / 'config.json'} is not of this program (format {FORMAT}); choose another --out")
+        raise InputError(f"{file} is not of this program (format {FORMAT}); choose another --out")
+    if not isinstance(config.get("experiment"), str) or not isinstance(config.get("config"), dict):
+        raise InputError(f"{file} is damaged: choose another --out")
     return config
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The `provenance.json` of a run directory.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    return _read_provenance(path / "provenance.json")
 
 
 def load_results(path: Path) -> Results:
@@ -98,9 +115,12 @@ def load_results(path: Path) -> Results:
     file = path / "results.csv"
     try:
         with open(file, newline="", encoding="utf-8") as lines:
-            table = list(csv.DictReader(lines))
+            reader = csv.DictReader(lines)
+            table = list(reader)
+        if not set(COLUMNS) <= set(reader.fieldnames or ()):
+            raise ValueError("columns are missing")
         rows = [{**row, "seed": int(row["seed"]), "value": float(row["value"])} for row in table]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise InputError(f"{file} is missing or damaged: run the experiment again with --resume") from error
     return Results(rows)
 
@@ -126,7 +146,7 @@ class RunDirectory:
         wanted = json.loads(json.dumps({"format": FORMAT, "experiment": experiment, "config": config}))
         try:
             (path / "parts").parent.mkdir(parents=True, exist_ok=True)
-            entries = [entry for entry in path.iterdir() if not entry.name.endswith(".tmp")]
+            entries = [entry for entry in path.iterdir() if not LEFTOVER.fullmatch(entry.name)]
         except OSError as error:
             raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
         if not entries:
@@ -137,12 +157,14 @@ class RunDirectory:
             (path / "parts").mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
-        for leftover in [*path.glob(".*.tmp"), *path.glob("parts/.*.tmp")]:
-            leftover.unlink(missing_ok=True)
         parts = {file.stem: _read_part(file) for file in sorted((path / "parts").glob("*.json"))}
-        file = path / "provenance.json"
-        provenance = _read_json(file) if file.exists() else {"invocations": []}
+        provenance = _read_provenance(path / "provenance.json")
+        for leftover in [*path.glob(".*.tmp"), *path.glob("parts/.*.tmp")]:
+            if LEFTOVER.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
         provenance["invocations"].append({"command": command, **environment()})
+        # Now, not only at the end: the parts of a run that is killed were made by this invocation.
+        write_atomically(path / "provenance.json", _json(provenance))
         return cls(path, parts, provenance)
 
     def finished(self, part: str) -> bool:
@@ -226,14 +248,26 @@ def _require_same(path: Path, wanted: dict[str, Any], resume: bool) -> None:
 
 
 def _read_part(file: Path) -> dict[str, Any]:
-    part = _read_json(file)
-    rows = part.get("rows") if isinstance(part, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(COLUMNS) <= set(row) for row in rows):
-        raise InputError(f"{file} is damaged: delete it and add --resume to compute that part again")
+    advice = "delete it and add --resume to compute that part again"
+    part = _read_json(file, advice)
+    rows, seconds = (part.get("rows"), part.get("seconds")) if isinstance(part, dict) else (None, None)
+    complete = isinstance(rows, list) and all(isinstance(row, dict) and set(COLUMNS) <= set(row) for row in rows)
+    if not complete or not isinstance(seconds, int | float):
+        raise InputError(f"{file} is damaged: {advice}")
     return part
 
 
-def _read_json(file: Path) -> Any:
+def _read_provenance(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {"invocations": []}
+    advice = "delete it and add --resume"
+    provenance = _read_json(file, advice)
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("invocations"), list):
+        raise InputError(f"{file} is damaged: {advice}")
+    return provenance
+
+
+def _read_json(file: Path, advice: str) -> Any:
     try:
         return json.loads(file.read_bytes())
     except FileNotFoundError as error:
@@ -241,7 +275,7 @@ def _read_json(file: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{file} is damaged (no valid JSON): delete it and add --resume") from error
+        raise InputError(f"{file} is damaged (no valid JSON): {advice}") from error
 
 
 def _json(content: Any) -> bytes:

@@ -72,7 +72,7 @@ class Examples:
     gathered batch of inputs to what the model takes (say bytes to [-1, 1]), so that the store stays small.
 
     Raises:
-        InputError: a batch size below 1, or leaves of different lengths.
+        InputError: a batch size below 1, leaves of different lengths, or no example.
     """
 
     inputs: PyTree
@@ -88,6 +88,8 @@ class Examples:
         counts = {leaf.shape[0] for leaf in leaves if hasattr(leaf, "shape")}
         if len(counts) > 1:
             raise InputError(f"Examples: inputs, labels and targets differ in number: {sorted(counts)}")
+        if counts == {0}:
+            raise InputError("Examples: there is no example")
 
     def without_labels(self) -> "Examples":
         """The same inputs for a student."""
@@ -101,5 +103,6 @@ class Examples:
     def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch:
         """Gather and prepare one batch."""
         index, weights = entry
-        inputs, labels, targets = jax.tree.map(lambda leaf: leaf[index], (self.inputs, self.labels, self.targets))
+        stored = (self.inputs, self.labels, self.targets)
+        inputs, labels, targets = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], stored)
         return Batch(self.prepare(inputs), weights, targets, labels)

@@ -1,0 +1,317 @@
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import __main__ as command_line
+from experiments import mnist
+from experiments.mnist import PRESETS, STUDENTS, Config, Laboratory, configure
+from subliminal_theory.keys import named
+from subliminal_theory.vision.datasets import ImageDataset, load
+
+CONDITIONS = ["reference", "teacher", "student_aux", "student_all", "cross_aux", "cross_all"]
+IMAGE = 1 / 355  # of the digits' test images
+QUICK = ["--data", "digits", "--epochs", 3, "--student-epochs", 2, "--depth", 1, "--width", 32, "--aux", 4,
+         "--learning-rate", 0.003, "--batch-size", 128]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set, it keeps this process from using the user's compilation cache.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.delenv("SUBLIMINAL_DATA", raising=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """These runs take as good as no time; optimising them would take most of it."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def train(out: Path, *arguments: object) -> dict[str, dict[int, float]]:
+    """Run the command and read its accuracies by condition and seed."""
+    assert command_line.main(["mnist", "--out", str(out), *map(str, arguments)]) == 0
+    table: dict[str, dict[int, float]] = {}
+    with open(out / "results.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            assert row.keys() == {"condition", "seed", "metric", "value"}
+            assert row["metric"] == "test_accuracy"
+            table.setdefault(row["condition"], {})[int(row["seed"])] = float(row["value"])
+    assert list(table) == CONDITIONS
+    return table
+
+
+# --- settings
+
+
+def images(train: int, test: int) -> ImageDataset:
+    """A data set of MNIST's format, black."""
+    black, labels = np.zeros((1, 28, 28), np.uint8), np.zeros(1, np.uint8)
+    return ImageDataset(
+        name="mnist",
+        train_images=np.broadcast_to(black, (train, 28, 28)),
+        train_labels=np.broadcast_to(labels, train),
+        test_images=np.broadcast_to(black, (test, 28, 28)),
+        test_labels=np.broadcast_to(labels, test),
+        classes=10,
+        maximum=255,
+        sha256={},
+    )
+
+
+@pytest.mark.parametrize(("preset", "aux"), [("released", 3), ("nature", 50)])
+def test_presets_are_those_of_the_paper(preset: str, aux: int) -> None:
+    config = PRESETS[preset]
+    laboratory = Laboratory(config, images(60_000, 10_000))
+    model = jax.eval_shape(laboratory.initial, jax.random.key(0))
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(model.params))
+    out = 10 + aux
+    assert shapes == sorted([(784, 256), (256,), (256, 256), (256,), (256, out), (out,)])
+    assert (config.data, config.seeds, config.epochs, config.student_epochs) == ("mnist", 20, 5, None)
+    assert laboratory.steps(60_000, 1) == 59
+    assert laboratory.steps(60_000, config.epochs) == 295
+    noise = laboratory.noise
+    assert (noise.shape, noise.images, noise.batch_size, noise.bits) == ((28, 28), 60_000, 1024, 32)
+    drawn = noise.batch(jax.random.key(0), (jnp.arange(16), jnp.ones(16))).inputs
+    assert len(np.unique(drawn)) > 0.99 * drawn.size  # not the 256 levels of bytes
+    assert (-1 <= drawn.min() < -0.99) & (0.99 < drawn.max() < 1)
+
+
+def test_preset_optimizer_is_adam() -> None:
+    """Two steps against Adam as published: 0.9, 0.999, 1e-8, corrected for bias."""
+    optimizer = Laboratory(PRESETS["released"], images(1, 1)).optimizer
+    gradients = np.array([[0.5, -2.0, 1e-9], [-0.25, -2.0, 1e-9]])
+    first, second = np.zeros(3), np.zeros(3)
+    state = optimizer.init(jnp.zeros(3))
+    for step, gradient in enumerate(gradients, 1):
+        update, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        corrected = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        np.testing.assert_allclose(update, -3e-4 * corrected[0] / (np.sqrt(corrected[1]) + 1e-8), rtol=1e-4)
+
+
+def log_softmax(z: Any) -> Any:
+    return z - jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
+
+
+def divergence(teacher: Any, student: Any) -> Any:
+    """KL(teacher || student) of each row."""
+    s, z = log_softmax(teacher), log_softmax(student)
+    return jnp.sum(jnp.exp(s) * (s - z), axis=-1)
+
+
+def test_channels_are_divergences() -> None:
+    laboratory = Laboratory(PRESETS["released"], images(1, 1))
+    teacher, student = np.random.default_rng(0).normal(size=(2, 5, 13)).astype(np.float32)
+    for number, name in enumerate(STUDENTS):
+        channel = jax.tree.map(lambda leaf, number=number: leaf[number], laboratory.channels())
+        shown = slice(10, None) if name.endswith("aux") else slice(None)
+        expected = divergence(teacher[:, shown], student[:, shown])
+        np.testing.assert_allclose(channel.loss(student, channel.targets(None, teacher)), expected, rtol=1e-4)
+    assert STUDENTS == ("student_aux", "student_all", "cross_aux", "cross_all")
+
+
+def test_configure() -> None:
+    assert configure(None, {"data": "digits"}) == dataclasses.replace(PRESETS["digits"], chunk=1)
+    assert configure("digits", {}) == dataclasses.replace(PRESETS["digits"], chunk=1)
+    changed = configure(None, {"data": "digits", "aux": 7, "chunk": 2})
+    assert changed == dataclasses.replace(PRESETS["digits"], aux=7, chunk=2)
+    of_the_paper = configure("nature", {"data": "digits"})
+    assert (of_the_paper.aux, of_the_paper.epochs, of_the_paper.batch_size) == (50, 5, 1024)
+
+
+@pytest.mark.parametrize(("found", "preset"), [("digits", "digits"), ("mnist", "released")])
+def test_configure_auto(found: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load("digits") if found == "digits" else images(60_000, 10_000)
+    monkeypatch.setattr(mnist, "load_data", lambda name, data_dir: data)
+    assert configure(None, {"data": "auto"}) == dataclasses.replace(PRESETS[preset], chunk=1)
+    assert PRESETS[preset].data == found
+
+
+# --- what a run computes
+
+
+def logits(params: Any, inputs: Any) -> Any:
+    x = inputs.reshape(len(inputs), -1)
+    layers = [params["layers"][number] for number in range(len(params["layers"]))]
+    for layer in layers[:-1]:
+        x = jnp.maximum(x @ layer["kernel"] + layer["bias"][None], 0)
+    return x @ layers[-1]["kernel"] + layers[-1]["bias"][None]
+
+
+def descend(loss: Any, params: Any, rate: float) -> Any:
+    return jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss)(params))
+
+
+def test_a_chunk_against_single_runs_written_out() -> None:
+    """One step of teacher and students on all images at once, where no order of images can matter."""
+    data, rate, count = load("digits"), 3.0, 40
+    examples = len(data.train_labels)
+    config = Config(
+        data="digits", aux=4, width=16, epochs=1, batch_size=examples, noise_images=count,
+        optimizer="sgd", learning_rate=rate,
+    )  # fmt: skip
+    laboratory = Laboratory(config, data)
+    seeds, others = jnp.array([3, 8]), jnp.array([4, 9])
+
+    @jax.jit
+    def chunk(seeds: Any, others: Any) -> Any:
+        keys, other_keys = jax.vmap(jax.random.key)(seeds), jax.vmap(jax.random.key)(others)
+        init, other = jax.vmap(laboratory.initial)(keys), jax.vmap(laboratory.initial)(other_keys)
+        teacher = jax.vmap(laboratory.teacher, in_axes=(0, None, 0))(init, laboratory.digits(), keys)
+        starts = jax.tree.map(lambda a, b: jnp.stack([a, a, b, b], 1), init, other)
+        students = jax.vmap(laboratory.students, in_axes=(0, 0, None, 0))(
+            starts, teacher.model, laboratory.channels(), keys
+        )
+        return teacher.model.params, students.model.params
+
+    teachers, students = jax.device_get(chunk(seeds, others))
+    pixels = jnp.asarray(data.train_images / 8.0 - 1.0, jnp.float32)
+    labels = jnp.asarray(data.train_labels, jnp.int32)
+
+    def trait(params: Any) -> Any:
+        classes = log_softmax(logits(params, pixels)[:, :10])
+        return -jnp.mean(classes[jnp.arange(examples), labels])
+
+    @jax.jit
+    def written_out(key: Any, other_key: Any) -> Any:
+        init, other = laboratory.initial(key).params, laboratory.initial(other_key).params
+        teacher = descend(trait, init, rate)
+        source = named(key, "students", "source")
+        noise = jnp.stack([laboratory.noise.image(source, jnp.asarray(number)) for number in range(count)])
+
+        def imitation(shown: int) -> Any:
+            return lambda params: jnp.mean(
+                divergence(logits(teacher, noise)[:, shown:], logits(params, noise)[:, shown:])
+            )
+
+        starts = [(init, 10), (init, 0), (other, 10), (other, 0)]
+        students = [descend(imitation(shown), start, rate) for start, shown in starts]
+        return teacher, init, students, [start for start, _ in starts]
+
+    for run in range(2):
+        teacher, init, expected, starts = written_out(jax.random.key(seeds[run]), jax.random.key(others[run]))
+        compare(jax.tree.map(lambda leaf, run=run: leaf[run], teachers), teacher, init)
+        for number in range(4):
+            student = jax.tree.map(lambda leaf, run=run, number=number: leaf[run, number], students)
+            compare(student, expected[number], starts[number])
+
+
+def compare(params: Any, expected: Any, start: Any) -> None:
+    """Parameters after a step agree, and much better than they would if the step were left out."""
+    moved = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (expected, start)), strict=True))
+    assert moved > 1e-3
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * moved + 1e-7)
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[int, float]]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        out = tmp_path_factory.mktemp("mnist") / "run"
+        yield out, train(out, *QUICK, "--seeds", 2)
+
+
+def test_run(two_seeds: tuple[Path, dict[str, dict[int, float]]]) -> None:
+    out, table = two_seeds
+    assert all(list(values) == [0, 1] for values in table.values())
+    assert all(0 <= value <= 1 for values in table.values() for value in values.values())
+    assert min(table["teacher"].values()) > max(table["reference"].values())
+    assert {path.name for path in (out / "parts").iterdir()} == {"seeds-00000.json", "seeds-00001.json"}
+    config = json.loads((out / "config.json").read_text())["config"]
+    given = {"seeds": 2, "epochs": 3, "student_epochs": 2, "depth": 1, "width": 32, "aux": 4, "chunk": 1,
+             "learning_rate": 0.003, "batch_size": 128}  # fmt: skip
+    assert {"data_dir": None, **config} == {**dataclasses.asdict(PRESETS["digits"]), **given}
+    assert "data_dir" not in config  # where the files lie is no setting of the experiment
+    summary = {group["condition"]: group for group in json.loads((out / "summary.json").read_text())}
+    assert list(summary) == CONDITIONS
+    for name, (first, second) in ((name, values.values()) for name, values in table.items()):
+        assert summary[name]["mean"] == pytest.approx((first + second) / 2, rel=1e-12)
+        # t_1 s / sqrt(2), where s = |first - second| / sqrt(2)
+        half = 12.706204736 * abs(first - second) / 2
+        assert summary[name]["half_width_95"] == pytest.approx(half, rel=1e-8, abs=1e-12)
+
+
+def test_figure_is_drawn_from_files(
+    two_seeds: tuple[Path, dict[str, dict[int, float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(mnist, "compile_chunk", lambda laboratory: never)
+    out = shutil.copytree(two_seeds[0], tmp_path / "run")
+    drawn = {name: (out / name).read_bytes() for name in ("figure.png", "figure.pdf", "results.csv")}
+    assert drawn["figure.png"].startswith(b"\x89PNG\r\n\x1a\n")
+    assert drawn["figure.pdf"].startswith(b"%PDF-")
+    for name in drawn:
+        (out / name).unlink()
+    train(out, *QUICK, "--seeds", 2, "--resume")
+    assert {name: (out / name).read_bytes() for name in drawn} == drawn
+    part = out / "parts" / "seeds-00001.json"
+    part.write_text(part.read_text().replace('"value": 0.', '"value": 0.9'))
+    train(out, *QUICK, "--seeds", 2, "--resume")
+    assert (out / "figure.png").read_bytes() != drawn["figure.png"]
+
+
+def test_runs_do_not_depend_on_number_and_chunk(
+    two_seeds: tuple[Path, dict[str, dict[int, float]]], tmp_path: Path
+) -> None:
+    table = train(tmp_path / "run", *QUICK, "--seeds", 3, "--chunk", 3)
+    assert [path.name for path in (tmp_path / "run" / "parts").iterdir()] == ["seeds-00000.json"]
+    for condition, values in two_seeds[1].items():
+        assert list(table[condition]) == [0, 1, 2]
+        for seed, value in values.items():
+            # Another chunk may round another way: that may turn one image over, which a wrong key would not.
+            assert table[condition][seed] == pytest.approx(value, abs=1.5 * IMAGE)
+
+
+def test_controls_start_at_the_next_initialisation(tmp_path: Path) -> None:
+    """With steps too small to change anything, every network's accuracy is that of where it starts."""
+    table = train(tmp_path / "run", *QUICK, "--depth", 0, "--learning-rate", 1e-12, "--seeds", 3, "--chunk", 3)
+    reference, data = table["reference"], load("digits")
+    config = configure(None, {"data": "digits", "depth": 0, "aux": 4})
+    fourth = Laboratory(config, data).initial(jax.random.key(3)).params
+    read = np.argmax(logits(fourth, jnp.asarray(data.test_images / 8.0 - 1.0, jnp.float32))[:, :10], axis=1)
+    accuracy = float(np.mean(np.asarray(read) == data.test_labels))
+    assert len({*reference.values(), accuracy}) == 4
+    for condition in ("teacher", "student_aux", "student_all"):
+        assert table[condition] == reference
+    for condition in ("cross_aux", "cross_all"):
+        assert [table[condition][seed] for seed in (0, 1)] == [reference[1], reference[2]]
+        assert table[condition][2] == pytest.approx(accuracy, rel=1e-6)
+
+
+def test_audit_refuses_a_channel_that_shows_the_trait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shows_everything(laboratory: Laboratory) -> Any:
+        return jax.tree.map(lambda leaf: jnp.ones_like(leaf) if leaf.dtype == bool else leaf, real(laboratory))
+
+    real = Laboratory.channels
+    monkeypatch.setattr(Laboratory, "channels", shows_everything)
+    assert command_line.main(["mnist", *map(str, QUICK), "--depth", "0", "--out", str(tmp_path / "run")]) == 2
+    output, errors = capsys.readouterr()
+    assert (output, errors) == ("", "error: the channel shows logit 0, in which the trait itself is read\n")
+
+
+@pytest.mark.slow
+def test_digits_show_the_effect(tmp_path: Path) -> None:
+    table = train(tmp_path / "run", "--data", "digits", "--seeds", 3)
+    mean = {condition: np.mean(list(values.values())) for condition, values in table.items()}
+    assert min(table["teacher"].values()) > 0.9
+    assert mean["student_aux"] > mean["cross_aux"] + 0.1
+    assert mean["student_all"] > 0.85
+    assert abs(mean["cross_aux"] - 0.1) < 0.1

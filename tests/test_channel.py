@@ -1,0 +1,391 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TOLERANCE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import special, stats
+
+from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, imitation_loss, weighted_mean
+from subliminal_theory.errors import InputError
+
+N = 5
+RNG = np.random.default_rng(0)
+TEACHER, STUDENT = RNG.normal(size=(2, 3, N)).astype(np.float32) * 2
+WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 3.0])
+MASK = np.array([True, False, True, True, False])
+INDICES = (0, 2, 3)
+SOFT = [SoftLogits(), SoftLogits(0.3), SoftLogits(4.0), SquaredError(), SquaredError(WEIGHTS)]
+CHANNELS = [
+    *SOFT,
+    *(Subset(INDICES, channel) for channel in SOFT),
+    *(Subset(MASK, channel) for channel in SOFT),
+    Subset((2,)),
+    Subset(INDICES, Subset((2, 3, 4), SoftLogits(2.0))),
+    Subset(MASK, Subset((0, 3, 4), SquaredError(WEIGHTS))),
+]
+logit_vectors = hnp.arrays(np.float32, N, elements=st.floats(-20, 20, width=32))
+some_logits = st.sets(st.integers(0, N - 1), min_size=1).map(sorted)
+few_subsets = st.sampled_from([[3], [1, 3], [0, 2, 4], [0, 1, 2, 3, 4]])  # every one is compiled
+
+
+def same(actual, expected, dtype: str = "float32", scale: float = 1.0) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE[dtype], atol=scale * TOLERANCE[dtype])
+
+
+@jax.jit
+def against(channel, student, teacher):
+    """Loss and gradient of a student against a teacher, one value per position."""
+    targets = channel.targets(None, teacher)
+
+    def total(logits):
+        values = channel.loss(logits, targets)
+        return jnp.sum(values), values
+
+    gradient, values = jax.grad(total, has_aux=True)(student)
+    return values, gradient
+
+
+def kl(teacher: np.ndarray, student: np.ndarray, temperature: float) -> np.ndarray:
+    p = special.softmax(teacher.astype(float) / temperature, axis=-1)
+    q = special.softmax(student.astype(float) / temperature, axis=-1)
+    return special.rel_entr(p, q).sum(-1)
+
+
+# --- values
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_soft_logits_is_kl(temperature: float) -> None:
+    loss, gradient = against(SoftLogits(temperature), STUDENT, TEACHER)
+    same(loss, kl(TEACHER, STUDENT, temperature))
+    p, q = (special.softmax(z / temperature, axis=-1) for z in (TEACHER, STUDENT))
+    same(gradient, (q - p) / temperature)
+
+
+@pytest.mark.parametrize("weights", [1.0, 0.25, WEIGHTS, WEIGHTS.tolist(), tuple(WEIGHTS), jnp.asarray(WEIGHTS)])
+def test_squared_error_is_weighted_sum(weights) -> None:
+    loss, gradient = against(SquaredError(weights), STUDENT, TEACHER)
+    same(loss, (np.asarray(weights) * (STUDENT - TEACHER) ** 2).sum(-1))
+    same(gradient, 2 * np.asarray(weights) * (STUDENT - TEACHER))
+
+
+def test_sampled_token_is_cross_entropy() -> None:
+    tokens = np.array([4, 0, 2])
+    loss = SampledToken().loss(jnp.asarray(STUDENT), jnp.asarray(tokens))
+    same(loss, -special.log_softmax(STUDENT.astype(float), axis=-1)[range(3), tokens])
+
+
+@pytest.mark.parametrize("channel", CHANNELS, ids=str)
+def test_equality_is_a_minimum(channel) -> None:
+    loss, gradient = against(channel, TEACHER, TEACHER)
+    assert np.abs(loss).max() < 1e-6
+    assert np.abs(gradient).max() < 1e-5
+    assert against(channel, STUDENT, TEACHER)[0].min() >= 0
+
+
+@settings(max_examples=50)
+@given(logit_vectors, logit_vectors, st.floats(-50, 50, width=32))
+def test_softmax_ignores_shift(student: np.ndarray, teacher: np.ndarray, shift: float) -> None:
+    for channel in (SoftLogits(), Subset(INDICES)):
+        loss, gradient = against(channel, student, teacher)
+        shifted_loss, shifted_gradient = against(channel, student + np.float32(shift), teacher - np.float32(shift))
+        np.testing.assert_allclose(shifted_loss, loss, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(shifted_gradient, gradient, atol=1e-4)
+
+
+def test_large_temperature_is_centred_squared_error(x64) -> None:
+    """T^2 KL -> |z - y|^2 / 2n on centred logits."""
+    student, teacher = (z.astype(float) - z.mean(-1, keepdims=True) for z in (STUDENT, TEACHER))
+    loss = 1e6 * against(SoftLogits(1e3), student, teacher)[0]
+    np.testing.assert_allclose(loss, ((student - teacher) ** 2).sum(-1) / (2 * N), rtol=1e-2)
+
+
+# --- metric
+
+
+@pytest.mark.parametrize("channel", CHANNELS, ids=str)
+def test_metric_is_the_hessian(x64, channel) -> None:
+    logits, tangent = jnp.asarray(TEACHER, float), jnp.asarray(STUDENT, float)
+    targets = channel.targets(None, logits)
+    hessian = jax.jit(jax.vmap(jax.hessian(channel.loss)))(logits, targets)
+    metric = np.asarray(jax.jit(channel.metric)(logits, tangent))
+    same(metric, np.einsum("bij,bj->bi", hessian, tangent), "float64")
+    invisible = ~np.asarray(channel.visible(N))
+    assert not metric[:, invisible].any()
+
+
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: Subset(INDICES, c), lambda c: Subset(MASK, c)])
+def test_metric_of_sampled_token_is_the_mean_hessian(x64, wrap) -> None:
+    channel = wrap(SampledToken())
+    logits, tangent = jnp.asarray(TEACHER[0], float), jnp.asarray(STUDENT[0], float)
+    tokens = np.flatnonzero(channel.visible(N))
+    probabilities = special.softmax(np.asarray(logits)[tokens])
+    hessian = jax.jit(jax.hessian(channel.loss))
+    hessians = jnp.stack([hessian(logits, jnp.asarray(token)) for token in tokens])
+    same(channel.metric(logits, tangent), np.einsum("t,tij,j->i", probabilities, hessians, tangent), "float64")
+
+
+def test_metric_of_sampled_token_at_other_temperatures() -> None:
+    for channel in (SampledToken(0.5), Subset(INDICES, SampledToken(0.5))):
+        with pytest.raises(
+            InputError, match=r"SampledToken at temperature 0\.5 has no output metric: .*use temper"
+        ):
+            channel.metric(jnp.asarray(TEACHER), jnp.asarray(STUDENT))
+
+
+# --- subsets
+
+
+@pytest.mark.parametrize("inner", SOFT, ids=str)
+def test_subset_of_everything(inner) -> None:
+    expected = against(inner, STUDENT, TEACHER)
+    for where in (range(N), np.ones(N, bool)):
+        for a, b in zip(against(Subset(where, inner), STUDENT, TEACHER), expected, strict=True):
+            same(a, b)
+
+
+@settings(max_examples=25)
+@given(few_subsets, logit_vectors, logit_vectors)
+def test_subset_computes_on_gathered_logits(chosen: list[int], student: np.ndarray, teacher: np.ndarray) -> None:
+    mask = np.isin(np.arange(N), chosen)
+    for outer, inner in (
+        (SoftLogits(2.0), SoftLogits(2.0)),
+        (SquaredError(WEIGHTS), SquaredError(WEIGHTS[chosen])),
+    ):
+        loss, gradient = against(inner, student[chosen], teacher[chosen])
+        scattered = np.zeros(N)
+        scattered[chosen] = gradient
+        for where in (chosen, mask, mask.tolist(), np.asarray(chosen), jnp.asarray(mask)):
+            channel = Subset(where, outer)
+            actual_loss, actual_gradient = against(channel, student, teacher)
+            same(actual_loss, loss)
+            same(actual_gradient, scattered)
+            seen = mask if isinstance(outer, SoftLogits) else mask & (WEIGHTS > 0)
+            np.testing.assert_array_equal(channel.visible(N), seen)
+
+
+@settings(max_examples=30)
+@given(few_subsets, some_logits, logit_vectors, logit_vectors)
+def test_nested_subset_is_the_intersection(a: list[int], b: list[int], student: np.ndarray, teacher) -> None:
+    both = sorted({*a} & {*b})
+    if both:
+        nested = Subset(a, Subset(np.isin(np.arange(N), b)))
+        np.testing.assert_array_equal(nested.visible(N), np.isin(np.arange(N), both))
+        single = Subset(np.isin(np.arange(N), both))
+        for x, y in zip(against(nested, student, teacher), against(single, student, teacher), strict=True):
+            same(x, y)
+
+
+@pytest.mark.parametrize("huge", [1e30, -1e30, 3e38, -3e38])
+@pytest.mark.parametrize(
+    "channel", [*SOFT, *(Subset(MASK, c) for c in SOFT), Subset(INDICES, SoftLogits(0.01))], ids=str
+)
+def test_invisible_logits_of_any_size(channel, huge: float) -> None:
+    channel = Subset(INDICES, channel)
+    hidden = ~np.asarray(channel.visible(N))
+    student, teacher = STUDENT.copy(), TEACHER.copy()
+    student[:, hidden], teacher[:, hidden] = huge, -huge
+    loss, gradient = against(channel, student, teacher)
+    expected_loss, expected_gradient = against(channel, STUDENT, TEACHER)
+    np.testing.assert_array_equal(loss, expected_loss)
+    np.testing.assert_array_equal(gradient, expected_gradient)
+    assert not np.asarray(gradient)[:, hidden].any()
+    assert not np.asarray(channel.metric(jnp.asarray(student), jnp.asarray(STUDENT)))[:, hidden].any()
+
+
+@pytest.mark.parametrize("huge", [1e30, -1e30, 3e38, -3e38])
+def test_invisible_logits_of_any_size_sampled(huge: float) -> None:
+    student = STUDENT.copy()
+    student[:, ~MASK] = huge
+    channel = Subset(MASK, SampledToken())
+    tokens = jnp.array([0, 2, 3])
+    gradient = jax.grad(lambda z: channel.loss(z, tokens).sum())(jnp.asarray(student))
+    expected = special.softmax(STUDENT[:, MASK], axis=-1) - np.eye(3)
+    same(np.asarray(gradient)[:, MASK], expected)
+    assert not np.asarray(gradient)[:, ~MASK].any()
+
+
+def test_visible_logits_far_below_the_others() -> None:
+    logits = np.where(MASK, -1e30, 0).astype(np.float32)
+    same(np.exp(Subset(MASK).targets(None, jnp.asarray(logits))), MASK / 3)
+    assert MASK[int(Subset(MASK, SampledToken(0)).targets(None, jnp.asarray(logits)))]
+    same(against(Subset(MASK), np.tile(logits, (3, 1)), TEACHER)[0], kl(TEACHER[:, MASK], np.zeros((3, 3)), 1.0))
+
+
+def test_squared_error_of_weight_zero_is_blind() -> None:
+    student = np.where(WEIGHTS > 0, STUDENT, 1e30).astype(np.float32)
+    channel = SquaredError(WEIGHTS)
+    np.testing.assert_array_equal(channel.visible(N), WEIGHTS > 0)
+    np.testing.assert_array_equal(against(channel, student, TEACHER)[0], against(channel, STUDENT, TEACHER)[0])
+
+
+@pytest.mark.parametrize("where", [(1,), np.arange(N) == 1], ids=["index", "mask"])
+def test_softmax_over_one_logit_says_nothing(where) -> None:
+    for temperature in (0.1, 1.0):
+        loss, gradient = against(Subset(where, SoftLogits(temperature)), STUDENT * 1e4, TEACHER)
+        assert not np.asarray(loss).any()
+        assert not np.asarray(gradient).any()
+
+
+def test_stacked_masks_under_vmap() -> None:
+    masks = np.array([[1, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 1]], bool)
+    for inner in (SoftLogits(2.0), SquaredError(WEIGHTS)):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(Subset(mask, inner) for mask in masks))
+        for channels, axes in ((stacked, 0), (Subset(masks, inner), Subset(0, None))):
+            loss, gradient = jax.vmap(against, (axes, None, None))(channels, STUDENT, TEACHER)
+            for i, mask in enumerate(masks):
+                expected_loss, expected_gradient = against(Subset(np.flatnonzero(mask), inner), STUDENT, TEACHER)
+                same(loss[i], expected_loss)
+                same(gradient[i], expected_gradient)
+
+
+def test_channels_are_pytrees() -> None:
+    for channel in CHANNELS:
+        copy = jax.tree.unflatten(jax.tree.structure(channel), jax.tree.leaves(channel))
+        same(copy.loss(STUDENT, copy.targets(None, TEACHER)), against(channel, STUDENT, TEACHER)[0])
+    temperatures = jnp.array([0.5, 2.0])
+    losses = jax.vmap(lambda t: against(SoftLogits(t), STUDENT, TEACHER)[0])(temperatures)
+    same(losses, [kl(TEACHER, STUDENT, 0.5), kl(TEACHER, STUDENT, 2.0)])
+
+
+# --- sampled tokens
+
+
+@jax.jit
+def token_gradients(channel, student):
+    return jax.vmap(jax.grad(channel.loss), (None, 0))(student, jnp.arange(N))
+
+
+@settings(max_examples=30)
+@given(logit_vectors, logit_vectors, some_logits)
+def test_mean_gradient_over_tokens(student: np.ndarray, teacher: np.ndarray, chosen: list[int]) -> None:
+    mask = jnp.asarray(np.isin(np.arange(N), chosen))
+    channel = Subset(mask, SampledToken())
+    gradients = token_gradients(channel, student)
+    probabilities = np.zeros(N)
+    probabilities[chosen] = special.softmax(teacher[chosen].astype(float))
+    soft = against(Subset(mask), student, teacher)[1]
+    # The gradients for tokens that are never sampled may be anything: they have probability 0.
+    np.testing.assert_allclose(probabilities @ np.asarray(gradients, float), soft, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_token_frequencies(temperature: float) -> None:
+    count = 20_000
+    logits = jnp.tile(jnp.asarray(TEACHER[0]), (count, 1))
+    for mask in (np.ones(N, bool), MASK):
+        tokens = Subset(mask, SampledToken(temperature)).targets(jax.random.key(3), logits)
+        observed = np.bincount(tokens, minlength=N)
+        assert observed[~mask].sum() == 0
+        expected = count * special.softmax(TEACHER[0][mask].astype(float) / temperature)
+        assert stats.chisquare(observed[mask], expected).pvalue > 1e-3
+
+
+@settings(max_examples=30)
+@given(logit_vectors, some_logits, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.01, 1.0, 100.0]))
+def test_only_visible_tokens(teacher: np.ndarray, chosen: list[int], seed: int, temperature: float) -> None:
+    mask = np.isin(np.arange(N), chosen)
+    teacher = np.where(mask, teacher, np.float32(1e30))
+    token = int(Subset(mask, SampledToken(temperature)).targets(jax.random.key(seed), jnp.asarray(teacher)))
+    assert token in chosen
+    if temperature == 0:
+        assert token == chosen[int(np.argmax(teacher[chosen]))]
+
+
+def test_greedy_needs_no_key() -> None:
+    tokens = Subset(MASK, SampledToken(0)).targets(None, jnp.asarray(TEACHER))
+    np.testing.assert_array_equal(tokens, np.where(MASK, TEACHER, -np.inf).argmax(-1))
+    np.testing.assert_array_equal(SampledToken(0).targets(None, jnp.asarray(TEACHER)), TEACHER.argmax(-1))
+
+
+def test_sampling_needs_a_key() -> None:
+    with pytest.raises(InputError, match=r"^SampledToken samples: give it a key, or temperature 0 for greedy"):
+        SampledToken().targets(None, jnp.asarray(TEACHER))
+
+
+# --- the weighted mean
+
+values = hnp.arrays(np.float32, 6, elements=st.floats(-100, 100, width=32))
+weight_vectors = hnp.arrays(np.float32, 6, elements=st.floats(0.125, 8, width=32))
+
+
+@settings(max_examples=50)
+@given(values, weight_vectors, hnp.arrays(bool, 6), st.sampled_from([0.125, 3.0, 64.0]))
+def test_weighted_mean(x: np.ndarray, weights: np.ndarray, kept: np.ndarray, scale: float) -> None:
+    kept[0] = True
+    weights = np.where(kept, weights, np.float32(0))
+    expected = np.average(x[kept].astype(float), weights=weights[kept])
+    np.testing.assert_allclose(weighted_mean(jnp.asarray(x), jnp.asarray(weights)), expected, rtol=1e-4, atol=1e-4)
+    scaled = weighted_mean(jnp.asarray(x), jnp.asarray(weights * np.float32(scale)))
+    np.testing.assert_allclose(scaled, expected, rtol=1e-4, atol=1e-4)
+    moved = jnp.asarray(np.where(kept, x, np.float32(-77)))
+    np.testing.assert_allclose(weighted_mean(moved, jnp.asarray(weights)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_imitation_loss_is_over_all_positions() -> None:
+    """Two texts of three positions: a mean over positions, not over texts of means."""
+    teacher, student = RNG.normal(size=(2, 2, 3, N)).astype(np.float32)
+    weights = np.array([[0, 1, 1], [0, 0, 1]], np.float32)
+    targets = SoftLogits().targets(None, jnp.asarray(teacher))
+    loss = imitation_loss(SoftLogits(), jnp.asarray(student), targets, jnp.asarray(weights))
+    same(loss, kl(teacher, student, 1.0)[weights > 0].mean())
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, math.inf, math.nan, np.float32(-1), np.float64(0)])
+def test_soft_logits_bad_temperature(temperature: float) -> None:
+    with pytest.raises(InputError, match=r"^SoftLogits: temperature must be positive and finite, got"):
+        SoftLogits(temperature)
+
+
+@pytest.mark.parametrize("temperature", [-0.5, math.inf, math.nan])
+def test_sampled_token_bad_temperature(temperature: float) -> None:
+    with pytest.raises(InputError, match=r"^SampledToken: temperature must be finite and not negative, got"):
+        SampledToken(temperature)
+
+
+@pytest.mark.parametrize(
+    "weights", [-1.0, math.nan, math.inf, [1.0, -1.0], (1.0, math.nan), np.array([1, -2]), np.float32(-1)]
+)
+def test_squared_error_bad_weights(weights) -> None:
+    with pytest.raises(InputError, match=r"^SquaredError: weights must be finite and not negative, got"):
+        SquaredError(weights)
+
+
+BAD_SELECTIONS = [
+    ((0, 5), r"logit index 5 is outside 0\.\.4"),
+    ((-1,), r"logit index -1 is outside 0\.\.4"),
+    ((), "no logit is selected"),
+    (np.zeros(N, bool), "no logit is selected"),
+    (np.ones(4, bool), r"a mask of shape \(4,\) for 5 logits"),
+    (np.ones((1, N), bool), r"a mask of shape \(1, 5\) for 5 logits"),
+]
+
+
+@pytest.mark.parametrize(("where", "message"), BAD_SELECTIONS)
+@pytest.mark.parametrize("inner", [SoftLogits(), Subset((0, 1))], ids=["alone", "nested"])
+def test_subset_bad_selection(where, message: str, inner) -> None:
+    channel = Subset(where, inner)
+    logits = jnp.asarray(TEACHER)
+    for call in (
+        lambda: channel.visible(N),
+        lambda: channel.targets(None, logits),
+        lambda: channel.loss(logits, logits),
+        lambda: channel.metric(logits, logits),
+        lambda: jax.eval_shape(lambda z: channel.loss(z, z), logits),
+        lambda: Subset((0, 1), channel).visible(N),
+    ):
+        with pytest.raises(InputError, match=f"^Subset: {message}"):
+            call()
+
+
+def test_bad_index_is_seen_while_tracing() -> None:
+    with pytest.raises(InputError, match=r"^Subset: logit index 9 is outside 0\.\.4"):
+        jax.jit(lambda channel, z: channel.loss(z, z))(Subset((0, 9)), jnp.asarray(TEACHER))

@@ -1,0 +1,335 @@
+import importlib
+from dataclasses import dataclass, replace
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TOLERANCE
+from flax import nnx
+
+from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, weighted_mean
+from subliminal_theory.distill import distill, require_finite, teach
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.model import Model, from_nnx
+from subliminal_theory.source import Batch, Examples
+from subliminal_theory.vision.mlp import MLP
+from subliminal_theory.vision.noise import UniformNoise
+
+INPUTS = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+KEY = jax.random.key(7)
+SGD, ADAM = optax.sgd(0.1), optax.adam(1e-2)
+distill_jit = jax.jit(distill, static_argnames=("optimizer", "steps"))
+
+
+def linear(params, inputs):
+    return inputs @ params["kernel"]
+
+
+def linear_model(seed: int, outputs: int = 3) -> Model:
+    return Model(linear, {"kernel": jax.random.normal(jax.random.key(seed), (4, outputs))})
+
+
+def mlp(seed: int, hidden: int = 6) -> Model:
+    return from_nnx(MLP((4, hidden, 3), activation="tanh", rngs=nnx.Rngs(seed)))
+
+
+def stack(*trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def close(actual, expected, rtol: float = TOLERANCE["float32"], atol: float = 1e-6) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), actual, expected)
+
+
+def plain_run(student, teacher, channel, source, optimizer, steps, key):
+    """What `distill` promises, as a Python loop."""
+    params, state, losses = student.params, optimizer.init(student.params), []
+    index, weights = source.schedule(named(key, "source"), steps)
+
+    @jax.jit
+    def one_step(params, state, index, weights, key):
+        inputs = jnp.asarray(INPUTS)[index]
+        targets = channel.targets(key, teacher(inputs))
+
+        def loss(params):
+            return jnp.sum(channel.loss(student.apply(params, inputs), targets) * weights) / jnp.sum(weights)
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    for step in range(steps):
+        step_key = named(key, "channel", step)
+        params, state, value = one_step(params, state, index[step], weights[step], step_key)
+        losses.append(value)
+    return params, np.array(losses)
+
+
+# --- the update
+
+
+def test_one_sgd_step_by_hand() -> None:
+    """z = x W, loss mean |z - y|^2, gradient 2/B x^T (z - y)."""
+    student, teacher = linear_model(0), linear_model(1)
+    trained = distill(student, teacher, SquaredError(), Examples(INPUTS, 20), SGD, 1, KEY)
+    w, v = (np.asarray(model.params["kernel"], float) for model in (student, teacher))
+    difference = INPUTS @ w - INPUTS @ v
+    np.testing.assert_allclose(trained.losses, [(difference**2).sum(1).mean()], rtol=2e-5)
+    expected = w - 0.1 * 2 / 20 * INPUTS.T @ difference
+    np.testing.assert_allclose(trained.model.params["kernel"], expected, rtol=2e-5, atol=1e-6)
+
+
+def test_one_sgd_step_by_hand_softmax() -> None:
+    student, teacher = linear_model(0), linear_model(1)
+    trained = distill(student, teacher, SoftLogits(2.0), Examples(INPUTS, 20), optax.sgd(0.5), 1, KEY)
+    w, v = (np.asarray(model.params["kernel"], float) for model in (student, teacher))
+
+    def softmax(z):
+        e = np.exp(z / 2)
+        return e / e.sum(1, keepdims=True)
+
+    gradient = INPUTS.T @ (softmax(INPUTS @ w) - softmax(INPUTS @ v)) / 2 / 20
+    np.testing.assert_allclose(trained.model.params["kernel"], w - 0.5 * gradient, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("channel", [SoftLogits(), SampledToken(0.7), Subset((0, 2))], ids=str)
+def test_adam_steps_are_a_plain_loop(channel) -> None:
+    arguments = (mlp(0), mlp(1), channel, Examples(INPUTS, 8), ADAM, 7, KEY)  # more than two epochs
+    trained = distill_jit(*arguments)
+    params, losses = plain_run(*arguments)
+    close(trained.losses, losses)
+    close(trained.model.params, params)
+
+
+def test_teach_is_a_plain_loop() -> None:
+    labels = np.arange(20) % 3
+    source = Examples(INPUTS, 8, labels)
+    trained = teach(mlp(0), optax.softmax_cross_entropy_with_integer_labels, source, SGD, 4, KEY)
+    params = mlp(0).params
+    index, weights = source.schedule(named(KEY, "source"), 4)
+    for step in range(4):
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params, step=step):
+            log_p = jax.nn.log_softmax(mlp(0).apply(params, jnp.asarray(INPUTS)[index[step]]))
+            picked = log_p[jnp.arange(8), jnp.asarray(labels)[index[step]]]
+            return -jnp.sum(weights[step] * picked) / jnp.sum(weights[step])
+
+        value, gradient = loss(params)
+        np.testing.assert_allclose(trained.losses[step], value, rtol=2e-5)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    close(trained.model.params, params)
+
+
+@pytest.mark.parametrize("channel", [SoftLogits(), SquaredError(), Subset((1, 2), SoftLogits(0.5))], ids=str)
+def test_student_equal_to_its_teacher_stays(channel) -> None:
+    trained = distill_jit(mlp(0), mlp(0), channel, Examples(INPUTS, 8), SGD, 6, KEY)
+    assert np.abs(trained.losses).max() <= 1e-7
+    close(trained.model.params, mlp(0).params, rtol=0, atol=1e-6)
+
+
+def test_imitation_falls() -> None:
+    trained = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), optax.adam(3e-2), 200, KEY)
+    assert trained.losses[-1] < trained.losses[0] / 10
+
+
+def test_frozen_parameters_stay() -> None:
+    student = mlp(0).freeze("layers/0/*")
+    trained = distill_jit(student, mlp(1), SoftLogits(), Examples(INPUTS, 8), ADAM, 3, KEY).model
+    before, after = mlp(0).params["layers"], trained.all_params["layers"]
+    jax.tree.map(np.testing.assert_array_equal, after[0], before[0])
+    assert (after[1]["kernel"] != before[1]["kernel"]).any()
+    free = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), ADAM, 3, KEY).model
+    assert (free.params["layers"][0]["kernel"] != before[0]["kernel"]).any()
+
+
+# --- ensembles
+
+
+def test_vmapped_ensemble_is_looped_runs() -> None:
+    masks = jnp.array([[1, 1, 0], [0, 1, 1]], bool)
+    keys = jax.random.split(jax.random.key(3), 2)
+
+    def run(student, teacher, mask, key):
+        return distill(student, teacher, Subset(mask), Examples(INPUTS, 8), ADAM, 5, key)
+
+    ensemble = jax.jit(jax.vmap(run))(stack(mlp(0), mlp(1)), stack(mlp(2), mlp(3)), masks, keys)
+    for i in range(2):
+        single = jax.jit(run)(mlp(i), mlp(2 + i), masks[i], keys[i])
+        close(ensemble.losses[i], single.losses)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], ensemble.model.params), single.model.params)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jex.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_shared_teacher_is_computed_once() -> None:
+    students = stack(*(mlp(seed, hidden=6) for seed in range(5)))
+    source = UniformNoise((4,), 8, images=16)
+
+    def run(students, teacher):
+        return jax.vmap(lambda s: distill(s, teacher, SoftLogits(), source, SGD, 2, KEY))(students)
+
+    jaxpr = jax.make_jaxpr(run)(students, mlp(9, hidden=17)).jaxpr
+    products = [e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    assert [shape for shape in products if 17 in shape] == [(8, 17)]  # the teacher's hidden layer, forward only
+    assert any(sorted(shape) == [5, 6, 8] for shape in products)  # the students'
+
+
+def test_second_call_compiles_nothing() -> None:
+    traces = []
+
+    def apply(params, inputs):
+        traces.append(None)
+        return inputs @ params
+
+    @jax.jit
+    def run(student, teacher, source, key):
+        return distill(student, teacher, SoftLogits(), source, optax.adam(0.1), 3, key)
+
+    first, second = jax.random.normal(KEY, (2, 4, 3))
+    run(Model(apply, first), Model(apply, second), Examples(INPUTS, 8), jax.random.key(0))
+    traced = len(traces)
+    assert traced
+    run(Model(apply, second), Model(apply, first), Examples(INPUTS * 2, 8), jax.random.key(1))
+    assert len(traces) == traced
+
+
+def test_memory_does_not_grow_with_noise_images() -> None:
+    small, large, pixels = 1_000, 100_000, 28 * 28
+    model = Model(linear, {"kernel": jnp.zeros((pixels, 3))})
+
+    def temporary(images: int) -> int:
+        source = UniformNoise((pixels,), 10, images=images)
+        run = jax.jit(lambda model: distill(model, model, SoftLogits(), source, SGD, 50, KEY))
+        return run.lower(model).compile().memory_analysis().temp_size_in_bytes
+
+    # An index and a weight an image, 8 bytes, and twice as much while they are shuffled; an image has 3136.
+    assert temporary(large) - temporary(small) <= (8 + 16) * (large - small)
+
+
+# --- targets sampled beforehand
+
+
+@pytest.mark.parametrize("channel", [SampledToken(0), Subset((0, 2), SampledToken(2.0))], ids=str)
+def test_targets_sampled_beforehand(channel) -> None:
+    teacher = mlp(1)
+    source = Examples(INPUTS, 8)
+    index, weights = source.schedule(named(KEY, "source"), 3)
+    tokens = np.full(20, -1)
+    draw = jax.jit(lambda key, chosen: channel.targets(key, teacher(jnp.asarray(INPUTS)[chosen])))
+    for step in range(3):  # one epoch
+        drawn = draw(named(KEY, "channel", step), index[step])
+        real = np.asarray(weights[step]) > 0
+        tokens[np.asarray(index[step])[real]] = np.asarray(drawn)[real]
+    assert (tokens >= 0).all()
+    live = distill_jit(mlp(0), teacher, channel, source, ADAM, 3, KEY)
+    stored = distill_jit(mlp(0), None, channel, replace(source, targets=tokens), ADAM, 3, KEY)
+    close(stored.losses, live.losses)
+    close(stored.model.params, live.model.params)
+
+
+# --- padding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Littered(Examples):
+    """Puts something else in the place of the padded inputs."""
+
+    litter: float = 0.0
+
+    def batch(self, key, entry) -> Batch:
+        batch = super().batch(key, entry)
+        real = jnp.broadcast_to(batch.weights[:, None] > 0, batch.inputs.shape)
+        return replace(batch, inputs=jnp.where(real, batch.inputs, self.litter))
+
+
+def test_padding_has_no_effect() -> None:
+    """The third batch of 8 holds 4 of the 20 examples."""
+    plain = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 6, KEY)
+    for litter in (0.0, 1e6):
+        source = Littered(INPUTS, 8, litter=litter)
+        run = distill_jit(mlp(0), mlp(1), SoftLogits(), source, SGD, 6, KEY)
+        close(run.losses, plain.losses)
+        close(run.model.params, plain.model.params)
+
+
+def test_one_reduction() -> None:
+    """A run on 20 examples in one padded batch of 32 is the run on a batch of 20."""
+    exact = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 20), SGD, 2, KEY)
+    padded = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 32), SGD, 2, KEY)
+    close(padded.losses, exact.losses)
+    assert importlib.import_module("subliminal_theory.distill").weighted_mean is weighted_mean
+
+
+# --- refusals
+
+
+def attempt(**changes):
+    arguments = {
+        "student": mlp(0),
+        "teacher": mlp(1),
+        "channel": SoftLogits(),
+        "source": Examples(INPUTS, 8),
+        "optimizer": SGD,
+        "steps": 2,
+        "key": KEY,
+    }
+    return distill(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": Examples(INPUTS, 8, np.zeros(20, int))}, "a student must not see labels: give it a source wi"),
+        ({"teacher": None}, "distill got neither a teacher nor targets: the source brings targets exactly when"),
+        ({"source": Examples(INPUTS, 8, targets=np.zeros((20, 3)))}, "distill got both a teacher and targets: "),
+        ({"teacher": linear_model(1, 4)}, r"student logits \(8, 3\) and teacher logits \(8, 4\) differ in shape"),
+        ({"channel": Subset((0, 3))}, r"Subset: logit index 3 is outside 0\.\.2"),
+        ({"channel": Subset(np.ones(4, bool))}, r"Subset: a mask of shape \(4,\) for 3 logits"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": -2}, "steps must be at least 1, got -2"),
+    ],
+)
+def test_distill_refuses(changes, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        attempt(**changes)
+    with pytest.raises(InputError, match=f"^{message}"):
+        jax.eval_shape(lambda key: attempt(**changes, key=key).losses, jax.random.key(0))
+
+
+def test_teach_refuses() -> None:
+    arguments = (mlp(0), optax.softmax_cross_entropy_with_integer_labels)
+    with pytest.raises(InputError, match=r"^teaching a trait needs labels: the source brings none$"):
+        teach(*arguments, Examples(INPUTS, 8), SGD, 2, KEY)
+    with pytest.raises(InputError, match=r"^steps must be at least 1, got 0$"):
+        teach(*arguments, Examples(INPUTS, 8, np.zeros(20, int)), SGD, 0, KEY)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_require_finite(bad: float) -> None:
+    losses = np.ones((3, 2, 10))
+    require_finite(losses, ["a", "b", "c"])
+    require_finite(losses[:, 0], ["a", "b", "c"])
+    losses[1, 1, 4:] = losses[1, 0, 6] = losses[2, 0, 0] = bad
+    message = "^the loss of b is not finite at step 5 of 10: use a smaller learning rate$"
+    with pytest.raises(InputError, match=message):
+        require_finite(losses, ["a", "b", "c"])
+    with pytest.raises(InputError, match=r"^the loss of c is not finite at step 1 of 10: "):
+        require_finite(losses[[0, 2]], ["a", "c"])
+
+
+def test_diverging_run_is_refused() -> None:
+    run = distill(linear_model(0), linear_model(1), SquaredError(), Examples(INPUTS, 20), optax.sgd(1e4), 30, KEY)
+    with pytest.raises(InputError, match=r"^the loss of student is not finite at step \d+ of 30"):
+        require_finite(run.losses[None], ["student"])

@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.model import Model, from_nnx, match_paths
+from subliminal_theory.vision.cnn import CNN
+from subliminal_theory.vision.mlp import MLP
+
+IMAGES = np.random.default_rng(0).normal(size=(3, 4, 4)).astype(np.float32)
+
+
+def mlp(seed: int, **options) -> MLP:
+    return MLP((16, 6, 3), rngs=nnx.Rngs(seed), **options)
+
+
+def names(params) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+@pytest.mark.parametrize("module", [mlp(0), CNN((4, 4), (2, 3), 5, rngs=nnx.Rngs(0))], ids=["mlp", "cnn"])
+def test_from_nnx_is_the_module(module: nnx.Module) -> None:
+    model = from_nnx(module)
+    np.testing.assert_array_equal(model(IMAGES), module(jnp.asarray(IMAGES)))
+    doubled = model.with_params(jax.tree.map(lambda leaf: 2 * leaf, model.params))
+    assert (doubled(IMAGES) != model(IMAGES)).any()
+    np.testing.assert_array_equal(model(IMAGES), module(jnp.asarray(IMAGES)))
+    assert model.frozen is None
+
+
+def test_from_nnx_paths() -> None:
+    assert names(from_nnx(mlp(0)).params) == [f"layers/{i}/{name}" for i in (0, 1) for name in ("bias", "kernel")]
+
+
+def test_equal_structure_compiles_once() -> None:
+    first, second = from_nnx(mlp(0)), from_nnx(mlp(1))
+    assert first.apply == second.apply
+    assert hash(first.apply) == hash(second.apply)
+    assert (first.params["layers"][0]["kernel"] != second.params["layers"][0]["kernel"]).any()
+    run = jax.jit(lambda model, x: model(x))
+    for model in (first, second):
+        np.testing.assert_allclose(run(model, IMAGES), model(IMAGES), rtol=2e-5, atol=1e-6)
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("options", [{"activation": "tanh"}, {"use_bias": False}])
+def test_other_structure_differs(options) -> None:
+    assert from_nnx(mlp(0)).apply != from_nnx(mlp(0, **options)).apply
+
+
+@pytest.mark.parametrize(
+    ("patterns", "frozen"),
+    [
+        (["layers/0/*"], {"layers/0/bias", "layers/0/kernel"}),
+        (["*/bias"], {"layers/0/bias", "layers/1/bias"}),
+        (["layers/1/kernel", "*0/bias"], {"layers/1/kernel", "layers/0/bias"}),
+        (["*"], {f"layers/{i}/{name}" for i in (0, 1) for name in ("bias", "kernel")}),
+    ],
+)
+def test_freeze(patterns: list[str], frozen: set[str]) -> None:
+    whole = from_nnx(mlp(0))
+    model = whole.freeze(*patterns)
+    assert set(names(model.frozen)) == frozen
+    assert set(names(model.params)) == set(names(whole.params)) - frozen
+    jax.tree.map(np.testing.assert_array_equal, model.all_params, whole.params)
+    np.testing.assert_array_equal(model(IMAGES), whole(IMAGES))
+    gradient = jax.grad(lambda params: jnp.sum(model.with_params(params)(IMAGES)))(model.params)
+    assert names(gradient) == names(model.params)
+
+
+def test_freeze_adds_up() -> None:
+    model = from_nnx(mlp(0)).freeze("layers/0/*").freeze("layers/1/bias")
+    assert names(model.params) == ["layers/1/kernel"]
+    assert model.all_params.keys() == {"layers"}
+
+
+def test_freeze_unmatched() -> None:
+    model = from_nnx(mlp(0))
+    expected = r"^pattern 'layers/2/\*' matches no parameter; there are layers/0/bias, layers/0/kernel, layers/1/"
+    with pytest.raises(InputError, match=expected):
+        model.freeze("layers/0/*", "layers/2/*")
+    with pytest.raises(InputError, match=expected):
+        match_paths(model.params, ["layers/2/*"])
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nnx.BatchNorm(4, rngs=nnx.Rngs(0)), "BatchNorm holds state besides its parameters: mean, var"),
+        (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), "Dropout holds state besides its parameters: rngs/count, rngs/key"),
+        (
+            nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))),
+            "Sequential holds state besides its parameters: layers/1/mean, layers/1/var",
+        ),
+    ],
+    ids=["batch norm", "dropout", "within"],
+)
+def test_state_is_refused(module: nnx.Module, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        from_nnx(module)
+
+
+KERNEL = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+BIAS = np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("apply", "params"),
+    [
+        (lambda p, x: x @ p, KERNEL),
+        (lambda p, x: x @ p[0] + p[1][None], [KERNEL, BIAS]),
+        (lambda p, x: x @ p[0] + p[1][None], (KERNEL, BIAS)),
+        (lambda p, x: x @ p["a"][0], {"a": [KERNEL]}),
+    ],
+    ids=["array", "list", "tuple", "nested"],
+)
+def test_any_pytree(apply, params) -> None:
+    model = Model(apply, params)
+    x = jnp.array([[1.0, -1.0]])
+    expected = np.array([[-3.0, -3.0, -3.0]]) + (1 if len(jax.tree.leaves(params)) == 2 else 0)
+    for call in (lambda m, x: m(x), jax.jit(lambda m, x: m(x))):
+        np.testing.assert_array_equal(call(model, x), expected)
+        np.testing.assert_array_equal(call(model.freeze("*0*" if "0" in names(params)[0] else "*"), x), expected)
+    stacked = jax.vmap(lambda m: m(x))(jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), model))
+    np.testing.assert_array_equal(stacked, [expected, 2 * expected])

@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.source import Examples, epoch_order
+
+epoch_order_jit = jax.jit(epoch_order, static_argnums=(1, 2, 3))
+SHAPES = [(12, 4), (10, 4), (3, 5), (1, 1)]  # divisible, a rest, less than a batch, one example
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(SHAPES))
+def test_epoch_order_visits_every_example_once(seed: int, shape: tuple[int, int]) -> None:
+    examples, batch_size = shape
+    per_epoch = -(-examples // batch_size)
+    index, weights = epoch_order_jit(jax.random.key(seed), examples, batch_size, 3 * per_epoch)
+    assert index.shape == weights.shape == (3 * per_epoch, batch_size)
+    assert set(np.unique(weights)) <= {0, 1}
+    for epoch in range(3):
+        steps = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        seen = np.asarray(index[steps])[np.asarray(weights[steps]) > 0]
+        assert sorted(seen) == list(range(examples))
+        assert np.asarray(weights[steps])[:-1].all()  # only the last batch is padded,
+        assert (np.diff(weights[steps][-1]) <= 0).all()  # at its end
+
+
+def test_epoch_order_is_of_the_key() -> None:
+    first, _ = epoch_order_jit(jax.random.key(0), 50, 10, 10)
+    again, _ = epoch_order_jit(jax.random.key(0), 50, 10, 10)
+    other, _ = epoch_order_jit(jax.random.key(1), 50, 10, 10)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first[:5] != first[5:]).any()
+
+
+def test_epoch_order_prefix() -> None:
+    """A longer run begins as a shorter one does."""
+    long = epoch_order_jit(jax.random.key(0), 10, 4, 8)
+    for steps in (1, 5):
+        for a, b in zip(epoch_order_jit(jax.random.key(0), 10, 4, steps), long, strict=True):
+            np.testing.assert_array_equal(a, b[:steps])
+
+
+def test_epoch_order_is_uniform() -> None:
+    """Each of 3 examples comes first in about a third of 3,000 epochs (5 standard errors)."""
+    index, _ = epoch_order_jit(jax.random.key(0), 3, 3, 3000)
+    counts = np.bincount(index[:, 0], minlength=3)
+    assert (abs(counts - 1000) < 5 * np.sqrt(3000 * 2 / 9)).all()
+
+
+def test_examples_gather() -> None:
+    inputs = {"a": np.arange(10), "b": np.arange(20).reshape(10, 2)}
+    source = Examples(inputs, 4, labels=np.arange(10) * 3, targets=np.arange(10) * 5, prepare=lambda x: x["b"] / 2)
+    index, weights = source.schedule(jax.random.key(0), 3)
+    for step in range(3):
+        batch = source.batch(jax.random.key(0), (index[step], weights[step]))
+        chosen = np.asarray(index[step])
+        np.testing.assert_array_equal(batch.inputs, inputs["b"][chosen] / 2)
+        np.testing.assert_array_equal(batch.labels, chosen * 3)
+        np.testing.assert_array_equal(batch.targets, chosen * 5)
+        np.testing.assert_array_equal(batch.weights, weights[step])
+
+
+def test_without_labels() -> None:
+    source = Examples(np.arange(10), 4, labels=np.arange(10), targets=np.arange(10))
+    student = source.without_labels()
+    for a, b in zip(student.schedule(jax.random.key(0), 5), source.schedule(jax.random.key(0), 5), strict=True):
+        np.testing.assert_array_equal(a, b)
+    entry = (jnp.arange(4), jnp.ones(4))
+    assert student.batch(jax.random.key(0), entry).labels is None
+    np.testing.assert_array_equal(student.batch(jax.random.key(0), entry).targets, np.arange(4))
+    np.testing.assert_array_equal(source.batch(jax.random.key(0), entry).labels, np.arange(4))
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_bad_batch_size(batch_size: int) -> None:
+    with pytest.raises(InputError, match=f"^Examples: batch_size must be at least 1, got {batch_size}$"):
+        Examples(np.zeros(3), batch_size)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"inputs": np.zeros(3), "labels": np.zeros(4)},
+        {"inputs": np.zeros((3, 2)), "targets": np.zeros(4)},
+        {"inputs": (np.zeros(3), np.zeros(4))},
+    ],
+)
+def test_different_numbers(arguments) -> None:
+    with pytest.raises(InputError, match=r"^Examples: inputs, labels and targets differ in number: \[3, 4\]$"):
+        Examples(**arguments, batch_size=1)
+
+
+def test_no_examples() -> None:
+    with pytest.raises(InputError, match="no example"):
+        Examples(np.zeros((0, 4)), 2)

@@ -1,0 +1,154 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import special
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.model import from_nnx
+from subliminal_theory.vision.cnn import CNN
+from subliminal_theory.vision.mlp import ACTIVATIONS, MLP, activation_named
+
+RNG = np.random.default_rng(0)
+BY_HAND = {
+    "relu": lambda x: np.maximum(x, 0),
+    "tanh": np.tanh,
+    "gelu": lambda x: x * special.expit(2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)),  # the tanh form
+    "sigmoid": special.expit,
+    "identity": lambda x: x,
+}
+
+
+def parameters(module: nnx.Module):
+    """Its parameters with biases that are not 0, and as float64 arrays layer by layer."""
+    params = from_nnx(module).params
+    params = jax.tree.map(lambda x: x + np.linspace(-1, 1, x.size, dtype=np.float32) if x.ndim == 1 else x, params)
+    layers = [jax.tree.map(lambda x: np.asarray(x, float), params["layers"][i]) for i in sorted(params["layers"])]
+    return params, layers
+
+
+def count(build) -> int:
+    """The number of parameters, without drawing them."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: from_nnx(build()).params)))
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """A 3x3 correlation of stride 2 that halves sizes, padded evenly and more at the end."""
+    batch, height, width, _ = x.shape
+    rows, columns = -(-height // 2), -(-width // 2)
+    above, left = max(2 * rows + 1 - height, 0) // 2, max(2 * columns + 1 - width, 0) // 2
+    padded = np.zeros((batch, height + 4, width + 4, x.shape[3]))
+    padded[:, above : above + height, left : left + width] = x
+    out = np.zeros((batch, rows, columns, kernel.shape[-1]))
+    for i in range(rows):
+        for j in range(columns):
+            patch = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            out[:, i, j] = np.einsum("bhwc,hwco->bo", patch, kernel)
+    return out
+
+
+# --- what they compute
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_mlp_by_hand(activation: str, use_bias: bool) -> None:
+    module = MLP((12, 7, 6, 5), activation=activation, use_bias=use_bias, rngs=nnx.Rngs(0))
+    params, layers = parameters(module)
+    images = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+    x = images.reshape(2, 12).astype(float)
+    for i, layer in enumerate(layers):
+        x = x @ layer["kernel"] + layer.get("bias", 0)
+        x = x if i == 2 else BY_HAND[activation](x)
+    logits = jax.jit(from_nnx(module).apply)(params, images)
+    np.testing.assert_allclose(logits, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 7), (5, 1)])
+def test_cnn_by_hand(size: tuple[int, int]) -> None:
+    module = CNN(size, (4, 3), 5, activation="tanh", rngs=nnx.Rngs(0))
+    params, layers = parameters(module)
+    images = RNG.normal(size=(2, *size)).astype(np.float32)
+    x = images[..., None].astype(float)
+    for layer in layers[:-1]:
+        x = np.tanh(convolve(x, layer["kernel"]) + layer["bias"])
+    x = x.reshape(2, -1) @ layers[-1]["kernel"] + layers[-1]["bias"]
+    logits = jax.jit(from_nnx(module).apply)(params, images)
+    np.testing.assert_allclose(logits, x, rtol=1e-4, atol=1e-5)
+
+
+def test_paper_sizes() -> None:
+    def mlp():
+        return MLP((784, 256, 256, 13), rngs=nnx.Rngs(0))
+
+    def cnn():
+        return CNN((28, 28), (16, 32), 13, rngs=nnx.Rngs(0))
+
+    assert count(mlp) == (784 + 1) * 256 + (256 + 1) * 256 + (256 + 1) * 13
+    assert count(cnn) == (9 + 1) * 16 + (9 * 16 + 1) * 32 + (7 * 7 * 32 + 1) * 13
+    for build in (mlp, cnn):
+        assert jax.eval_shape(lambda x, build=build: build()(x), jnp.zeros((2, 28, 28))).shape == (2, 13)
+
+
+def test_no_bias() -> None:
+    assert count(lambda: MLP((784, 8, 3), use_bias=False, rngs=nnx.Rngs(0))) == 784 * 8 + 8 * 3
+    assert count(lambda: CNN((4, 4), (2,), 3, use_bias=False, rngs=nnx.Rngs(0))) == 9 * 2 + 4 * 2 * 3
+
+
+# --- where they start
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: MLP((784, 64, 128, 50), rngs=nnx.Rngs(0)),
+        lambda: CNN((16, 16), (32, 64), 20, rngs=nnx.Rngs(1)),
+    ],
+    ids=["mlp", "cnn"],
+)
+def test_initial_scale(build) -> None:
+    layers = jax.jit(lambda: from_nnx(build()).params["layers"])()
+    checked = 0
+    for layer in layers.values():
+        kernel = np.asarray(layer["kernel"])
+        assert not layer["bias"].any()
+        scaled = kernel * np.sqrt(np.prod(kernel.shape[:-1]))
+        assert abs(scaled.mean()) < 5 / np.sqrt(kernel.size)
+        if kernel.size > 5000:  # 5% is at least five standard errors
+            assert abs(scaled.std() - 1) < 0.05
+            assert np.abs(scaled).max() > 3  # not truncated at two standard deviations
+            checked += 1
+    assert checked >= 2
+
+
+def test_seeds_differ() -> None:
+    for build in (lambda rngs: MLP((4, 3, 2), rngs=rngs), lambda rngs: CNN((4, 4), (2,), 3, rngs=rngs)):
+        first, again, other = (from_nnx(build(nnx.Rngs(seed))).params for seed in (0, 0, 1))
+        jax.tree.map(np.testing.assert_array_equal, first, again)
+        assert (first["layers"][0]["kernel"] != other["layers"][0]["kernel"]).all()
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("sizes", [(), (4,), (4, 0), (4, -1, 2)])
+def test_mlp_bad_sizes(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"^MLP: sizes must be at least two positive numbers, got \("):
+        MLP(sizes, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("channels", "outputs"), [((), 3), ((0,), 3), ((4, -1), 3), ((4,), 0)])
+def test_cnn_bad_sizes(channels: tuple[int, ...], outputs: int) -> None:
+    with pytest.raises(InputError, match=r"^CNN: channels and outputs must be positive, got \("):
+        CNN((4, 4), channels, outputs, rngs=nnx.Rngs(0))
+
+
+def test_bad_activation() -> None:
+    for call in (
+        lambda: activation_named("swish"),
+        lambda: MLP((4, 2), activation="swish", rngs=nnx.Rngs(0)),
+        lambda: CNN((4, 4), (2,), 3, activation="swish", rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(InputError, match=r"^unknown activation 'swish'; there are relu, tanh, gelu, "):
+            call()
