@@ -1,12 +1,12 @@
 """The command line of the project: `python -m experiments [NAME] [settings]`."""
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import importlib
 import json
 import os
-import pkgutil
 import shlex
 import sys
 import time
@@ -18,7 +18,6 @@ from typing import Any, NoReturn, get_args
 import jax
 import platformdirs
 
-import experiments
 from experiments.contract import configure
 from experiments.progress import progress
 from subliminal_theory.errors import InputError
@@ -48,25 +47,29 @@ def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, found))
         print("usage: python -m experiments NAME [settings]      (NAME --help shows the settings)\n")
-        for name, module in found.items():
-            print(f"  {name:{width}}  {(module.__doc__ or '').splitlines()[0]}")
+        for name, claim in found.items():
+            print(f"  {name:{width}}  {claim}")
         return 0
     name, *rest = arguments
     if name not in found:
         close = difflib.get_close_matches(name, found, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(found)}"
         raise InputError(f"unknown experiment {name!r}; {hint}")
-    module = found[name]
+    module = importlib.import_module(f"experiments.{name}")
     if hasattr(module, "main"):
         return int(module.main(rest))
     return run(name, module, rest)
 
 
-def discover() -> dict[str, types.ModuleType]:
-    """The modules of this folder that are experiments, by name."""
-    names = sorted(info.name for info in pkgutil.iter_modules(experiments.__path__))
-    modules = {name: importlib.import_module(f"experiments.{name}") for name in names if not name.startswith("_")}
-    return {name: m for name, m in modules.items() if hasattr(m, "plan") or hasattr(m, "main")}
+def discover() -> dict[str, str]:
+    """The experiments of this folder, by name, with the first line of their docstring; nothing is imported."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        functions = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
+        if functions & {"plan", "main"}:
+            found[file.stem] = (ast.get_docstring(module) or "").split("\n")[0]
+    return found
 
 
 def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
@@ -141,7 +144,7 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
         parser.add_argument("--preset", help=f"{' | '.join(module.PRESETS)}: settings to start from")
     for field in dataclasses.fields(default):
         value, choices = getattr(default, field.name), field.metadata.get("choices")
-        names = f"{{{' | '.join(choices)}}} " if choices else ""
+        names = f"{{{' | '.join(map(str, choices))}}} " if choices else ""
         types_ = [t for t in (get_args(field.type) or (field.type,)) if t is not types.NoneType]
         shown = json.dumps(value) if value is not None else "automatic"
         parser.add_argument(

@@ -28,7 +28,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[str | int] | None = None,
     minimum: float | None = None,
     positive: bool = False,
 ) -> Any:
@@ -76,7 +76,7 @@ def validate(config: Any) -> None:
         value, limits = getattr(config, setting.name), setting.metadata
         flag = "--" + setting.name.replace("_", "-")
         if limits.get("choices") and value is not None and value not in limits["choices"]:
-            raise InputError(f"{flag} {value!r} is unknown; there are {', '.join(limits['choices'])}")
+            raise InputError(f"{flag} {value!r} is unknown; there are {', '.join(map(str, limits['choices']))}")
         if not isinstance(value, int | float):
             continue
         if not math.isfinite(value):

@@ -21,15 +21,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, from_preset, option
+from experiments.contract import Part, from_preset, option, validate
 from experiments.figures import bars
 from subliminal_theory.audit import audit, require_same_template
 from subliminal_theory.channel import Channel, SoftLogits, SquaredError, Subset
 from subliminal_theory.distill import Trained, distill, require_finite, teach
+from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.runs import Results, Row
-from subliminal_theory.source import Examples
+from subliminal_theory.source import Batch, Examples
 from subliminal_theory.vision.datasets import ImageDataset, load
 from subliminal_theory.vision.mlp import MLP
 from subliminal_theory.vision.noise import UniformNoise
@@ -74,7 +75,7 @@ class Config:
         "noise images per run, repeated each epoch (as many as training images; 0: never repeat)",
         minimum=0,
     )
-    noise_bits: int = option(32, "random bits a noise pixel, 8 or 32", minimum=8)
+    noise_bits: int = option(32, "random bits a noise pixel", choices=(8, 32))
     batch_size: int = option(1024, "images a step", minimum=1)
     optimizer: str = option("adam", "of teacher and students, fresh for each", choices=tuple(OPTIMIZERS))
     learning_rate: float = option(3e-4, "step size of the optimizer", positive=True)
@@ -85,14 +86,20 @@ class Config:
 PRESETS = {
     "released": Config(),
     "nature": Config(aux=50),
-    "digits": Config(data="digits", aux=50, epochs=9, student_epochs=27, batch_size=128, noise_images=1437),
+    "digits": Config(data="digits", aux=50, epochs=9, student_epochs=27, batch_size=128),
 }
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> Config:
     """Resolve what is automatic: data that can be had, the preset that suits them, the chunk."""
-    wanted = changes.get("data", from_preset(PRESETS, preset).data)
-    data = load_data(wanted, changes.get("data_dir"))
+    asked = dataclasses.replace(from_preset(PRESETS, preset), **changes)
+    validate(asked)
+    wanted = asked.data
+    if wanted == "digits" and asked.data_dir is not None:
+        raise InputError(
+            "--data-dir is a folder of idx files, but the digits are embedded: leave one of the two out"
+        )
+    data = load_data(wanted, asked.data_dir)
     if preset is None and data.name == "digits":
         preset = "digits"
     name = data.name if wanted == "auto" else wanted
@@ -251,6 +258,11 @@ def compile_chunk(laboratory: Laboratory) -> Callable[[Sequence[int]], list[Row]
     return run
 
 
+def first_batch(source: UniformNoise, key: Key[Array, ""]) -> Batch:
+    """What a student is shown first."""
+    return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, 1)))
+
+
 def audit_student(laboratory: Laboratory, name: str, start: Model, init: Model, teacher: Model) -> None:
     """Refuse what would make a student's accuracy meaningless."""
     classes = laboratory.data.classes
@@ -261,7 +273,7 @@ def audit_student(laboratory: Laboratory, name: str, start: Model, init: Model, 
         teacher=teacher.params,
         channel=jax.tree.map(lambda leaf: leaf[STUDENTS.index(name)], laboratory.channels()),
         logits=laboratory.outputs,
-        batch=laboratory.noise.batch(key, jax.tree.map(lambda x: x[0], laboratory.noise.schedule(key, 1))),
+        batch=jax.eval_shape(lambda: first_batch(laboratory.noise, key)),
         private=range(classes) if name.endswith("aux") else (),
         cross_init=name.startswith("cross"),
     )

@@ -22,6 +22,7 @@ from experiments.architectures import AUX, BUILDERS, CLASSES, IMAGE, OUTPUTS, bu
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, panels
 from subliminal_theory.channel import Channel, SoftLogits, SquaredError, Subset
+from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import log_slope
 from subliminal_theory.keys import named
 from subliminal_theory.runs import Results, Row
@@ -56,7 +57,11 @@ class Config:
     seeds: int = option(20, "independent networks, traits and inputs for each cell", minimum=1)
     smallest: float = option(1e-5, "smallest eps and alpha, in units of the raw gradients", positive=True)
     largest: float = option(1e-3, "largest eps and alpha", positive=True)
-    steps: int = option(7, "step sizes between them", minimum=2)
+    steps: int = option(7, "step sizes from the smallest to the largest", minimum=2)
+
+    def __post_init__(self) -> None:
+        if self.smallest >= self.largest:
+            raise InputError(f"--smallest {self.smallest:g} must be below --largest {self.largest:g}")
 
 
 PRESETS = {"default": Config()}

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.architectures import CLASSES, IMAGE, OUTPUTS, build
+from experiments.architectures import BUILDERS, CLASSES, IMAGE, OUTPUTS, build
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, panels
 from subliminal_theory.channel import Channel, SampledToken, SquaredError, Subset
@@ -203,7 +203,7 @@ class Config:
     """Settings of the survey."""
 
     seeds: int = option(200, "random networks, traits and inputs for each extension", minimum=1)
-    network: str = option("MLP, tanh", "network of experiments/architectures.py")
+    network: str = option("MLP, tanh", "kind of network", choices=tuple(BUILDERS))
 
 
 PRESETS = {"default": Config()}

@@ -98,12 +98,18 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """The `provenance.json` of a run directory.
+    """The `provenance.json` of a run directory, without invocations if there is none yet.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is damaged.
     """
-    return _read_provenance(path / "provenance.json")
+    file, advice = path / "provenance.json", "delete it and add --resume"
+    if not file.exists():
+        return {"invocations": []}
+    provenance = _read_json(file, advice)
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("invocations"), list):
+        raise InputError(f"{file} is damaged: {advice}")
+    return provenance
 
 
 def load_results(path: Path) -> Results:
@@ -158,7 +164,7 @@ class RunDirectory:
         except OSError as error:
             raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
         parts = {file.stem: _read_part(file) for file in sorted((path / "parts").glob("*.json"))}
-        provenance = _read_provenance(path / "provenance.json")
+        provenance = read_provenance(path)
         for leftover in [*path.glob(".*.tmp"), *path.glob("parts/.*.tmp")]:
             if LEFTOVER.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
@@ -255,16 +261,6 @@ def _read_part(file: Path) -> dict[str, Any]:
     if not complete or not isinstance(seconds, int | float):
         raise InputError(f"{file} is damaged: {advice}")
     return part
-
-
-def _read_provenance(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {"invocations": []}
-    advice = "delete it and add --resume"
-    provenance = _read_json(file, advice)
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("invocations"), list):
-        raise InputError(f"{file} is damaged: {advice}")
-    return provenance
 
 
 def _read_json(file: Path, advice: str) -> Any:

@@ -4,6 +4,8 @@ import os
 
 # Must be set before jax is imported: bit-for-bit tests start processes that inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time of these tests is compilation.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest

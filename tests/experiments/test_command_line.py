@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import functools
 import gzip
+import importlib
 import io
 import json
 import os
@@ -33,7 +34,7 @@ from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Batch, Examples
 
-EXPERIMENTS = command_line.discover()
+EXPERIMENTS = {name: importlib.import_module(f"experiments.{name}") for name in command_line.discover()}
 NO_SIGKILL = pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 
 
@@ -95,7 +96,8 @@ class Toy(ModuleType):
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
     module = Toy()
-    monkeypatch.setattr(command_line, "discover", lambda: {"toy": module})
+    monkeypatch.setattr(command_line, "discover", lambda: {"toy": "A toy."})
+    monkeypatch.setitem(sys.modules, "experiments.toy", module)
     return module
 
 
@@ -222,6 +224,9 @@ def test_in_a_process_of_its_own() -> None:
         ("mnist --data digits --channel-loss foo", "--channel-loss 'foo' is unknown; there are kl, mse"),
         ("theorem --seeds 0", "--seeds must be at least 1, got 0"),
         ("theorem --steps 1", "--steps must be at least 2, got 1"),
+        ("theorem --smallest 1e-3", "--smallest 0.001 must be below --largest 0.001"),
+        ("mnist --data digits --noise-bits 9", "--noise-bits 9 is unknown; there are 8, 32"),
+        ("mnist --data digits --data-dir x", "--data-dir is a folder of idx files, but the digits are embedded"),
         ("theorem --smallest nan", "--smallest must be finite, got nan"),
         ("theorem --preset nature", "unrecognized arguments: --preset nature; see "),
     ],
