@@ -168,3 +168,10 @@ def test_templates() -> None:
     require_same_template(teacher="x/255")
     with pytest.raises(InputError, match=r"^teacher uses template 'x/255' but evaluation uses 'x/127\.5 - 1'$"):
         require_same_template(teacher="x/255", student="x/255", evaluation="x/127.5 - 1")
+
+
+def test_one_leaking_run_of_an_ensemble_is_enough() -> None:
+    leaking = {**TEACHER_INIT, "kernel": TEACHER_INIT["kernel"].copy()}
+    leaking["kernel"][1] = TEACHER["kernel"][1]
+    with pytest.raises(InputError, match="TRAINED teacher's kernel"):
+        refuse_trained_weights(leaking, TEACHER_INIT, TEACHER)
