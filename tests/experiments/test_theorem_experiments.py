@@ -66,7 +66,7 @@ def test_sign_descent_counterexample_by_hand(x64):
 
 def test_summary_page(tmp_path, capsys):
     out = tmp_path / "small"
-    settings = "--data digits --seeds 1 --epochs 1 --student-epochs 1 --width 8".split()
+    settings = ["--data", "digits", "--seeds", "1", "--epochs", "1", "--student-epochs", "1", "--width", "8"]
     assert command_line.main(["mnist", *settings, "--out", str(out)]) == 0
     assert command_line.main(["summary", str(tmp_path)]) == 0
     page = (tmp_path / "index.html").read_text()
