@@ -14,7 +14,7 @@ Each takes `where`, a boolean mask over the logits, by which `Subset` narrows an
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ Where = Bool[Array, " n"] | None
 _BOOL = np.dtype(bool)
 
 
+@runtime_checkable
 class Channel(Protocol):
     """The four methods above; see `SoftLogits` for their shapes."""
 

@@ -8,7 +8,7 @@ shares the output layer and draws the rest anew. The first pattern that matches 
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from subliminal_theory.model import Model, match_paths, path_name
 from subliminal_theory.source import Source
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Makes a student's parameter from the teacher's initial one and an independent draw of it."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class Batch:
     labels: PyTree = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """A pytree with a schedule for a whole run and a batch for each of its entries.
 
