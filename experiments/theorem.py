@@ -225,6 +225,7 @@ def plot(results: Results, config: Config) -> Figure:
     orders.set_title(r"inner product $D_S \cdot D_T$ (median)")
     errors.set_title(r"error of $\epsilon A$ (median)")
     orders.legend(fontsize=7)
+    errors.legend(handles=errors.get_lines()[-1:], fontsize=7)
     for x, network in enumerate(networks):
         for shift, condition, colour in ((-0.2, "same_init", COLOURS[0]), (0.2, "other_init", COLOURS[3])):
             values = results.values(condition=condition, metric="cosine", network=network)
