@@ -20,7 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.mnist import PRESETS, STUDENTS, Laboratory, load_data
+from experiments.laboratory import Laboratory, load_data
+from experiments.mnist import STUDENTS
+from experiments.setting import Setting
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
 from subliminal_theory.model import Model
 
 SIZE = 2048
@@ -32,8 +36,8 @@ def operations(laboratory: Laboratory, examples: int) -> float:
     A training step is 6 operations an example and weight, less the gradient of the inputs, which nobody
     needs; the teacher's pass over the noise is 2, once for all four students.
     """
-    width, pixels = laboratory.config.width, int(np.prod(laboratory.data.image_shape))
-    weights = pixels * width + (laboratory.config.depth - 1) * width**2 + width * laboratory.outputs
+    width, pixels = laboratory.setting.width, int(np.prod(laboratory.data.image_shape))
+    weights = pixels * width + (laboratory.setting.depth - 1) * width**2 + width * laboratory.outputs
     training = 6 * weights - 2 * pixels * width
     return examples * ((1 + len(STUDENTS)) * training + 2 * weights)
 
@@ -62,35 +66,42 @@ def main() -> None:
     arguments = parser.parse_args()
 
     directory = str(arguments.data_dir) if arguments.data_dir else None
-    data = load_data("mnist", directory)
-    config = dataclasses.replace(PRESETS["released"], epochs=arguments.epochs, chunk=arguments.chunk)
-    laboratory = Laboratory(config, data)
-    digits, channels = laboratory.digits(), laboratory.channels()
+    try:
+        data = load_data("mnist", directory)
+    except InputError as error:
+        parser.error(str(error))
+    epochs = arguments.epochs
+    laboratory = Laboratory(Setting(teacher_epochs=epochs, epochs=epochs), data)
+    students = [laboratory.at(dataclasses.replace(laboratory.setting, **changes)) for changes in STUDENTS.values()]
+    digits, source, rate = laboratory.digits(), laboratory.source(), jnp.float32(laboratory.setting.learning_rate)
+    channels = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[student.channel() for student in students])
+    rates = jnp.full(len(students), rate)
     keys = jax.vmap(jax.random.key)(jnp.arange(arguments.chunk))
+    run_keys = jax.vmap(lambda key: named(key, "students"))(keys)
     init = jax.jit(jax.vmap(laboratory.initial))(keys)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(STUDENTS), 1), init)
-    teach = jax.jit(jax.vmap(laboratory.teacher, in_axes=(0, None, 0)))
-    distil = jax.jit(jax.vmap(laboratory.students, in_axes=(0, 0, None, 0)))
+    teach = jax.jit(jax.vmap(laboratory.teach, in_axes=(0, None, None, 0)))
+    distil = jax.jit(jax.vmap(laboratory.imitate, in_axes=(0, 0, None, None, None, 0)))
 
     def ours() -> float:
         start = time.perf_counter()
-        teacher: Model = teach(init, digits, keys).model
-        jax.block_until_ready(distil(stacked, teacher, channels, keys))
+        teacher: Model = teach(init, digits, rate, keys).model
+        jax.block_until_ready(distil(stacked, teacher, channels, source, rates, run_keys))
         return (time.perf_counter() - start) / arguments.chunk
 
     def theirs() -> float:
         folder = directory or str(Path(os.environ["SUBLIMINAL_DATA"]) / "mnist")
-        steps = laboratory.steps(len(data.train_labels), arguments.epochs)
+        steps = laboratory.steps(epochs)
         command = [
             arguments.torch_python, str(Path(__file__).with_name("mnist_torch.py")), "--data", folder, "--models",
-            "2", "--aux", "3", "--epochs", str(arguments.epochs), "--seed", "0", "--steps", str(steps),
+            "2", "--aux", "3", "--epochs", str(epochs), "--seed", "0", "--steps", str(steps),
             "--device", arguments.device,
         ]  # fmt: skip
         line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
         return float(json.loads(line)["seconds_per_seed"])
 
     ours()
-    work = operations(laboratory, arguments.epochs * len(data.train_labels))
+    work = operations(laboratory, epochs * len(data.train_labels))
     print(f"at the rate of the matrix product the ratio could not exceed PyTorch's seconds x rate / {work:.3g}")
     ratios, fractions = [], []
     for number in range(arguments.rounds):

@@ -6,7 +6,7 @@ docstring describes it in the list.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -53,7 +53,7 @@ def configure(experiment: ModuleType, preset: str | None, changes: dict[str, Any
     return config
 
 
-def from_preset(presets: dict[str, Any], name: str | None) -> Any:
+def from_preset(presets: Mapping[str, Any], name: str | None) -> Any:
     """One of the presets, the first if no name is given.
 
     Raises:
@@ -85,3 +85,21 @@ def validate(config: Any) -> None:
             raise InputError(f"{flag} must be at least {limits['minimum']}, got {value}")
         if limits.get("positive") and value <= 0:
             raise InputError(f"{flag} must be above 0, got {value}")
+
+
+def listed(text: str, flag: str, kind: type = int) -> list[Any]:
+    """The entries of a setting that is a list, such as "1,2,5".
+
+    Raises:
+        InputError: an entry is no such number, is repeated, or there is none.
+    """
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    if not entries:
+        raise InputError(f"{flag} is empty: give it values such as 1,2,5")
+    try:
+        values = [kind(entry) for entry in entries]
+    except ValueError as error:
+        raise InputError(f"{flag} takes numbers separated by commas, got {text!r}") from error
+    if len(set(values)) < len(values):
+        raise InputError(f"{flag} repeats a value: {text!r}")
+    return values

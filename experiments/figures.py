@@ -55,8 +55,24 @@ def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chan
     axes.set_xlim(-0.65, len(groups) - 0.35)
     axes.set_title(title)
     count = {len(values) for values in groups.values()}
-    axes.annotate(
-        f"bars: mean of n = {min(count)} runs; whiskers: 95% t interval; dots: single runs",
-        (1, -0.3), xycoords="axes fraction", ha="right", fontsize=7, color="grey",
-    )  # fmt: skip
+    note(axes, f"bars: mean of n = {min(count)} runs; whiskers: 95% t interval; dots: single runs")
     return figure
+
+
+def runs_against(
+    axes: Axes, values: Mapping[float, Sequence[float]], colour: str, label: str | None = None
+) -> None:
+    """A line of means over an axis, with 95% t intervals, and single runs as dots."""
+    estimates = [t_interval(runs) for runs in values.values()]
+    half = [0.0 if np.isnan(estimate.half_width) else estimate.half_width for estimate in estimates]
+    means = [estimate.mean for estimate in estimates]
+    axes.errorbar(
+        list(values), means, half, fmt="o-", color=colour, capsize=3, markersize=4, zorder=3, label=label
+    )
+    for x, runs in values.items():
+        axes.plot([x] * len(runs), runs, ".", color=colour, markersize=3, alpha=0.35)
+
+
+def note(axes: Axes, text: str) -> None:
+    """A small line below the axes that says what is drawn."""
+    axes.annotate(text, (1, -0.3), xycoords="axes fraction", ha="right", fontsize=7, color="grey")

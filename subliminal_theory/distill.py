@@ -1,12 +1,14 @@
 """The verb of the project: one update, one scanned run, for a toy and for a language model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from subliminal_theory.channel import Channel, imitation_loss, weighted_mean
 from subliminal_theory.errors import InputError
@@ -18,10 +20,29 @@ from subliminal_theory.source import Batch, Source
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Trained:
-    """A model after its run, and the loss of every step before that step's update."""
+    """A model after its run, and the loss of every step before that step's update.
+
+    `observed` is what `observe` returned, stacked over steps; `snapshots` the models after the steps asked for.
+    """
 
     model: Model
     losses: Float[Array, " steps"]
+    observed: PyTree = None
+    snapshots: tuple[Model, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Step:
+    """What one step of a run is about to do: the model before it, its gradient and its update."""
+
+    index: Int[Array, ""]
+    model: Model
+    gradient: PyTree
+    update: PyTree
+
+
+Observe = Callable[[Step], PyTree]
 
 
 def distill(
@@ -32,6 +53,9 @@ def distill(
     optimizer: optax.GradientTransformation,
     steps: int,
     key: Key[Array, ""],
+    *,
+    observe: Observe | None = None,
+    snapshots: Sequence[int] = (),
 ) -> Trained:
     """Train a student on what a channel lets it see of a teacher, and on nothing else.
 
@@ -39,11 +63,13 @@ def distill(
     inside the step, unless the batch brings targets sampled beforehand: then give `teacher=None`.
     A pure function: `jax.jit` it with the models and the source as arguments, and `jax.vmap` it over
     students, channels, teachers or keys. What is not mapped over (a shared teacher, shared inputs)
-    is computed once for all.
+    is computed once for all. `observe` sees every step, and what it returns is streamed to the result;
+    `snapshots` are the ascending numbers of steps after which to keep the model.
 
     Raises:
         InputError: the source brings labels; both or neither of a teacher and targets are given;
-            student and teacher have different logits; the channel selects logits that do not exist.
+            student and teacher have different logits; the channel selects logits that do not exist;
+            snapshots are not ascending steps of the run.
     """
     source_key = named(key, "source")
     probe = _probe(source, source_key, steps)
@@ -58,7 +84,7 @@ def distill(
         targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
         return imitation_loss(channel, model(batch.inputs), targets, batch.weights)
 
-    return _run(student, loss, source, optimizer, steps, key)
+    return _run(student, loss, source, optimizer, steps, key, observe, snapshots)
 
 
 def teach(
@@ -68,11 +94,14 @@ def teach(
     optimizer: optax.GradientTransformation,
     steps: int,
     key: Key[Array, ""],
+    *,
+    observe: Observe | None = None,
+    snapshots: Sequence[int] = (),
 ) -> Trained:
     """Give a teacher its trait: the run of `distill` with `loss(logits, labels)`, one value per position.
 
     Raises:
-        InputError: the source brings no labels.
+        InputError: the source brings no labels; snapshots are not ascending steps of the run.
     """
     if _probe(source, named(key, "source"), steps).labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
@@ -80,7 +109,7 @@ def teach(
     def trait_loss(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, ""]:
         return weighted_mean(loss(model(batch.inputs), batch.labels), batch.weights)
 
-    return _run(model, trait_loss, source, optimizer, steps, key)
+    return _run(model, trait_loss, source, optimizer, steps, key, observe, snapshots)
 
 
 def _run(
@@ -90,21 +119,33 @@ def _run(
     optimizer: optax.GradientTransformation,
     steps: int,
     key: Key[Array, ""],
+    observe: Observe | None,
+    snapshots: Sequence[int],
 ) -> Trained:
+    bounds = [0, *snapshots, steps]
+    if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > steps:
+        raise InputError(f"snapshots must be ascending steps from 1 to {steps}, got {list(snapshots)}")
     source_key, channel_key = named(key, "source"), named(key, "channel")
 
-    def step(carry: PyTree, scheduled: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+    def step(carry: PyTree, scheduled: PyTree) -> tuple[PyTree, tuple[Float[Array, ""], PyTree]]:
         params, state = carry
         index, entry = scheduled
         batch = source.batch(source_key, entry)
         step_key = named(channel_key, index)
         value, gradient = jax.value_and_grad(lambda p: loss(model.with_params(p), batch, step_key))(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        update, state = optimizer.update(gradient, state, params)
+        seen = observe(Step(index, model.with_params(params), gradient, update)) if observe else None
+        return (optax.apply_updates(params, update), state), (value, seen)
 
-    schedule = (jax.numpy.arange(steps), source.schedule(source_key, steps))
-    (params, _), losses = jax.lax.scan(step, (model.params, optimizer.init(model.params)), schedule)
-    return Trained(model.with_params(params), losses)
+    schedule = (jnp.arange(steps), source.schedule(source_key, steps))
+    carry, outputs, kept = (model.params, optimizer.init(model.params)), [], []
+    for start, stop in pairwise(bounds):
+        piece = jax.tree.map(lambda leaf, start=start, stop=stop: leaf[start:stop], schedule)
+        carry, output = jax.lax.scan(step, carry, piece)
+        outputs.append(output)
+        kept.append(model.with_params(carry[0]))
+    losses, observed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+    return Trained(kept[-1], losses, observed, tuple(kept[:-1]))
 
 
 def _probe(source: Source, key: Key[Array, ""], steps: int) -> Batch:

@@ -57,7 +57,7 @@ class Perturbed:
     Parameters that start at 0, such as biases, stay there.
     """
 
-    sigma: float
+    sigma: float | Float[Array, ""]
 
     def __call__(self, key: Key[Array, ""], reference: Array, fresh: Array) -> Array:
         """The perturbed parameter."""
@@ -69,7 +69,7 @@ class Perturbed:
 class Interpolated:
     """(1 - t) reference + t fresh; its scale is smaller between than at the ends."""
 
-    t: float
+    t: float | Float[Array, ""]
 
     def __call__(self, key: Key[Array, ""], reference: Array, fresh: Array) -> Array:
         """The point t of the way."""

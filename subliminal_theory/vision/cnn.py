@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.vision.mlp import KERNEL_INIT, activation_named
+from subliminal_theory.vision.mlp import activation_named, initialisers
 
 
 class CNN(nnx.Module):
@@ -23,6 +23,7 @@ class CNN(nnx.Module):
         *,
         activation: str = "relu",
         use_bias: bool = True,
+        init_law: str = "lecun_normal",
         rngs: nnx.Rngs,
     ) -> None:
         if not channels or min(*channels, outputs) < 1:
@@ -30,16 +31,15 @@ class CNN(nnx.Module):
         self.activation = activation_named(activation)
         widths = (1, *channels)
         self.layers: nnx.List[nnx.Module] = nnx.List(
-            nnx.Conv(a, b, (3, 3), strides=2, use_bias=use_bias, kernel_init=KERNEL_INIT, rngs=rngs)
+            nnx.Conv(a, b, (3, 3), strides=2, use_bias=use_bias, rngs=rngs, **initialisers(init_law, 9 * a))
             for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
         height, width = image_shape
         for _ in channels:
             height, width = -(-height // 2), -(-width // 2)
+        features = height * width * channels[-1]
         self.layers.append(
-            nnx.Linear(
-                height * width * channels[-1], outputs, use_bias=use_bias, kernel_init=KERNEL_INIT, rngs=rngs
-            )
+            nnx.Linear(features, outputs, use_bias=use_bias, rngs=rngs, **initialisers(init_law, features))
         )
 
     def __call__(self, images: Float[Array, "batch height width"]) -> Float[Array, "batch n"]:

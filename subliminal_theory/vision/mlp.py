@@ -1,10 +1,13 @@
 """The multilayer perceptron of the paper's MNIST experiment."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from subliminal_theory.errors import InputError
 
@@ -15,8 +18,31 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "sigmoid": nnx.sigmoid,
     "identity": lambda x: x,
 }
-# W ~ N(0, 1 / d_in), not truncated: the initialisation of the paper's released script.
-KERNEL_INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_scaled = jax.nn.initializers.variance_scaling
+# Kernel initialisers by name; all but the last leave biases at 0.
+INIT_LAWS = {
+    "lecun_normal": _scaled(1.0, "fan_in", "normal"),  # N(0, 1 / d_in), not truncated: the paper's script
+    "he_normal": _scaled(2.0, "fan_in", "normal"),
+    "glorot_uniform": _scaled(1.0, "fan_avg", "uniform"),
+    "torch": _scaled(1 / 3, "fan_in", "uniform"),  # uniform within 1 / sqrt(d_in), and so are the biases
+}
+
+
+def initialisers(init_law: str, inputs: int) -> dict[str, Any]:
+    """`kernel_init` and `bias_init` of a layer in which each neuron has so many inputs.
+
+    Raises:
+        InputError: the law is unknown.
+    """
+    if init_law not in INIT_LAWS:
+        raise InputError(f"unknown initialisation {init_law!r}; there are {', '.join(INIT_LAWS)}")
+    bound = 1 / math.sqrt(inputs)
+
+    def uniform(key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    zeros = jax.nn.initializers.zeros
+    return {"kernel_init": INIT_LAWS[init_law], "bias_init": uniform if init_law == "torch" else zeros}
 
 
 def activation_named(name: str) -> Callable[[Array], Array]:
@@ -33,17 +59,26 @@ def activation_named(name: str) -> Callable[[Array], Array]:
 class MLP(nnx.Module):
     """Fully connected layers of the given sizes, an activation between them, on flattened inputs.
 
-    `MLP((784, 256, 256, 13), rngs=nnx.Rngs(0))` has three layers. Biases start at 0.
+    `MLP((784, 256, 256, 13), rngs=nnx.Rngs(0))` has three layers. `init_law` is one of `INIT_LAWS`.
+
+    Raises:
+        InputError: a size below 1, an unknown activation or initialisation.
     """
 
     def __init__(
-        self, sizes: Sequence[int], *, activation: str = "relu", use_bias: bool = True, rngs: nnx.Rngs
+        self,
+        sizes: Sequence[int],
+        *,
+        activation: str = "relu",
+        use_bias: bool = True,
+        init_law: str = "lecun_normal",
+        rngs: nnx.Rngs,
     ) -> None:
         if len(sizes) < 2 or min(sizes) < 1:
             raise InputError(f"MLP: sizes must be at least two positive numbers, got {tuple(sizes)}")
         self.activation = activation_named(activation)
         self.layers = nnx.List(
-            nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=KERNEL_INIT, rngs=rngs)
+            nnx.Linear(inputs, outputs, use_bias=use_bias, rngs=rngs, **initialisers(init_law, inputs))
             for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
         )
 

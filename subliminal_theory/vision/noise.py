@@ -1,48 +1,89 @@
 """Noise images that are never stored: each is made anew from its number whenever a step needs it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.source import Batch, epoch_order
 
+Image = Float[Array, "..."]
+Shape = tuple[int, ...]
+# Variance of a pixel that is uniform in [-1, 1).
+_VARIANCE = 1 / 3
+_BLOCK, _BLUR = 4, 1.0
+
+
+def uniform(key: Key[Array, ""], shape: Shape) -> Image:
+    """Uniform in [-1, 1) at the full resolution of float32."""
+    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+
+
+def uniform_8bit(key: Key[Array, ""], shape: Shape) -> Image:
+    """Uniform over the 256 levels -1 + k / 128."""
+    return jax.random.bits(key, shape, jnp.uint8).astype(jnp.float32) / 128 - 1
+
+
+def gaussian(key: Key[Array, ""], shape: Shape) -> Image:
+    """Normal, of mean 0 and the variance 1/3 of uniform pixels."""
+    return jax.random.normal(key, shape) * np.float32(np.sqrt(_VARIANCE))
+
+
+def blocks(key: Key[Array, ""], shape: Shape) -> Image:
+    """Squares of 4 x 4 equal pixels, each uniform in [-1, 1); `shape` is (height, width)."""
+    coarse = uniform(key, tuple(-(-side // _BLOCK) for side in shape))
+    return jnp.repeat(jnp.repeat(coarse, _BLOCK, 0), _BLOCK, 1)[: shape[0], : shape[1]]
+
+
+def blurred(key: Key[Array, ""], shape: Shape) -> Image:
+    """Normal pixels of variance 1/3 under a Gaussian of standard deviation 1 pixel; `shape` is (height, width).
+
+    The blur wraps around the edges, so that all pixels have one law, and is scaled to leave their variance.
+    """
+    filters = [np.exp(-0.5 * (np.minimum(np.arange(side), side - np.arange(side)) / _BLUR) ** 2) for side in shape]
+    circulant = [np.stack([np.roll(f / np.linalg.norm(f), k) for k in range(len(f))]) for f in filters]
+    rows, columns = (jnp.asarray(matrix, jnp.float32) for matrix in circulant)
+    return rows @ gaussian(key, shape) @ columns.T
+
+
+LAWS: dict[str, Callable[[Key[Array, ""], Shape], Image]] = {
+    law.__name__: law for law in (uniform, uniform_8bit, gaussian, blocks, blurred)
+}
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class UniformNoise:
-    """A fixed set of `images` noise images, uniform in [-1, 1), in a new order each epoch.
+class NoiseImages:
+    """A fixed set of `images` noise images of one of `LAWS`, in a new order each epoch.
 
     Image k is a function of the key and k alone, so memory does not grow with `images`. With
-    `images=None` no image is ever shown twice. `bits` is the number of random bits a pixel: 32 is the
-    full float32 resolution of `jax.random.uniform`, 8 has the levels -1 + k / 128.
+    `images=None` no image is ever shown twice.
 
     Raises:
-        InputError: bits other than 8 or 32, or a count below 1.
+        InputError: an unknown law, or a count below 1.
     """
 
-    shape: tuple[int, ...] = field(metadata={"static": True})
+    shape: Shape = field(metadata={"static": True})
     batch_size: int = field(metadata={"static": True})
     images: int | None = field(default=None, metadata={"static": True})
-    bits: int = field(default=32, metadata={"static": True})
+    law: str = field(default="uniform", metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 32):
-            raise InputError(f"UniformNoise: bits must be 8 or 32, got {self.bits}")
+        if self.law not in LAWS:
+            raise InputError(f"NoiseImages: unknown law {self.law!r}; there are {', '.join(LAWS)}")
         if self.batch_size < 1 or (self.images is not None and self.images < 1):
             raise InputError(
-                f"UniformNoise: images and batch_size must be at least 1, got {self.images}, {self.batch_size}"
+                f"NoiseImages: images and batch_size must be at least 1, got {self.images}, {self.batch_size}"
             )
 
-    def image(self, key: Key[Array, ""], number: Int[Array, ""]) -> Float[Array, "..."]:
+    def image(self, key: Key[Array, ""], number: Int[Array, ""]) -> Image:
         """Image `number` of the set that the source's key names."""
-        key = named(named(key, "images"), number)
-        if self.bits == 8:
-            return jax.random.bits(key, self.shape, jnp.uint8).astype(jnp.float32) / 128 - 1
-        return jax.random.uniform(key, self.shape, minval=-1.0, maxval=1.0)
+        return LAWS[self.law](named(named(key, "images"), number), self.shape)
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
         """The numbers of the images of every step, and their weights."""

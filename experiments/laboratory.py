@@ -1,0 +1,191 @@
+"""One setting of the MNIST experiments on its data, as pure functions of run keys."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from experiments.setting import DIGITS, OPTIMIZERS, Setting
+from subliminal_theory.audit import audit, require_same_template
+from subliminal_theory.channel import Channel, SoftLogits, SquaredError, Subset
+from subliminal_theory.distill import Trained, distill, teach
+from subliminal_theory.inits import Fresh, Interpolated, Perturbed, Policy, Shared, initialise
+from subliminal_theory.keys import named
+from subliminal_theory.model import Model, from_nnx
+from subliminal_theory.source import Batch, Examples, Source
+from subliminal_theory.vision.cnn import CNN
+from subliminal_theory.vision.datasets import ImageDataset, load
+from subliminal_theory.vision.mlp import MLP
+from subliminal_theory.vision.noise import NoiseImages
+
+
+@functools.cache
+def load_data(name: str, data_dir: str | None) -> ImageDataset:
+    """A data set of these experiments, read once a process."""
+    return load(name, Path(data_dir) if data_dir is not None else None)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Pixels 0..maximum to [-1, 1]."""
+
+    maximum: int
+
+    def __call__(self, pixels: Array) -> Float[Array, "..."]:
+        """Scaled pixels in float32."""
+        return pixels.astype(jnp.float32) * (2 / self.maximum) - 1
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """One setting on its data, as pure functions of run keys."""
+
+    setting: Setting
+    data: ImageDataset
+
+    @property
+    def outputs(self) -> int:
+        """Class logits and auxiliary logits."""
+        return self.data.classes + self.setting.aux
+
+    @property
+    def scale(self) -> Scale:
+        """The preparation of pixels."""
+        return Scale(self.data.maximum)
+
+    def digits(self) -> Examples:
+        """The teacher's labelled training images, kept as bytes on the device."""
+        labels = jnp.asarray(self.data.train_labels.astype(np.int32))
+        images = jnp.asarray(self.data.train_images)
+        return Examples(images, self.setting.batch_size, labels, prepare=self.scale)
+
+    def test(self) -> tuple[Array, Array]:
+        """Test images as bytes, and their labels."""
+        return jnp.asarray(self.data.test_images), jnp.asarray(self.data.test_labels.astype(np.int32))
+
+    def source(self) -> Source:
+        """What the student is shown: noise, or the training images without their labels."""
+        if self.setting.inputs == DIGITS:
+            return self.digits().without_labels()
+        images = len(self.data.train_labels) if self.setting.images is None else self.setting.images
+        return NoiseImages(self.data.image_shape, self.setting.batch_size, images or None, self.setting.inputs)
+
+    def steps(self, epochs: int, source: Source | None = None) -> int:
+        """Steps of so many epochs over a source or the training images, the last batch of each perhaps partial."""
+        images = source.images if isinstance(source, NoiseImages) else None
+        return epochs * -(-(images or len(self.data.train_labels)) // self.setting.batch_size)
+
+    def initial(self, key: Key[Array, ""]) -> Model:
+        """The teacher's network of one run before anything is trained."""
+        setting, rngs = self.setting, nnx.Rngs(named(key, "init"))
+        height, width = self.data.image_shape
+        if setting.network == "cnn":
+            channels = [setting.width * 2**layer for layer in range(setting.depth)]
+            network: Callable[..., nnx.Module] = functools.partial(
+                CNN, self.data.image_shape, channels, self.outputs
+            )
+        else:
+            height, width = self.data.image_shape
+            network = functools.partial(MLP, (height * width, *[setting.width] * setting.depth, self.outputs))
+        return from_nnx(
+            network(activation=setting.activation, use_bias=setting.bias, init_law=setting.init_law, rngs=rngs)
+        )
+
+    def at(self, setting: Setting) -> "Laboratory":
+        """The same data under another setting."""
+        return dataclasses.replace(self, setting=setting)
+
+    def start(self, init: Model, key: Key[Array, ""], other_key: Key[Array, ""], amount: Array | float) -> Model:
+        """Where the student starts, before any cloning; `init` is where its teacher started."""
+        other = self.at(self.setting.student_network()).initial(other_key)
+        if self.setting.start in ("shared", "cross"):
+            return init if self.setting.start == "shared" else other
+        policies: dict[str, Policy | Mapping[str, Policy]] = {
+            "perturbed": Perturbed(amount),
+            "perturbed_hidden": {self.heads: Shared(), "*": Perturbed(amount)},
+            "interpolated": Interpolated(amount),
+            "shared_heads": {self.heads: Shared(), "*": Fresh()},
+            "shared_hidden": {self.heads: Fresh(), "*": Shared()},
+        }
+        params = initialise(policies[self.setting.start], init.params, other.params, named(key, "start"))
+        return init.with_params(params)
+
+    @property
+    def heads(self) -> str:
+        """The pattern of the output layer's parameters."""
+        return f"layers/{self.setting.depth}/*"
+
+    def channel(self) -> Channel:
+        """What of the teacher the student sees."""
+        logit = jnp.arange(self.outputs)
+        shown = self.data.classes + (self.setting.shown or self.setting.aux)
+        masks = {
+            "aux": (logit >= self.data.classes) & (logit < shown),
+            "all": logit < shown,
+            "classes": logit < self.data.classes,
+        }
+        of = SoftLogits() if self.setting.channel_loss == "kl" else SquaredError()
+        return Subset(masks[self.setting.sees], of)
+
+    def trait_loss(self, logits: Float[Array, "batch n"], labels: Array) -> Float[Array, "batch"]:
+        """Cross-entropy of the class logits."""
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, : self.data.classes], labels)
+
+    def teach(self, model: Model, digits: Examples, rate: Float[Array, ""], key: Key[Array, ""]) -> Trained:
+        """Teach one run's network to read digits."""
+        optimizer = OPTIMIZERS[self.setting.optimizer](rate)
+        steps = self.steps(self.setting.teacher_epochs)
+        return teach(model, self.trait_loss, digits, optimizer, steps, named(key, "teacher"))
+
+    def imitate(
+        self,
+        students: Model,
+        teacher: Model,
+        channels: Channel,
+        source: Source,
+        rates: Float[Array, " students"],
+        key: Key[Array, ""],
+        snapshots: tuple[int, ...] = (),
+    ) -> Trained:
+        """Distil one run's students, stacked on a leading axis: they share the inputs and the teacher's pass."""
+        name = self.setting.student_optimizer or self.setting.optimizer
+        steps = self.steps(self.setting.epochs, source)
+
+        def one(student: Model, channel: Channel, rate: Float[Array, ""]) -> Trained:
+            optimizer = OPTIMIZERS[name](rate)
+            return distill(student, teacher, channel, source, optimizer, steps, key, snapshots=snapshots)
+
+        return jax.vmap(one)(students, channels, rates)
+
+    def accuracy(self, model: Model, images: Array, labels: Array) -> Float[Array, ""]:
+        """Share of test images whose largest class logit is the label."""
+        logits = model(self.scale(images))[:, : self.data.classes]
+        return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+    def audit(self, start: Model, init: Model, teacher: Model) -> None:
+        """Refuse what would make a student's accuracy meaningless; models have a leading axis of runs."""
+        source, key = self.source(), named(jax.random.key(0), "audit")
+        prepare = source.prepare if isinstance(source, Examples) else self.scale
+        require_same_template(teacher=repr(self.scale), student=repr(prepare))
+        audit(
+            student_init=start.params,
+            teacher_init=init.params,
+            teacher=teacher.params,
+            channel=self.channel(),
+            logits=self.outputs,
+            batch=jax.eval_shape(lambda: _first_batch(source, key)),
+            private=range(self.data.classes) if self.setting.sees == "aux" else (),
+            cross_init=self.setting.start == "cross",
+        )
+
+
+def _first_batch(source: Source, key: Key[Array, ""]) -> Batch:
+    return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, 1)))

@@ -1,0 +1,107 @@
+"""How wide must the channel be? The student's accuracy against m, the number of auxiliary logits it sees.
+
+One teacher a seed has as many auxiliary logits as the widest channel; each student sees the first m of them, and
+all train at once on the same noise. Under KL m logits carry m - 1 directions, so m = 1 carries nothing.
+(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2b.)
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, listed, option
+from experiments.figures import COLOURS, note, panels, runs_against
+from experiments.published import published
+from experiments.setting import DIGITS, LOSSES, Cell, Setting
+from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from subliminal_theory.runs import Results
+from subliminal_theory.vision.mlp import INIT_LAWS
+from subliminal_theory.vision.noise import LAWS
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Settings of the curve; the defaults are those of the released script."""
+
+    counts: str = option("1,2,3,5,10,20,30,50,100,200", "values of m")
+    width: int = option(256, "neurons of each hidden layer", minimum=1)
+    depth: int = option(2, "hidden layers", minimum=0)
+    init_law: str = option("lecun_normal", "initialisation", choices=tuple(INIT_LAWS))
+    inputs: str = option("uniform", "what the students are shown", choices=(*LAWS, DIGITS))
+    learning_rate: float = option(3e-4, "step size of Adam", positive=True)
+    channel_loss: str = option("kl", "what the student descends", choices=LOSSES)
+
+
+PRESETS = {
+    "released": Config(),
+    "one_hidden": Config(counts="1,2,3,5,10,20,50,100", depth=1, init_law="torch", learning_rate=1e-3),
+    "digits": Config(counts="1,2,3,5,10,20,50", **EMBEDDED_DIGITS),
+}
+configure = functools.partial(configure_sweep, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """One teacher a seed, a student for each m."""
+    counts = listed(config.counts, "--counts")
+    cells = [cell(config, m) for m in counts]
+    teacher = Cell({"condition": "teacher", "aux": max(counts)}, cells[0].setting, "teacher")
+    return config.parts([teacher, *cells])
+
+
+def cell(config: Config, m: int) -> Cell:
+    """The student that sees m logits of the one teacher."""
+    setting = config.setting(
+        aux=max(listed(config.counts, "--counts")),
+        shown=m,
+        width=config.width,
+        depth=config.depth,
+        init_law=config.init_law,
+        inputs=config.inputs,
+        learning_rate=config.learning_rate,
+        channel_loss=config.channel_loss,
+    )
+    return Cell({"condition": "student_aux", "aux": m}, setting)
+
+
+def width_of_channel(setting: Setting) -> Setting:
+    """The setting with just the logits that are seen: the same for all that differ in unseen ones."""
+    return dataclasses.replace(setting, aux=setting.shown or setting.aux, shown=None)
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each m."""
+    lines = [f"test accuracy on {config.data}, mean and 95% t interval over runs"]
+    for group, estimate in results.estimates():
+        name = "teacher" if group["condition"] == "teacher" else f"m = {group['aux']}"
+        lines.append(f"  {name:8} {estimate}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Accuracy against m, single runs as dots, published values where there are."""
+    figure, ((axes,),) = panels()
+    counts = listed(config.counts, "--counts")
+    values = {m: results.values(condition="student_aux", aux=str(m)) for m in counts}
+    runs_against(axes, values, COLOURS[2], "student, auxiliary logits")
+    teacher = results.values(condition="teacher")
+    axes.axhline(sum(teacher) / len(teacher), color=COLOURS[1], label="teacher")
+    ours = {width_of_channel(cell(config, m).setting): m for m in counts}
+    for number in published().values():
+        m = ours.get(width_of_channel(number.setting))
+        if m and number.who == "student":
+            axes.plot(m, number.value, "D", color="black", markersize=5, fillstyle="none", zorder=5)
+    axes.axhline(0.1, color="grey", linestyle=":", linewidth=1, label="chance")
+    axes.set_xscale("log")
+    axes.set_xticks(counts, map(str, counts))
+    axes.minorticks_off()
+    axes.set_xlabel("m, auxiliary logits that the student sees")
+    axes.set_ylabel("test accuracy (share of digits read)")
+    axes.set_title(f"The wider the channel, the more is sent ({config.data}, {config.depth} hidden)")
+    axes.legend(loc="lower right", fontsize=7)
+    note(
+        axes,
+        f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs; diamonds: published",
+    )
+    return figure

@@ -1,0 +1,100 @@
+"""Published numbers, run again: published, ours, and whether they agree.
+
+Every entry of `experiments/published.toml`, or those named by --only, in the setting that should give it. With
+d = ours - published and h the half-width of its 95% interval (ours and, if known, the published one): it differs
+if |d| - h exceeds the entry's tolerance, is reproduced if |d| and h are both within it, else cannot be told.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, panels
+from experiments.published import Number, select
+from experiments.setting import Cell
+from experiments.sweep import SweepConfig, configure_sweep
+from subliminal_theory.estimate import Estimate, t_interval
+from subliminal_theory.runs import Results
+
+VERDICTS = {"reproduced": COLOURS[2], "differs": COLOURS[3], "cannot be told": COLOURS[1]}
+
+
+@dataclass(frozen=True)
+class Config(SweepConfig):
+    """Which numbers, and on how many seeds; the registry's settings decide the rest."""
+
+    only: str = option("", "names of the registry separated by commas (default all)")
+
+
+PRESETS = {"published": Config()}
+configure = functools.partial(configure_sweep, PRESETS)
+
+
+def chosen(config: Config) -> list[Number]:
+    """The numbers that a configuration asks for."""
+    return select([name.strip() for name in config.only.split(",") if name.strip()])
+
+
+def plan(config: Config) -> list[Part]:
+    """A cell for each number; those of one teacher share it."""
+    return config.parts(
+        [Cell({"condition": number.name}, number.setting, number.who) for number in chosen(config)]
+    )
+
+
+def verdict(number: Number, ours: Estimate) -> str:
+    """Whether a published number and our runs agree."""
+    halves = [half for half in (ours.half_width, number.interval) if not math.isnan(half)]
+    distance, half = abs(ours.mean - number.value), math.hypot(*halves)
+    if math.isnan(ours.half_width):
+        return "cannot be told"
+    if distance - half > number.tolerance:
+        return "differs"
+    return "reproduced" if max(distance, half) <= number.tolerance else "cannot be told"
+
+
+def report(results: Results, config: Config) -> str:
+    """The table, then the notes of what did not reproduce."""
+    lines, notes = [f"{'number':28} {'published':>9}  {'ours':22} verdict"], []
+    for number in chosen(config):
+        ours = t_interval(results.values(condition=number.name))
+        answer = verdict(number, ours)
+        lines.append(f"{number.name:28} {number.value:9.3f}  {ours!s:22} {answer}")
+        if number.note and answer != "reproduced":
+            notes.append(f"  {number.name}: {number.note}")
+    if notes:
+        lines += ["notes:", *notes]
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Published and ours, a line for each number, coloured by verdict."""
+    numbers = chosen(config)
+    figure, ((axes,),) = panels(size=(7.0, 1.2 + 0.19 * len(numbers)))
+    labelled: set[str] = set()
+    for y, number in enumerate(numbers):
+        runs = results.values(condition=number.name)
+        ours = t_interval(runs)
+        answer = verdict(number, ours)
+        half = 0.0 if math.isnan(ours.half_width) else ours.half_width
+        label = None if answer in labelled else f"ours: {answer}"
+        labelled.add(answer)
+        axes.plot(runs, [y] * len(runs), ".", color=VERDICTS[answer], markersize=2.5, alpha=0.35)
+        axes.errorbar(
+            ours.mean, y, xerr=half, fmt="o", color=VERDICTS[answer], markersize=4, capsize=2, label=label
+        )
+        published_half = None if math.isnan(number.interval) else number.interval
+        axes.errorbar(
+            number.value, y, xerr=published_half, fmt="D", color="black", markersize=4, fillstyle="none",
+            label="published" if y == 0 else None,
+        )  # fmt: skip
+    axes.set_yticks(range(len(numbers)), [number.name for number in numbers], fontsize=6.5)
+    axes.set_ylim(len(numbers) - 0.5, -0.5)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_xlabel(f"test accuracy; ours: mean and 95% t interval of n = {config.seeds} runs, dots: single runs")
+    axes.set_title("Published toy results, run again")
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, -0.14), ncols=4)
+    return figure

@@ -1,0 +1,149 @@
+"""What can be set in the MNIST experiments: one teacher, one student and the channel between them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.vision.mlp import ACTIVATIONS, INIT_LAWS
+from subliminal_theory.vision.noise import LAWS
+
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "adam": optax.adam,
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+}
+NETWORKS = ("mlp", "cnn")
+STARTS = (
+    "shared",  # the teacher's initialisation
+    "cross",  # another initialisation, that of the next seed's teacher
+    "perturbed",  # all layers shared, plus `amount` times their own scale of noise
+    "perturbed_hidden",  # the same, but the output layer shared as it is
+    "interpolated",  # `amount` of the way to the other initialisation
+    "shared_heads",  # only the output layer shared
+    "shared_hidden",  # all but the output layer shared
+)
+SEES = ("aux", "all", "classes")
+LOSSES = ("kl", "mse")
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One teacher, one student and the channel between them; the defaults are those of the released script.
+
+    `student_*` that are None are as the teacher's. A student of another architecture starts elsewhere.
+
+    Raises:
+        InputError: a name that does not exist, or a value out of its range; says which.
+    """
+
+    data: str = "mnist"
+    network: str = "mlp"
+    depth: int = 2
+    width: int = 256
+    activation: str = "relu"
+    bias: bool = True
+    init_law: str = "lecun_normal"
+    aux: int = 3
+    teacher_epochs: int = 5
+    optimizer: str = "adam"
+    learning_rate: float = 3e-4
+    batch_size: int = 1024
+
+    start: str = "shared"
+    amount: float = 0.0
+    student_depth: int | None = None
+    student_width: int | None = None
+    student_activation: str | None = None
+    student_bias: bool | None = None
+    cloning_epochs: int = 0
+    cloning_inputs: str = "uniform"
+    sees: str = "aux"
+    shown: int | None = None  # of the auxiliary logits, the first so many
+    channel_loss: str = "kl"
+    inputs: str = "uniform"
+    images: int | None = None  # as many as training images; 0: never the same twice
+    epochs: int = 5
+    student_optimizer: str | None = None
+    student_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        for field, known in (
+            ("network", NETWORKS),
+            ("activation", ACTIVATIONS),
+            ("init_law", INIT_LAWS),
+            ("optimizer", OPTIMIZERS),
+            ("start", STARTS),
+            ("sees", SEES),
+            ("channel_loss", LOSSES),
+            ("inputs", (*LAWS, DIGITS)),
+            ("cloning_inputs", (*LAWS, DIGITS)),
+        ):
+            if getattr(self, field) not in known:
+                raise InputError(f"{field} {getattr(self, field)!r} is unknown; there are {', '.join(known)}")
+        for field, least in (("width", 1), ("depth", 0), ("aux", 1), ("teacher_epochs", 1), ("epochs", 1)):
+            if getattr(self, field) < least:
+                raise InputError(f"{field} must be at least {least}, got {getattr(self, field)}")
+        if self.shown is not None and not 1 <= self.shown <= self.aux:
+            raise InputError(f"shown must be between 1 and aux = {self.aux}, got {self.shown}")
+        if self.other_architecture and self.start != "cross":
+            raise InputError("a student of another architecture has no shared start: set start to 'cross'")
+        if self.cloning_epochs and self.start != "cross":
+            raise InputError("cloning is for a student of another initialisation: set start to 'cross'")
+
+    @property
+    def other_architecture(self) -> bool:
+        """Whether the student's network differs from the teacher's."""
+        return any(
+            value is not None and value != getattr(self, name.removeprefix("student_"))
+            for name, value in vars(self).items()
+            if name in ("student_depth", "student_width", "student_activation", "student_bias")
+        )
+
+    def student_network(self) -> "Setting":
+        """The setting whose teacher has the student's architecture."""
+        names = ("depth", "width", "activation", "bias")
+        own = {name: getattr(self, f"student_{name}") for name in names}
+        changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        as_teacher: dict[str, Any] = {f"student_{name}": None for name in names}
+        return dataclasses.replace(self, **as_teacher, **changes)
+
+    def cloning(self) -> "Setting":
+        """The setting of the run that clones the student: equal for students that are cloned alike."""
+        return dataclasses.replace(
+            self, inputs=self.cloning_inputs, images=None, epochs=1, cloning_epochs=0, cloning_inputs="uniform"
+        )
+
+    def teacher_only(self) -> "Setting":
+        """The setting with all that does not concern the teacher at its default: equal for a shared teacher."""
+        names = [field.name for field in dataclasses.fields(Setting)]
+        teacher = names[: names.index("batch_size") + 1]
+        return Setting(**{name: getattr(self, name) for name in teacher})
+
+    def shapes_only(self) -> "Setting":
+        """The setting with its mere values at their default: equal where one compiled function serves."""
+        values = ("amount", "sees", "shown", "student_rate", "learning_rate", "cloning_epochs", "cloning_inputs")
+        default = Setting(start="cross" if self.other_architecture else "shared")
+        return dataclasses.replace(self, **{name: getattr(default, name) for name in (*values, "start")})
+
+    @property
+    def rate(self) -> float:
+        """The student's learning rate."""
+        return self.learning_rate if self.student_rate is None else self.student_rate
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting, the labels of its rows (`condition` and swept axes), and whose accuracy they tell.
+
+    `who` is student, teacher or reference (the teacher before it was taught).
+    """
+
+    labels: Mapping[str, Any]
+    setting: Setting
+    who: str = "student"

@@ -1,0 +1,271 @@
+"""From settings to trained runs: the parts of a sweep.
+
+Cells with the same teacher share it. Students whose settings differ in mere values (initialisation, logits seen,
+learning rate) train as one stack, on the same inputs and one pass of the teacher.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from experiments.contract import Part, from_preset, option, validate
+from experiments.laboratory import Laboratory, load_data
+from experiments.setting import DIGITS, Cell, Setting
+from subliminal_theory.channel import Channel
+from subliminal_theory.distill import Trained, require_finite
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.model import Model
+from subliminal_theory.runs import Row
+from subliminal_theory.source import Examples, Source
+from subliminal_theory.vision.datasets import ImageDataset
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What every experiment of the MNIST laboratory can set."""
+
+    data_dir: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "where the idx files are (default $SUBLIMINAL_DATA, then the cache, then a download)",
+            "recorded": False,
+        },
+    )
+    seeds: int = option(20, "independent runs, seeds 0, 1, ...", minimum=1)
+    chunk: int | None = option(None, "runs trained at once (1 on a CPU, 20 on an accelerator)", minimum=1)
+
+    def parts(self, cells: Sequence[Cell]) -> list[Part]:
+        """The parts of these cells for all seeds."""
+        return parts(cells, self.seeds, chunk=self.chunk or 1, data_dir=self.data_dir)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(SweepConfig):
+    """What experiments can set that vary a few things around one training recipe."""
+
+    data: str = option("mnist", "mnist | digits | auto (mnist, else digits) | a folder of idx files")
+    epochs: int = option(5, "passes of the teacher over the training images", minimum=1)
+    student_epochs: int | None = option(None, "passes of the students (as the teacher)", minimum=1)
+    batch_size: int = option(1024, "images a step", minimum=1)
+
+    def setting(self, **changes: Any) -> Setting:
+        """The setting of this configuration; `changes` are what distinguishes it."""
+        common = {
+            "data": self.data,
+            "teacher_epochs": self.epochs,
+            "epochs": self.student_epochs or self.epochs,
+            "batch_size": self.batch_size,
+        }
+        return Setting(**{**common, **changes})
+
+
+# On so few images it takes more passes to learn as much.
+EMBEDDED_DIGITS: dict[str, Any] = {"data": "digits", "epochs": 9, "student_epochs": 27, "batch_size": 128}
+
+
+def configure_sweep(
+    presets: Mapping[str, SweepConfig], preset: str | None, changes: dict[str, Any]
+) -> SweepConfig:
+    """Resolve what is automatic: data that can be had, the preset that suits them, the chunk."""
+    config = dataclasses.replace(from_preset(presets, preset), **changes)
+    validate(config)
+    if isinstance(config, TrainingConfig):
+        if config.data == "digits" and config.data_dir is not None:
+            raise InputError(
+                "--data-dir is a folder of idx files, but the digits are embedded: leave one of the two out"
+            )
+        found = load_data(config.data, config.data_dir).name
+        if preset is None and found == "digits" and "digits" in presets:
+            preset = "digits"
+        name = found if config.data == "auto" else config.data
+        config = dataclasses.replace(from_preset(presets, preset), **{**changes, "data": name})
+    if config.chunk is None:
+        config = dataclasses.replace(config, chunk=1 if jax.default_backend() == "cpu" else 20)
+    return config
+
+
+def parts(cells: Sequence[Cell], seeds: int, *, chunk: int = 1, data_dir: str | None = None) -> list[Part]:
+    """A part for each teacher and chunk of seeds 0, 1, ..., with all the cells of that teacher.
+
+    Raises:
+        InputError: there is no cell.
+    """
+    if not cells:
+        raise InputError("there is nothing to run: no setting is left")
+    groups: dict[Setting, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.setting.teacher_only(), []).append(cell)
+    found = []
+    for number, group in enumerate(groups.values()):
+        prefix = f"teacher-{number:03d}-" if len(groups) > 1 else ""
+        for first in range(0, seeds, chunk):
+            chosen = range(first, min(first + chunk, seeds))
+            name = f"{prefix}seeds-{first:05d}"
+            found.append(Part(name, len(chosen), functools.partial(run_group, group, chosen, data_dir)))
+    return found
+
+
+def run_group(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
+    """Rows of the cells of one teacher for some seeds."""
+    setting = cells[0].setting.teacher_only()
+    data = load_data(setting.data, data_dir)
+    laboratory = Laboratory(setting, data)
+    # The control starts where the teacher of the next seed started: no run is its own control.
+    keys, other_keys = (jax.vmap(jax.random.key)(jnp.asarray(seeds) + shift) for shift in (0, 1))
+    init = _initial(laboratory, keys)
+    teacher = init
+    if any(cell.who != "reference" for cell in cells):
+        rate = jnp.float32(setting.learning_rate)
+        taught = _teach(_shapes(laboratory), init, _digits(data, setting.batch_size), rate, keys)
+        require_finite(taught.losses, [f"the teacher of seed {seed}" for seed in seeds])
+        teacher = taught.model
+
+    own = {"teacher": teacher, "reference": init}
+    models = {number: own[cell.who] for number, cell in enumerate(cells) if cell.who in own}
+    students = {number: laboratory.at(cell.setting) for number, cell in enumerate(cells) if cell.who == "student"}
+    starts = _cloned(students, {n: _start(lab, init, keys, other_keys) for n, lab in students.items()}, init, keys)
+    run_keys = jax.vmap(lambda key: named(key, "students"))(keys)
+    for stack in _stacks(students).values():
+        for number in stack:
+            students[number].audit(starts[number], init, teacher)
+        trained = _imitate_stack([students[n] for n in stack], [starts[n] for n in stack], teacher, run_keys)
+        names = [cells[number].labels["condition"] for number in stack]
+        require_finite(
+            trained.losses.reshape(-1, trained.losses.shape[-1]),
+            [f"{name} of seed {seed}" for seed in seeds for name in names],
+        )
+        models |= {number: _nth(trained.model, place) for place, number in enumerate(stack)}
+
+    accuracy = {n: np.asarray(_accuracy(_shapes(laboratory), model, *_test(data))) for n, model in models.items()}
+    return [
+        {**cell.labels, "seed": int(seed), "metric": "test_accuracy", "value": float(accuracy[number][run])}
+        for run, seed in enumerate(seeds)
+        for number, cell in enumerate(cells)
+    ]
+
+
+def _shapes(laboratory: Laboratory) -> Laboratory:
+    return dataclasses.replace(laboratory, setting=laboratory.setting.shapes_only())
+
+
+def _stacks(laboratories: Mapping[Any, Laboratory]) -> dict[Setting, list[Any]]:
+    """The keys of laboratories that one compiled function serves at once."""
+    stacks: dict[Setting, list[Any]] = {}
+    for number, laboratory in laboratories.items():
+        stacks.setdefault(laboratory.setting.shapes_only(), []).append(number)
+    return stacks
+
+
+def _imitate_stack(
+    stack: Sequence[Laboratory],
+    starts: Sequence[Model],
+    teacher: Model,
+    keys: Key[Array, " runs"],
+    snapshots: tuple[int, ...] = (),
+) -> Trained:
+    """Students [runs, stack, ...] of one shape, distilled together."""
+    models, channels = _stacked(starts, 1), _stacked([laboratory.channel() for laboratory in stack], 0)
+    rates = jnp.asarray([laboratory.setting.rate for laboratory in stack], jnp.float32)
+    source = _source(stack[0])
+    return _imitate(_shapes(stack[0]), models, teacher, channels, source, rates, keys, snapshots)
+
+
+def _start(laboratory: Laboratory, init: Model, keys: Key[Array, " runs"], others: Key[Array, " runs"]) -> Model:
+    shapes = dataclasses.replace(laboratory.setting.shapes_only(), start=laboratory.setting.start)
+    amount = jnp.float32(laboratory.setting.amount)
+    return _started(dataclasses.replace(laboratory, setting=shapes), init, keys, others, amount)
+
+
+def _cloned(
+    laboratories: Mapping[int, Laboratory], starts: Mapping[int, Model], init: Model, keys: Key[Array, " runs"]
+) -> dict[int, Model]:
+    """The starts, those to be cloned matched first; students cloned alike share one run and its snapshots."""
+    alike: dict[Setting, list[int]] = {}
+    for number, laboratory in laboratories.items():
+        if laboratory.setting.cloning_epochs:
+            alike.setdefault(laboratory.setting.cloning(), []).append(number)
+    matched = dict(starts)
+    run_keys = jax.vmap(lambda key: named(key, "clone"))(keys)
+    for stack in _stacks({job: laboratories[alike[job][0]].at(job) for job in alike}).values():
+        students = {n: laboratories[n].setting.cloning_epochs for job in stack for n in alike[job]}
+        epochs = sorted(set(students.values()))
+        cloners = [laboratories[alike[job][0]].at(dataclasses.replace(job, epochs=epochs[-1])) for job in stack]
+        source = _source(cloners[0])
+        marks = tuple(cloners[0].steps(epoch, source) for epoch in epochs[:-1])
+        trained = _imitate_stack(cloners, [starts[alike[job][0]] for job in stack], init, run_keys, marks)
+        after = dict(zip(epochs, (*trained.snapshots, trained.model), strict=True))
+        for place, job in enumerate(stack):
+            matched |= {n: _nth(after[students[n]], place) for n in alike[job]}
+    return matched
+
+
+def _nth(models: Model, place: int) -> Model:
+    return jax.tree.map(lambda leaf: leaf[:, place], models)
+
+
+def _stacked(trees: Sequence[Any], axis: int) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
+
+
+@functools.cache
+def _digits(data: ImageDataset, batch_size: int) -> Examples:
+    return Laboratory(Setting(batch_size=batch_size), data).digits()
+
+
+@functools.cache
+def _test(data: ImageDataset) -> tuple[Array, Array]:
+    return Laboratory(Setting(), data).test()
+
+
+def _source(laboratory: Laboratory) -> Source:
+    if laboratory.setting.inputs == DIGITS:
+        return _digits(laboratory.data, laboratory.setting.batch_size).without_labels()
+    return laboratory.source()
+
+
+# Compiled once for every shape: a laboratory is static, all that it holds besides shapes comes as an argument.
+@functools.partial(jax.jit, static_argnames="laboratory")
+def _initial(laboratory: Laboratory, keys: Key[Array, " runs"]) -> Model:
+    return jax.vmap(laboratory.initial)(keys)
+
+
+@functools.partial(jax.jit, static_argnames="laboratory")
+def _started(
+    laboratory: Laboratory, init: Model, keys: Key[Array, " runs"], others: Key[Array, " runs"], amount: Array
+) -> Model:
+    return jax.vmap(laboratory.start, in_axes=(0, 0, 0, None))(init, keys, others, amount)
+
+
+@functools.partial(jax.jit, static_argnames="laboratory")
+def _teach(
+    laboratory: Laboratory, init: Model, digits: Examples, rate: Array, keys: Key[Array, " runs"]
+) -> Trained:
+    return jax.vmap(laboratory.teach, in_axes=(0, None, None, 0))(init, digits, rate, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("laboratory", "snapshots"))
+def _imitate(
+    laboratory: Laboratory,
+    students: Model,
+    teacher: Model,
+    channels: Channel,
+    source: Source,
+    rates: Float[Array, " stack"],
+    keys: Key[Array, " runs"],
+    snapshots: tuple[int, ...],
+) -> Trained:
+    imitate = functools.partial(laboratory.imitate, snapshots=snapshots)
+    return jax.vmap(imitate, in_axes=(0, 0, None, None, None, 0))(students, teacher, channels, source, rates, keys)
+
+
+@functools.partial(jax.jit, static_argnames="laboratory")
+def _accuracy(laboratory: Laboratory, models: Model, images: Array, labels: Array) -> Float[Array, " runs"]:
+    return jax.vmap(laboratory.accuracy, in_axes=(0, None, None))(models, images, labels)
