@@ -29,16 +29,20 @@ def panels(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 3.
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
 
 
-def bar(axes: Axes, x: float, values: Sequence[float], colour: str) -> None:
+def bar(
+    axes: Axes, x: float, values: Sequence[float], colour: str, width: float = 0.62, label: str | None = None
+) -> None:
     """A bar of the mean with its 95% t interval and value, and single runs as dots spread sideways."""
-    offsets = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
+    spread = 0.36 * width
+    offsets = np.linspace(-spread, spread, len(values)) if len(values) > 1 else np.zeros(1)
     axes.plot(x + offsets, values, ".", color="black", markersize=3.5, alpha=0.55, zorder=3)
     estimate = t_interval(values)
     half = 0.0 if np.isnan(estimate.half_width) else estimate.half_width
-    axes.bar(x, estimate.mean, width=0.62, color=colour, alpha=0.85, zorder=1)
+    axes.bar(x, estimate.mean, width=width, color=colour, alpha=0.85, zorder=1, label=label)
     axes.errorbar(x, estimate.mean, half, color="black", capsize=4, linewidth=1.4, zorder=4)
     top = max(estimate.mean + half, *values, estimate.mean)
-    axes.annotate(f"{estimate.mean:.2f}", (x, top), (0, 3), textcoords="offset points", ha="center")
+    size = 9 if width > 0.5 else 6.5
+    axes.annotate(f"{estimate.mean:.2f}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=size)
 
 
 def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chance: float | None = None) -> Figure:

@@ -14,12 +14,15 @@ from subliminal_theory.errors import InputError
 
 REGISTRY = Path(__file__).with_name("published.toml")
 WHO = ("student", "teacher", "reference")
-KNOWN = ("source", "who", "setting", "value", "interval", "n", "tolerance", "data", "note")
+KNOWN = ("source", "who", "setting", "value", "interval", "n", "tolerance", "data", "seeds", "note")
 
 
 @dataclass(frozen=True)
 class Number:
-    """One published accuracy. `interval` is the half-width of its 95% interval, nan if none was published."""
+    """One published accuracy. `interval` is the half-width of its 95% interval, nan if none was published.
+
+    `n` is the published number of runs, `seeds` the most that ours is worth.
+    """
 
     name: str
     source: str
@@ -29,6 +32,7 @@ class Number:
     who: str = "student"
     interval: float = math.nan
     n: int | None = None
+    seeds: int | None = None
     note: str = ""
 
 
@@ -93,5 +97,6 @@ def _number(where: str, name: str, entry: Mapping[str, Any], sources: Mapping[st
         who=who,
         interval=float(entry.get("interval", math.nan)),
         n=entry.get("n"),
+        seeds=entry.get("seeds"),
         note=entry.get("note", ""),
     )

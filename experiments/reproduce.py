@@ -41,7 +41,7 @@ def chosen(config: Config) -> list[Number]:
 def plan(config: Config) -> list[Part]:
     """A cell for each number; those of one teacher share it."""
     return config.parts(
-        [Cell({"condition": number.name}, number.setting, number.who) for number in chosen(config)]
+        [Cell({"condition": number.name}, number.setting, number.who, number.seeds) for number in chosen(config)]
     )
 
 

@@ -30,6 +30,10 @@ STARTS = (
 SEES = ("aux", "all", "classes")
 LOSSES = ("kl", "mse")
 DIGITS = "digits"
+METRICS = (
+    "test_accuracy",
+    "imitation_loss",  # of the student on its channel, mean over its last epoch
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,15 @@ class Setting:
         default = Setting(start="cross" if self.other_architecture else "shared")
         return dataclasses.replace(self, **{name: getattr(default, name) for name in (*values, "start")})
 
+    def student_shapes(self) -> "Setting":
+        """`shapes_only` with no more of the teacher than its network: equal where students train as one stack."""
+        return dataclasses.replace(
+            self.shapes_only(),
+            teacher_epochs=Setting.teacher_epochs,
+            optimizer=self.student_optimizer or self.optimizer,
+            student_optimizer=None,
+        )
+
     @property
     def rate(self) -> float:
         """The student's learning rate."""
@@ -141,9 +154,16 @@ class Setting:
 class Cell:
     """A setting, the labels of its rows (`condition` and swept axes), and whose accuracy they tell.
 
-    `who` is student, teacher or reference (the teacher before it was taught).
+    `who` is student, teacher or reference (the teacher before it was taught); `seeds` the most seeds to run it on.
+    Of `METRICS` a cell has those named.
     """
 
     labels: Mapping[str, Any]
     setting: Setting
     who: str = "student"
+    seeds: int | None = None
+    metrics: tuple[str, ...] = METRICS[:1]
+
+    def wants(self, seed: int) -> bool:
+        """Whether the cell is run on a seed."""
+        return self.seeds is None or seed < self.seeds

@@ -39,12 +39,14 @@ class SweepConfig:
             "recorded": False,
         },
     )
-    seeds: int = option(20, "independent runs, seeds 0, 1, ...", minimum=1)
+    seeds: int = option(20, "independent runs", minimum=1)
+    first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
     chunk: int | None = option(None, "runs trained at once (1 on a CPU, 20 on an accelerator)", minimum=1)
 
     def parts(self, cells: Sequence[Cell]) -> list[Part]:
         """The parts of these cells for all seeds."""
-        return parts(cells, self.seeds, chunk=self.chunk or 1, data_dir=self.data_dir)
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return parts(cells, seeds, chunk=self.chunk or 1, data_dir=self.data_dir)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def configure_sweep(
     return config
 
 
-def parts(cells: Sequence[Cell], seeds: int, *, chunk: int = 1, data_dir: str | None = None) -> list[Part]:
-    """A part for each teacher and chunk of seeds 0, 1, ..., with all the cells of that teacher.
+def parts(cells: Sequence[Cell], seeds: range, *, chunk: int = 1, data_dir: str | None = None) -> list[Part]:
+    """A part for each teacher and chunk of seeds, with all the cells of that teacher.
 
     Raises:
         InputError: there is no cell.
@@ -106,10 +108,13 @@ def parts(cells: Sequence[Cell], seeds: int, *, chunk: int = 1, data_dir: str | 
     found = []
     for number, group in enumerate(groups.values()):
         prefix = f"teacher-{number:03d}-" if len(groups) > 1 else ""
-        for first in range(0, seeds, chunk):
-            chosen = range(first, min(first + chunk, seeds))
-            name = f"{prefix}seeds-{first:05d}"
-            found.append(Part(name, len(chosen), functools.partial(run_group, group, chosen, data_dir)))
+        for first in range(0, len(seeds), chunk):
+            chosen = seeds[first : first + chunk]
+            wanted = [cell for cell in group if cell.wants(chosen[0])]
+            if not wanted:
+                continue
+            name = f"{prefix}seeds-{chosen[0]:05d}"
+            found.append(Part(name, len(chosen), functools.partial(run_group, wanted, chosen, data_dir)))
     return found
 
 
@@ -128,39 +133,52 @@ def run_group(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None 
         require_finite(taught.losses, [f"the teacher of seed {seed}" for seed in seeds])
         teacher = taught.model
 
-    own = {"teacher": teacher, "reference": init}
-    models = {number: own[cell.who] for number, cell in enumerate(cells) if cell.who in own}
-    students = {number: laboratory.at(cell.setting) for number, cell in enumerate(cells) if cell.who == "student"}
-    starts = _cloned(students, {n: _start(lab, init, keys, other_keys) for n, lab in students.items()}, init, keys)
+    names = {cell.setting: cell.labels["condition"] for cell in reversed(cells) if cell.who == "student"}
+    students = {setting: laboratory.at(setting) for setting in reversed(names)}
+    starts = _cloned(students, {s: _start(lab, init, keys, other_keys) for s, lab in students.items()}, init, keys)
     run_keys = jax.vmap(lambda key: named(key, "students"))(keys)
+    trained: dict[Setting, Model] = {}
+    losses: dict[Any, np.ndarray] = {}
     for stack in _stacks(students).values():
-        for number in stack:
-            students[number].audit(starts[number], init, teacher)
-        trained = _imitate_stack([students[n] for n in stack], [starts[n] for n in stack], teacher, run_keys)
-        names = [cells[number].labels["condition"] for number in stack]
+        for student in stack:
+            students[student].audit(starts[student], init, teacher)
+        run = _imitate_stack([students[s] for s in stack], [starts[s] for s in stack], teacher, run_keys)
         require_finite(
-            trained.losses.reshape(-1, trained.losses.shape[-1]),
-            [f"{name} of seed {seed}" for seed in seeds for name in names],
+            run.losses.reshape(-1, run.losses.shape[-1]),
+            [f"{names[student]} of seed {seed}" for seed in seeds for student in stack],
         )
-        models |= {number: _nth(trained.model, place) for place, number in enumerate(stack)}
+        trained |= {student: _nth(run.model, place) for place, student in enumerate(stack)}
+        epoch = run.losses.shape[-1] // stack[0].epochs
+        last = np.asarray(run.losses[..., -epoch:].mean(-1))
+        losses |= {student: last[:, place] for place, student in enumerate(stack)}
 
-    accuracy = {n: np.asarray(_accuracy(_shapes(laboratory), model, *_test(data))) for n, model in models.items()}
+    values = {(student, "imitation_loss"): loss for student, loss in losses.items()}
+    everyone: dict[Any, Model] = {"reference": init, "teacher": teacher, **trained}
+    for whose, model in everyone.items():
+        values[whose, "test_accuracy"] = np.asarray(_accuracy(_shapes(laboratory), model, *_test(data)))
     return [
-        {**cell.labels, "seed": int(seed), "metric": "test_accuracy", "value": float(accuracy[number][run])}
-        for run, seed in enumerate(seeds)
-        for number, cell in enumerate(cells)
+        {
+            **cell.labels,
+            "seed": int(seed),
+            "metric": metric,
+            "value": float(values[cell.setting if cell.who == "student" else cell.who, metric][place]),
+        }
+        for place, seed in enumerate(seeds)
+        for cell in cells
+        if cell.wants(seed)
+        for metric in cell.metrics
     ]
 
 
 def _shapes(laboratory: Laboratory) -> Laboratory:
-    return dataclasses.replace(laboratory, setting=laboratory.setting.shapes_only())
+    return laboratory.at(laboratory.setting.shapes_only())
 
 
-def _stacks(laboratories: Mapping[Any, Laboratory]) -> dict[Setting, list[Any]]:
-    """The keys of laboratories that one compiled function serves at once."""
-    stacks: dict[Setting, list[Any]] = {}
-    for number, laboratory in laboratories.items():
-        stacks.setdefault(laboratory.setting.shapes_only(), []).append(number)
+def _stacks(laboratories: Mapping[Setting, Laboratory]) -> dict[Setting, list[Setting]]:
+    """The settings that one compiled function serves at once."""
+    stacks: dict[Setting, list[Setting]] = {}
+    for setting in laboratories:
+        stacks.setdefault(setting.student_shapes(), []).append(setting)
     return stacks
 
 
@@ -175,35 +193,35 @@ def _imitate_stack(
     models, channels = _stacked(starts, 1), _stacked([laboratory.channel() for laboratory in stack], 0)
     rates = jnp.asarray([laboratory.setting.rate for laboratory in stack], jnp.float32)
     source = _source(stack[0])
-    return _imitate(_shapes(stack[0]), models, teacher, channels, source, rates, keys, snapshots)
+    shapes = stack[0].at(stack[0].setting.student_shapes())
+    return _imitate(shapes, models, teacher, channels, source, rates, keys, snapshots)
 
 
 def _start(laboratory: Laboratory, init: Model, keys: Key[Array, " runs"], others: Key[Array, " runs"]) -> Model:
-    shapes = dataclasses.replace(laboratory.setting.shapes_only(), start=laboratory.setting.start)
+    shapes = dataclasses.replace(laboratory.setting.student_shapes(), start=laboratory.setting.start)
     amount = jnp.float32(laboratory.setting.amount)
-    return _started(dataclasses.replace(laboratory, setting=shapes), init, keys, others, amount)
+    return _started(laboratory.at(shapes), init, keys, others, amount)
 
 
 def _cloned(
-    laboratories: Mapping[int, Laboratory], starts: Mapping[int, Model], init: Model, keys: Key[Array, " runs"]
-) -> dict[int, Model]:
+    students: Mapping[Setting, Laboratory], starts: Mapping[Setting, Model], init: Model, keys: Key[Array, " runs"]
+) -> dict[Setting, Model]:
     """The starts, those to be cloned matched first; students cloned alike share one run and its snapshots."""
-    alike: dict[Setting, list[int]] = {}
-    for number, laboratory in laboratories.items():
-        if laboratory.setting.cloning_epochs:
-            alike.setdefault(laboratory.setting.cloning(), []).append(number)
+    alike: dict[Setting, list[Setting]] = {}
+    for student in students:
+        if student.cloning_epochs:
+            alike.setdefault(student.cloning(), []).append(student)
     matched = dict(starts)
     run_keys = jax.vmap(lambda key: named(key, "clone"))(keys)
-    for stack in _stacks({job: laboratories[alike[job][0]].at(job) for job in alike}).values():
-        students = {n: laboratories[n].setting.cloning_epochs for job in stack for n in alike[job]}
-        epochs = sorted(set(students.values()))
-        cloners = [laboratories[alike[job][0]].at(dataclasses.replace(job, epochs=epochs[-1])) for job in stack]
+    for stack in _stacks({job: students[alike[job][0]].at(job) for job in alike}).values():
+        epochs = sorted({student.cloning_epochs for job in stack for student in alike[job]})
+        cloners = [students[alike[job][0]].at(dataclasses.replace(job, epochs=epochs[-1])) for job in stack]
         source = _source(cloners[0])
         marks = tuple(cloners[0].steps(epoch, source) for epoch in epochs[:-1])
-        trained = _imitate_stack(cloners, [starts[alike[job][0]] for job in stack], init, run_keys, marks)
-        after = dict(zip(epochs, (*trained.snapshots, trained.model), strict=True))
+        run = _imitate_stack(cloners, [starts[alike[job][0]] for job in stack], init, run_keys, marks)
+        after = dict(zip(epochs, (*run.snapshots, run.model), strict=True))
         for place, job in enumerate(stack):
-            matched |= {n: _nth(after[students[n]], place) for n in alike[job]}
+            matched |= {student: _nth(after[student.cloning_epochs], place) for student in alike[job]}
     return matched
 
 

@@ -1,0 +1,94 @@
+"""Does it work between architectures, once the student clones the teacher's untrained outputs?
+
+Each student has another network than its teacher (activation, depth, width or no bias) and its own initialisation;
+it imitates the auxiliary logits of the teacher's initialisation on noise, then those of the trained teacher.
+(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2e.)
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, bar, note, panels
+from experiments.setting import Cell
+from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from subliminal_theory.runs import Results
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "same": {},
+    "GELU": {"student_activation": "gelu"},
+    "sigmoid": {"student_activation": "sigmoid"},
+    "one layer more": {"student_depth": +1},
+    "one layer fewer": {"student_depth": -1},
+    "half width": {"student_width": 0.5},
+    "double width": {"student_width": 2},
+    "no bias": {"student_bias": False},
+}
+
+LABELS = {"cloned": "cloned first", "cross": "not cloned"}
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Settings of the teacher and of cloning."""
+
+    seeds: int = option(5, "independent runs", minimum=1)
+    aux: int = option(50, "m, the number of auxiliary logits", minimum=1)
+    width: int = option(256, "neurons of each hidden layer of the teacher", minimum=2)
+    depth: int = option(2, "hidden layers of the teacher", minimum=1)
+    cloning_epochs: int = option(100, "passes of cloning before distillation", minimum=1)
+
+
+PRESETS = {"paper": Config(), "digits": Config(cloning_epochs=25, **EMBEDDED_DIGITS)}
+configure = functools.partial(configure_sweep, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """One teacher a seed; for each network a cloned student and one that was not."""
+    teacher = {"aux": config.aux, "width": config.width, "depth": config.depth}
+    cells = []
+    for name, relative in NETWORKS.items():
+        network = dict(relative)
+        if "student_depth" in network:
+            network["student_depth"] += config.depth
+        if "student_width" in network:
+            network["student_width"] = int(config.width * network["student_width"])
+        for condition, epochs in (("cross", 0), ("cloned", config.cloning_epochs)):
+            setting = config.setting(**teacher, **network, start="cross", cloning_epochs=epochs)
+            cells.append(Cell({"condition": condition, "network": name}, setting))
+    own = Cell({"condition": "student", "network": "same"}, config.setting(**teacher))
+    return config.parts([Cell({"condition": "teacher", "network": "same"}, own.setting, "teacher"), own, *cells])
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each network and condition."""
+    lines = [f"test accuracy on {config.data}, m = {config.aux}, mean and 95% t interval over runs"]
+    for group, estimate in results.estimates():
+        lines.append(f"  {group['condition']:8} {group['network']:16} {estimate}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Cloned and not cloned students of each network."""
+    figure, ((axes,),) = panels(size=(8.0, 3.6))
+    for x, name in enumerate(NETWORKS):
+        for shift, condition, colour in ((-0.2, "cloned", COLOURS[2]), (0.2, "cross", COLOURS[4])):
+            runs = results.values(condition=condition, network=name)
+            bar(axes, x + shift, runs, colour, width=0.38, label=LABELS[condition] if x == 0 else None)
+    shared = results.values(condition="student")
+    axes.axhline(sum(shared) / len(shared), color=COLOURS[0], linestyle="--", linewidth=1, label="shared init")
+    axes.axhline(0.1, color="grey", linestyle=":", linewidth=1, label="chance")
+    axes.set_xticks(range(len(NETWORKS)), [name.replace(" ", "\n") for name in NETWORKS])
+    axes.set_ylabel("test accuracy of the student")
+    axes.set_title(f"Students of other architectures ({config.data}, m = {config.aux})")
+    axes.legend(fontsize=7, ncols=4, loc="upper right")
+    axes.set_ylim(0, 1.1)
+    note(
+        axes,
+        f"cloned for {config.cloning_epochs} epochs; mean and 95% t interval of n = {config.seeds} runs; "
+        "dots: single runs",
+    )
+    return figure

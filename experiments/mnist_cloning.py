@@ -1,0 +1,114 @@
+"""Can a student of another initialisation be made receptive by first cloning the teacher's untrained outputs?
+
+Such a behaviourally matched student imitates the auxiliary logits of the teacher's INITIALISATION for some epochs,
+on noise or on digits, and is then distilled from the trained teacher like any other. Beside it: a student trained
+by SGD, one that is shown digits instead of noise, and the control that was not cloned.
+(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d.)
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, listed, option
+from experiments.figures import COLOURS, bar, note, panels, runs_against
+from experiments.setting import Cell
+from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.runs import Results
+
+INPUTS = {"uniform": "noise", "digits": "digits"}
+OTHERS: dict[str, dict[str, Any]] = {
+    "student": {},
+    "sgd": {"student_optimizer": "sgd"},
+    "on_digits": {"inputs": "digits"},
+    "cross": {"start": "cross"},
+}
+BARS = {
+    "student": "student",
+    "sgd": "student,\nSGD",
+    "on_digits": "student\non digits",
+    "cross": "other init",
+    "cloned_uniform": "other init,\ncloned\non noise",
+    "cloned_digits": "other init,\ncloned\non digits",
+}
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Settings of the clones."""
+
+    seeds: int = option(5, "independent runs", minimum=1)
+    counts: str = option("3,50", "values of m; the paper names both")
+    cloning_epochs: str = option("1,2,5,10,20,50,100", "passes of cloning after which to distil")
+    sgd_rate: float = option(
+        3.0, "step size of SGD; see the report of mnist_factorial --preset sgd", positive=True
+    )
+
+
+PRESETS = {
+    "paper": Config(),
+    "digits": Config(counts="3,50", cloning_epochs="1,5,25", **EMBEDDED_DIGITS),
+}
+configure = functools.partial(configure_sweep, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """One teacher a seed; two cloning runs for each m serve all numbers of epochs."""
+    counts = listed(config.counts, "--counts")
+    cells = []
+    for m in counts:
+        channel = {"aux": max(counts), "shown": m}
+        for name, changes in OTHERS.items():
+            rate = {"student_rate": config.sgd_rate} if name == "sgd" else {}
+            cells.append(Cell({"condition": name, "aux": m}, config.setting(**channel, **changes, **rate)))
+        for inputs in INPUTS:
+            for epochs in listed(config.cloning_epochs, "--cloning-epochs"):
+                setting = config.setting(**channel, start="cross", cloning_epochs=epochs, cloning_inputs=inputs)
+                labels = {"condition": f"cloned_{inputs}", "aux": m, "cloning_epochs": epochs}
+                cells.append(Cell(labels, setting))
+    return config.parts([Cell({"condition": "teacher"}, cells[0].setting, "teacher"), *cells])
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each condition."""
+    lines = [f"test accuracy on {config.data}, mean and 95% t interval over runs"]
+    for group, estimate in results.estimates():
+        m = f"m = {group['aux']}" if group["aux"] else ""
+        epochs = f"{group['cloning_epochs']} epochs" if group["cloning_epochs"] else ""
+        lines.append(f"  {group['condition']:15} {m:8} {epochs:11} {estimate}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Accuracy against epochs of cloning, and all conditions side by side, for each m."""
+    counts = listed(config.counts, "--counts")
+    epochs = listed(config.cloning_epochs, "--cloning-epochs")
+    figure, axes = panels(2, len(counts), size=(9.5, 3.3 * len(counts)))
+    for (left, right), m in zip(axes, counts, strict=True):
+        for colour, (inputs, name) in zip(COLOURS, INPUTS.items(), strict=False):
+            values = {
+                e: results.values(condition=f"cloned_{inputs}", aux=str(m), cloning_epochs=str(e)) for e in epochs
+            }
+            runs_against(left, values, colour, f"cloned on {name}")
+        control = t_interval(results.values(condition="cross", aux=str(m))).mean
+        left.axhline(control, color="grey", linestyle="--", linewidth=1, label="not cloned")
+        left.set_xscale("log")
+        left.set_xticks(epochs, map(str, epochs))
+        left.minorticks_off()
+        left.set_xlabel("epochs of cloning before distillation")
+        left.set_title(f"Cloning makes another initialisation receptive (m = {m})")
+        left.legend(fontsize=7)
+        for x, name in enumerate(BARS):
+            last = {"cloning_epochs": str(epochs[-1])} if name.startswith("cloned") else {}
+            bar(right, x, results.values(condition=name, aux=str(m), **last), COLOURS[x])
+        right.set_xticks(range(len(BARS)), list(BARS.values()), fontsize=6.5)
+        right.axhline(0.1, color="grey", linestyle=":", linewidth=1)
+        right.set_title(f"All conditions (m = {m}, {epochs[-1]} epochs of cloning)")
+        for panel in (left, right):
+            panel.set_ylim(0, 1.05)
+            panel.set_ylabel("test accuracy")
+    note(axes[-1, 1], f"{config.data}; mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
+    return figure
