@@ -145,6 +145,10 @@ class Laboratory:
         steps = self.steps(self.setting.teacher_epochs)
         return teach(model, self.trait_loss, digits, optimizer, steps, named(key, "teacher"))
 
+    def student_optimizer(self, rate: Float[Array, ""] | float) -> optax.GradientTransformation:
+        """The student's optimiser at a learning rate."""
+        return OPTIMIZERS[self.setting.student_optimizer or self.setting.optimizer](rate)
+
     def imitate(
         self,
         students: Model,
@@ -156,11 +160,10 @@ class Laboratory:
         snapshots: tuple[int, ...] = (),
     ) -> Trained:
         """Distil one run's students, stacked on a leading axis: they share the inputs and the teacher's pass."""
-        name = self.setting.student_optimizer or self.setting.optimizer
         steps = self.steps(self.setting.epochs, source)
 
         def one(student: Model, channel: Channel, rate: Float[Array, ""]) -> Trained:
-            optimizer = OPTIMIZERS[name](rate)
+            optimizer = self.student_optimizer(rate)
             return distill(student, teacher, channel, source, optimizer, steps, key, snapshots=snapshots)
 
         return jax.vmap(one)(students, channels, rates)

@@ -6,7 +6,7 @@ learning rate) train as one stack, on the same inputs and one pass of the teache
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,12 @@ def configure_sweep(
     return config
 
 
+def chunks(seeds: range, chunk: int, run: Callable[[Sequence[int]], list[Row]]) -> list[Part]:
+    """A part for each chunk of seeds."""
+    groups = [seeds[first : first + chunk] for first in range(0, len(seeds), chunk)]
+    return [Part(f"seeds-{group[0]:05d}", len(group), functools.partial(run, group)) for group in groups]
+
+
 def parts(cells: Sequence[Cell], seeds: range, *, chunk: int = 1, data_dir: str | None = None) -> list[Part]:
     """A part for each teacher and chunk of seeds, with all the cells of that teacher.
 
@@ -118,31 +124,55 @@ def parts(cells: Sequence[Cell], seeds: range, *, chunk: int = 1, data_dir: str 
     return found
 
 
-def run_group(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
-    """Rows of the cells of one teacher for some seeds."""
-    setting = cells[0].setting.teacher_only()
+@dataclass(frozen=True)
+class Classroom:
+    """The teachers of some seeds: where they started, what they became, and the keys of their runs."""
+
+    laboratory: Laboratory
+    seeds: Sequence[int]
+    keys: Key[Array, " runs"]
+    other_keys: Key[Array, " runs"]
+    init: Model
+    teacher: Model
+
+    def start(self, setting: Setting) -> Model:
+        """Where the students of a setting start, before any cloning."""
+        return _start(self.laboratory.at(setting), self.init, self.keys, self.other_keys)
+
+    def stream(self, name: str) -> Key[Array, " runs"]:
+        """A named random stream of each run."""
+        return jax.vmap(lambda key: named(key, name))(self.keys)
+
+
+def classroom(setting: Setting, seeds: Sequence[int], data_dir: str | None = None) -> Classroom:
+    """Teach the teachers of a setting for some seeds."""
+    setting = setting.teacher_only()
     data = load_data(setting.data, data_dir)
     laboratory = Laboratory(setting, data)
     # The control starts where the teacher of the next seed started: no run is its own control.
     keys, other_keys = (jax.vmap(jax.random.key)(jnp.asarray(seeds) + shift) for shift in (0, 1))
     init = _initial(laboratory, keys)
-    teacher = init
-    if any(cell.who != "reference" for cell in cells):
-        rate = jnp.float32(setting.learning_rate)
-        taught = _teach(_shapes(laboratory), init, _digits(data, setting.batch_size), rate, keys)
-        require_finite(taught.losses, [f"the teacher of seed {seed}" for seed in seeds])
-        teacher = taught.model
+    rate = jnp.float32(setting.learning_rate)
+    taught = _teach(_shapes(laboratory), init, _digits(data, setting.batch_size), rate, keys)
+    require_finite(taught.losses, [f"the teacher of seed {seed}" for seed in seeds])
+    return Classroom(laboratory, seeds, keys, other_keys, init, taught.model)
 
+
+def run_group(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
+    """Rows of the cells of one teacher for some seeds."""
+    room = classroom(cells[0].setting, seeds, data_dir)
+    laboratory, data, init, teacher = room.laboratory, room.laboratory.data, room.init, room.teacher
     names = {cell.setting: cell.labels["condition"] for cell in reversed(cells) if cell.who == "student"}
     students = {setting: laboratory.at(setting) for setting in reversed(names)}
-    starts = _cloned(students, {s: _start(lab, init, keys, other_keys) for s, lab in students.items()}, init, keys)
-    run_keys = jax.vmap(lambda key: named(key, "students"))(keys)
+    starts = _cloned(students, {student: room.start(student) for student in students}, init, room.stream("clone"))
     trained: dict[Setting, Model] = {}
     losses: dict[Any, np.ndarray] = {}
     for stack in _stacks(students).values():
         for student in stack:
             students[student].audit(starts[student], init, teacher)
-        run = _imitate_stack([students[s] for s in stack], [starts[s] for s in stack], teacher, run_keys)
+        run = _imitate_stack(
+            [students[s] for s in stack], [starts[s] for s in stack], teacher, room.stream("students")
+        )
         require_finite(
             run.losses.reshape(-1, run.losses.shape[-1]),
             [f"{names[student]} of seed {seed}" for seed in seeds for student in stack],
@@ -212,13 +242,12 @@ def _cloned(
         if student.cloning_epochs:
             alike.setdefault(student.cloning(), []).append(student)
     matched = dict(starts)
-    run_keys = jax.vmap(lambda key: named(key, "clone"))(keys)
     for stack in _stacks({job: students[alike[job][0]].at(job) for job in alike}).values():
         epochs = sorted({student.cloning_epochs for job in stack for student in alike[job]})
         cloners = [students[alike[job][0]].at(dataclasses.replace(job, epochs=epochs[-1])) for job in stack]
         source = _source(cloners[0])
         marks = tuple(cloners[0].steps(epoch, source) for epoch in epochs[:-1])
-        run = _imitate_stack(cloners, [starts[alike[job][0]] for job in stack], init, run_keys, marks)
+        run = _imitate_stack(cloners, [starts[alike[job][0]] for job in stack], init, keys, marks)
         after = dict(zip(epochs, (*run.snapshots, run.model), strict=True))
         for place, job in enumerate(stack):
             matched |= {student: _nth(after[student.cloning_epochs], place) for student in alike[job]}

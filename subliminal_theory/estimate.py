@@ -1,6 +1,7 @@
 """Statistics whose unit is a trained run."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,69 @@ def paired_difference(first: Sequence[float], second: Sequence[float], level: fl
     if len(first) != len(second):
         raise InputError(f"paired runs differ in number: {len(first)} and {len(second)}")
     return t_interval(np.subtract(first, second), level)
+
+
+class Share(NamedTuple):
+    """A share of a variance and its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def variance_shares(
+    levels: Mapping[str, Sequence[object]], values: Float[np.ndarray, "settings seeds"], draws: int = 1000
+) -> dict[str, Share]:
+    """How much of the variance of single runs each factor of a balanced random design explains.
+
+    A factor's share is its first-order Sobol index, Var(E[y | level]) / Var(y), estimated by omega squared (its
+    sum of squares less what its levels get by chance, so that a factor without effect has 0 on average).
+    `seed` is the variance within settings, `together` the rest: what factors do only in combination. Intervals
+    are percentiles of a bootstrap over settings, whose draws are always the same.
+
+    Raises:
+        InputError: fewer than two settings, or a factor with another number of entries than there are settings.
+    """
+    count = len(values)
+    if count < 2 or any(len(column) != count for column in levels.values()):
+        raise InputError(
+            f"shares of variance need a level of every factor for each of at least two settings: {count}"
+        )
+    codes = {
+        name: np.unique([str(entry) for entry in column], return_inverse=True)[1]
+        for name, column in levels.items()
+    }
+    rng = np.random.default_rng(0)
+    point = _shares(codes, values)
+    resampled = [
+        _shares({n: c[i] for n, c in codes.items()}, values[i]) for i in rng.integers(count, size=(draws, count))
+    ]
+    return {
+        name: Share(share, *np.nanpercentile([draw[name] for draw in resampled], [2.5, 97.5]))
+        for name, share in point.items()
+    }
+
+
+def _shares(codes: Mapping[str, np.ndarray], values: np.ndarray) -> dict[str, float]:
+    means, seeds = values.mean(1), values.shape[1]
+    within = float(values.var(axis=1, ddof=1).mean()) if seeds > 1 else 0.0
+    total = float(means.var(ddof=1)) + within * (1 - 1 / seeds)
+    shares, explained, freedom = {}, 0.0, 0
+    squares = {}
+    for name, code in codes.items():
+        sizes = np.bincount(code)
+        sums = np.bincount(code, means)
+        present = sizes > 0
+        squares[name] = float((sizes[present] * (sums[present] / sizes[present] - means.mean()) ** 2).sum())
+        freedom += int(present.sum()) - 1
+        explained += squares[name]
+    everything = float(((means - means.mean()) ** 2).sum())
+    residual = max(everything - explained, 0.0) / max(len(means) - 1 - freedom, 1)
+    for name, code in codes.items():
+        levels = len(np.unique(code))
+        shares[name] = (squares[name] - (levels - 1) * residual) / (len(means) - 1) / total if total else math.nan
+    seed = within / total if total else math.nan
+    return {**shares, "together": 1 - sum(shares.values()) - seed, "seed": seed}
 
 
 def log_slope(x: ArrayLike, y: ArrayLike) -> float:

@@ -1,0 +1,208 @@
+"""Which setting decides what a student learns? Many settings at once, and the share of each in the spread.
+
+`--axes` names settings and their levels; every combination is run, or a random balanced choice of them. For each
+axis the report gives its first-order share of the variance over settings (Sobol's index; omega squared, so that
+an axis without effect has 0 on average), with a bootstrap interval over settings; beside them what axes do only
+together and what the seed does.
+"""
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, panels
+from experiments.setting import METRICS, Cell, Setting
+from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import t_interval, variance_shares
+from subliminal_theory.runs import Results
+
+AXES = (
+    "init_law=lecun_normal,he_normal,torch; depth=1,2,3; width=128,256,512; channel_loss=kl,mse; aux=3,10; "
+    "learning_rate=3e-4,1e-3; teacher_epochs=2,5,10; epochs=2,5,10; "
+    "inputs=uniform,gaussian,blocks,blurred,digits; images=None,0; student_optimizer=adam,momentum"
+)
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """What is varied, what is fixed, how many settings are drawn."""
+
+    seeds: int = option(2, "independent runs of each setting", minimum=1)
+    axes: str = option(AXES, "settings and their levels, as in 'aux=3,10; width=128,256'")
+    fixed: str = option("", "settings that all have in common, as in 'aux=10; student_optimizer=sgd'")
+    settings: int = option(150, "combinations drawn, each level equally often (0: all combinations)", minimum=0)
+    metric: str = option(METRICS[0], "what is measured of the student", choices=METRICS)
+
+
+PRESETS = {
+    "spread": Config(),
+    "sgd": Config(
+        axes="aux=3,50; student_rate=0.1,0.3,1,3,10,30,100",
+        fixed="student_optimizer=sgd",
+        settings=0,
+        seeds=3,
+        first_seed=1000,
+        metric="imitation_loss",
+    ),
+    "digits": Config(
+        axes="aux=10,50; width=64,256; channel_loss=kl,mse; inputs=uniform,digits", settings=12, **EMBEDDED_DIGITS
+    ),
+}
+configure = functools.partial(configure_sweep, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """A student for each setting; settings with the same teacher share it."""
+    levels, fixed = parse(config.axes, "--axes"), parse(config.fixed, "--fixed") if config.fixed else {}
+    common = {name: values[0] for name, values in fixed.items()}
+    for name, values in fixed.items():
+        if len(values) > 1 or name in levels:
+            raise InputError(f"--fixed {name} must have one value, and not be an axis")
+    chosen = combinations(levels, config.settings)
+    cells = [
+        Cell(
+            {"condition": "student", **{name: str(value) for name, value in point.items()}},
+            config.setting(**{**common, **point}),
+            metrics=(config.metric,),
+        )
+        for point in chosen
+    ]
+    return config.parts(cells)
+
+
+def parse(text: str, flag: str) -> dict[str, list[Any]]:
+    """Axes and their levels, each of the type that the setting has.
+
+    Raises:
+        InputError: an axis that does not exist, is named twice or has no level, or a level of a wrong type.
+    """
+    types, axes = get_type_hints(Setting), {}
+    for entry in filter(str.strip, text.split(";")):
+        name, _, values = (part.strip() for part in entry.partition("="))
+        if name not in types:
+            raise InputError(f"{flag}: there is no setting {name!r}; there are {', '.join(types)}")
+        levels = [value.strip() for value in values.split(",") if value.strip()]
+        if not levels:
+            raise InputError(f"{flag}: axis {name!r} is empty: give it levels, as in '{name}=1,2'")
+        if name in axes or len(set(levels)) < len(levels):
+            raise InputError(f"{flag}: {name!r} or one of its levels is named twice")
+        axes[name] = [_level(name, level, types[name], flag) for level in levels]
+    if not axes:
+        raise InputError(f"{flag} is empty: name settings and their levels, as in 'aux=3,10; width=128,256'")
+    return axes
+
+
+def _level(name: str, text: str, kind: Any, flag: str) -> Any:
+    kinds = get_args(kind) or (kind,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    wanted = kinds[0]
+    if wanted is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if wanted is bool:
+            raise ValueError
+        return wanted(text)
+    except ValueError as error:
+        raise InputError(f"{flag}: {name} takes values of type {wanted.__name__}, got {text!r}") from error
+
+
+def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
+    """All combinations of levels, or `count` random ones in which each axis has its levels equally often.
+
+    The draw is the same each time: a design, not a source of chance.
+    """
+    everything = int(np.prod([len(values) for values in levels.values()]))
+    if count == 0 or count >= everything:
+        return [dict(zip(levels, point, strict=True)) for point in itertools.product(*levels.values())]
+    rng = np.random.default_rng(0)
+    found: dict[tuple, dict[str, Any]] = {}
+    while len(found) < count:
+        columns = [rng.permutation(np.resize(np.arange(len(values)), count)) for values in levels.values()]
+        for row in zip(*columns, strict=True):
+            point = {name: values[i] for (name, values), i in zip(levels.items(), row, strict=True)}
+            if len(found) < count:
+                found.setdefault(tuple(map(int, row)), point)
+    return list(found.values())
+
+
+def table(results: Results, config: Config) -> tuple[dict[str, list[str]], np.ndarray]:
+    """The level of each axis in each setting, and the values [setting, seed]."""
+    axes = list(parse(config.axes, "--axes"))
+    points: dict[tuple, list[float]] = {}
+    for row in results.rows:
+        points.setdefault(tuple(row[name] for name in axes), []).append(row["value"])
+    return {name: [point[i] for point in points] for i, name in enumerate(axes)}, np.array(list(points.values()))
+
+
+def drawn_levels(levels: Mapping[str, Sequence[str]], config: Config) -> dict[str, list[str]]:
+    """The levels of each axis that were drawn, in the order of the setting."""
+    return {
+        name: [str(value) for value in values if str(value) in levels[name]]
+        for name, values in parse(config.axes, "--axes").items()
+    }
+
+
+def report(results: Results, config: Config) -> str:
+    """Range, shares of the variance, and the mean of each level."""
+    levels, values = table(results, config)
+    axes, means = drawn_levels(levels, config), values.mean(1)
+    low, high = means.min(), means.max()
+    lines = [
+        f"{config.metric} on {config.data}: {len(means)} settings x {config.seeds} seeds, "
+        f"from {low:.3g} to {high:.3g} (means of settings)",
+        f"{'axis':20} share of variance [95% bootstrap over settings]   mean of each level",
+    ]
+    for name, share in variance_shares(levels, values).items():
+        per_level = ", ".join(
+            f"{level}: {means[np.array(levels[name]) == level].mean():.3g}" for level in axes.get(name, ())
+        )
+        lines.append(f"{name:20} {share.value:6.3f} [{share.low:6.3f}, {share.high:6.3f}]   {per_level}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Shares of the variance, and the accuracy at each level of each axis."""
+    levels, values = table(results, config)
+    axes, means, shares = drawn_levels(levels, config), values.mean(1), variance_shares(levels, values)
+    figure, ((left, right),) = panels(
+        2, size=(10.5, 1.6 + 0.42 * len(shares) + 0.2 * sum(map(len, levels.values())) / 4)
+    )
+    order = sorted(levels, key=lambda name: -shares[name].value)
+    names = [*order, *(name for name in shares if name not in levels)]
+    for y, name in enumerate(names):
+        share = shares[name]
+        left.barh(y, share.value, color=COLOURS[0] if name in levels else "grey", alpha=0.85)
+        left.plot([share.low, share.high], [y, y], color="black", linewidth=1.2)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set_xlim(left=-0.05)
+    left.set_xlabel("share of the variance over settings (line: 95% bootstrap interval)")
+    left.set_title("What decides how much is transmitted")
+    height, ticks, labels = 0.0, [], []
+    for name in order:
+        for level in axes[name]:
+            here = means[np.array(levels[name]) == level]
+            estimate = t_interval(here)
+            right.plot(here, [height] * len(here), ".", color="grey", markersize=2.5, alpha=0.4)
+            right.errorbar(
+                estimate.mean, height, xerr=estimate.half_width, fmt="o", color=COLOURS[3], markersize=4
+            )
+            ticks.append(height)
+            labels.append(f"{name} = {level}")
+            height += 1
+        height += 0.6
+    right.set_yticks(ticks, labels, fontsize=6)
+    right.set_ylim(height, -1)
+    right.set_xlabel(
+        f"{config.metric.replace('_', ' ')} (dots: settings, mean of {config.seeds} seeds; mean, 95% t)"
+    )
+    right.set_title(f"{len(means)} settings on {config.data}")
+    return figure

@@ -1,0 +1,125 @@
+"""What carries a trait along a whole run: how student, teacher and trait point at each other.
+
+    observe = follow(trait_gradient, start, teacher)
+    distill(..., observe=observe).observed     # cosines of every step, streamed
+
+Coverage is the cosine of a student's FIRST update with its teacher's displacement: it is known before the
+student is trained (arXiv 2606.22019). `linearised` is the student that the theorem is exact for: the first-order
+expansion in its parameters, whose training is that of the empirical tangent kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from subliminal_theory.distill import Observe, Step
+from subliminal_theory.errors import InputError
+from subliminal_theory.model import Apply, Model
+
+
+def inner(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """Inner product of two parameter pytrees."""
+    return jax.tree.reduce(jnp.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+
+
+def cosine(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """Cosine of the angle between two parameter pytrees; 0 if one of them is 0."""
+    length = jnp.sqrt(inner(a, a) * inner(b, b))
+    return jnp.where(length > 0, inner(a, b) / jnp.where(length > 0, length, 1), 0)
+
+
+def difference(a: PyTree, b: PyTree) -> PyTree:
+    """a - b, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def follow(trait_gradient: Callable[[PyTree], PyTree], start: PyTree, teacher: PyTree) -> Observe:
+    """An observer of `distill`: three cosines before each step.
+
+    `gradient`: the student's gradient and the gradient of the trait loss at the student's parameters;
+    `update`: the student's update and the teacher's displacement (at the first step, coverage);
+    `displacement`: how far student and teacher have come from `start`, where the teacher started.
+    A diagnosis from outside: the trait loss that it reads never reaches the student.
+    """
+    taught = difference(teacher, start)
+
+    def observe(step: Step) -> PyTree:
+        params = step.model.params
+        return {
+            "gradient": cosine(step.gradient, trait_gradient(params)),
+            "update": cosine(step.update, taught),
+            "displacement": cosine(difference(params, start), taught),
+        }
+
+    return observe
+
+
+def project_out(direction: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+    """Take the component along `direction(params)` out of each update: u - (u . d) d / (d . d).
+
+    Chain it after an optimiser. Along the trait gradient, no step then changes the trait loss to first order.
+    """
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree) -> tuple[PyTree, optax.EmptyState]:
+        d = direction(params)
+        squared = inner(d, d)
+        share = jnp.where(squared > 0, inner(updates, d) / jnp.where(squared > 0, squared, 1), 0)
+        return jax.tree.map(lambda u, leaf: u - share * leaf, updates, d), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@dataclass(frozen=True)
+class _Linearised:
+    """f(p0, x) + J(p0, x) (p - p0) for params {"origin": p0, "moved": p}; equal for equal networks."""
+
+    apply: Apply
+
+    def __call__(self, params: PyTree, inputs: PyTree) -> Float[Array, "..."]:
+        origin, moved = params["origin"], params["moved"]
+        value, change = jax.jvp(lambda p: self.apply(p, inputs), (origin,), (difference(moved, origin),))
+        return value + change
+
+
+def linearised(model: Model) -> Model:
+    """The first-order expansion of a model around its own parameters, trained like any other model.
+
+    One jvp a call; neither Jacobian nor kernel is built. Exact for networks that are linear in their parameters.
+
+    Raises:
+        InputError: the model has frozen parameters.
+    """
+    if model.frozen is not None:
+        raise InputError("linearised expands in all parameters: give it a model without frozen ones")
+    nothing = jax.tree.map(lambda leaf: None, model.params)
+    return Model(
+        _Linearised(model.apply),
+        {"origin": nothing, "moved": model.params},
+        {"origin": model.params, "moved": nothing},
+    )
+
+
+def linear_student(
+    head: Float[Array, "seen hidden"],
+    start: Float[Array, "hidden inputs"],
+    teacher: Float[Array, "hidden inputs"],
+    covariance: Float[Array, "inputs inputs"],
+    *,
+    rate: float,
+    steps: int,
+) -> Float[Array, "hidden inputs"]:
+    """The first layer W of a two-layer linear network z = H W x after distillation, in closed form and exact.
+
+    `head` are the rows of the fixed output layer that the channel shows, the loss is E |H (W - W_T) x|^2 with
+    covariance E x x^T, descended by `steps` steps of size `rate`:
+    W - W_T = U [(U^T (W_0 - W_T) V) * (1 - 2 rate h s^T)^steps] V^T, where H^T H = U diag(h) U^T and
+    E x x^T = V diag(s) V^T. For many steps on inputs of full rank, W_0 + H^+ H (W_T - W_0).
+    """
+    h, u = jnp.linalg.eigh(head.T @ head)
+    s, v = jnp.linalg.eigh(covariance)
+    gap = u.T @ (start - teacher) @ v
+    return teacher + u @ (gap * (1 - 2 * rate * h[:, None] * s[None, :]) ** steps) @ v.T
