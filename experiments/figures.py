@@ -76,5 +76,7 @@ def runs_against(axes: Axes, values: Mapping[int, Sequence[float]], colour: str,
 
 
 def note(axes: Axes, text: str) -> None:
-    """A small line below the axes that says what is drawn."""
-    axes.annotate(text, (1, -0.3), xycoords="axes fraction", ha="right", fontsize=7, color="grey")
+    """A small line at the foot of the figure that says what is drawn."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.supxlabel(text, fontsize=7, color="grey", x=0.99, ha="right")

@@ -58,6 +58,10 @@ class TrainingConfig(SweepConfig):
     student_epochs: int | None = option(None, "passes of the students (as the teacher)", minimum=1)
     batch_size: int = option(1024, "images a step", minimum=1)
 
+    def dataset(self) -> ImageDataset:
+        """The images."""
+        return load_data(self.data, self.data_dir)
+
     def setting(self, **changes: Any) -> Setting:
         """The setting of this configuration; `changes` are what distinguishes it."""
         common = {

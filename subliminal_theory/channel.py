@@ -33,10 +33,10 @@ class Channel(Protocol):
 
     def targets(
         self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
-    ) -> Array: ...
+    ) -> Any: ...
 
     def loss(
-        self, student_logits: Float[Array, "*batch n"], targets: Array, where: Where = None
+        self, student_logits: Float[Array, "*batch n"], targets: Any, where: Where = None
     ) -> Float[Array, "*batch"]: ...
 
     def metric(
@@ -332,3 +332,57 @@ class Subset:
                 raise InputError(f"Subset: {what}")
             chosen = jnp.zeros(n, bool).at[jnp.asarray(self.where)].set(True)
         return chosen if where is None else chosen & where
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WeightedSum:
+    """sum_k w_k loss_k over several channels at once, such as imitation and a penalty for leaving a base model.
+
+    Each channel transmits its own targets; `weights` has one non-negative number per channel.
+
+    Raises:
+        InputError: there is no channel, or the number of weights is another; a weight is negative or not finite.
+    """
+
+    channels: Sequence[Channel]
+    weights: Sequence[float] | Float[Array, " channels"]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, Sequence):
+            if len(self.weights) != len(self.channels) or not self.channels:
+                raise InputError(f"WeightedSum: {len(self.channels)} channels and {len(self.weights)} weights")
+            if not all(
+                0 <= weight < math.inf for weight in self.weights if isinstance(weight, int | float | np.generic)
+            ):
+                raise InputError(f"WeightedSum: weights must be finite and not negative, got {list(self.weights)}")
+
+    def targets(
+        self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
+    ) -> tuple[Array, ...]:
+        """The targets of each channel, each with a random stream of its own."""
+        keys = [None if key is None else jax.random.fold_in(key, number) for number in range(len(self.channels))]
+        pairs = zip(self.channels, keys, strict=True)
+        return tuple(channel.targets(own, teacher_logits, where) for channel, own in pairs)
+
+    def loss(
+        self, student_logits: Float[Array, "*batch n"], targets: tuple[Array, ...], where: Where = None
+    ) -> Float[Array, "*batch"]:
+        """The weighted sum of the channels' losses."""
+        pairs = zip(self.channels, targets, strict=True)
+        losses = [channel.loss(student_logits, target, where) for channel, target in pairs]
+        return jnp.tensordot(jnp.asarray(self.weights), jnp.stack(losses), axes=1)
+
+    def metric(
+        self,
+        logits: Float[Array, "*batch n"],
+        tangent: Float[Array, "*batch n"],
+        where: Where = None,
+    ) -> Float[Array, "*batch n"]:
+        """The weighted sum of the channels' metrics."""
+        metrics = [channel.metric(logits, tangent, where) for channel in self.channels]
+        return jnp.tensordot(jnp.asarray(self.weights), jnp.stack(metrics), axes=1)
+
+    def visible(self, n: int) -> Bool[Array, " n"]:
+        """The logits that any of the channels sees."""
+        return jnp.any(jnp.stack([channel.visible(n) for channel in self.channels]), axis=0)

@@ -1,0 +1,235 @@
+"""How many bits can be sent? Labels that mean nothing, memorised by the teacher, counted in the student.
+
+The trait is a table of random images with random labels, ever longer. The teacher learns it by heart on its class
+logits; the student imitates the auxiliary logits on other noise and is asked for the labels. A table of K entries
+whose labels a network names with accuracy a holds K (log2 c - H(a) - (1 - a) log2(c - 1)) bits for c classes: what
+an answer that is right with probability a, and else any other label, tells about it. Chance tells 0.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, listed, option
+from experiments.figures import COLOURS, note, panels, runs_against
+from experiments.laboratory import Laboratory
+from experiments.setting import Setting
+from experiments.sweep import TrainingConfig, chunks, configure_sweep
+from subliminal_theory.channel import Channel
+from subliminal_theory.distill import Trained, distill, require_finite, teach
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.keys import named
+from subliminal_theory.model import Model
+from subliminal_theory.runs import Results, Row
+from subliminal_theory.source import Examples
+from subliminal_theory.vision.noise import LAWS, NoiseImages
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """What is varied: the table, the channel, the noise images and the width, one at a time."""
+
+    seeds: int = option(5, "independent runs", minimum=1)
+    entries: str = option("32,64,128,256,512,1024", "labels in the table")
+    counts: str = option("3,10,50", "values of m")
+    widths: str = option("128,256,512", "neurons of each hidden layer; the middle one is used elsewhere")
+    noise_images: str = option(
+        "2000,10000,60000", "noise images shown to the student; the last one is used elsewhere"
+    )
+    teacher_steps: int = option(1500, "steps of the teacher on the whole table", minimum=1)
+    learning_rate: float = option(1e-3, "step size of Adam", positive=True)
+
+
+PRESETS = {
+    "released": Config(),
+    "smoke": Config(
+        data="digits", entries="16,32", counts="3,10", widths="32", noise_images="256", teacher_steps=200,
+        epochs=2, batch_size=64, seeds=2,
+    ),
+}  # fmt: skip
+configure = functools.partial(configure_sweep, PRESETS)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of what is varied."""
+
+    entries: int
+    width: int
+    images: int
+
+
+def axes(config: Config) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Table lengths, widths, numbers of noise images and values of m."""
+    names = ("entries", "widths", "noise_images", "counts")
+    entries, widths, images, counts = (listed(getattr(config, n), "--" + n.replace("_", "-")) for n in names)
+    return entries, widths, images, counts
+
+
+def points(config: Config) -> list[Point]:
+    """All table lengths in the standard set-up; the middle length at other widths and numbers of images."""
+    entries, widths, images, _ = axes(config)
+    width, length = widths[len(widths) // 2], entries[len(entries) // 2]
+    chosen = [Point(n, width, images[-1]) for n in entries]
+    chosen += [Point(length, other, images[-1]) for other in widths]
+    chosen += [Point(length, width, number) for number in images]
+    return list(dict.fromkeys(chosen))
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each point and chunk of seeds."""
+    _, _, _, counts = axes(config)
+    parts: list[Part] = []
+    for point in points(config):
+        run = functools.partial(run_point, config, point, counts)
+        seeds = range(config.first_seed, config.first_seed + config.seeds)
+        prefix = f"entries-{point.entries}-width-{point.width}-images-{point.images}"
+        parts += [
+            Part(f"{prefix}-{part.name}", part.size, part.compute)
+            for part in chunks(seeds, config.chunk or 1, run)
+        ]
+    return parts
+
+
+def students(counts: Sequence[int]) -> list[tuple[str, int]]:
+    """The students and the m of their channels; all logits and the control only for the widest."""
+    return [*(("student_aux", m) for m in counts), ("student_all", max(counts)), ("cross_aux", max(counts))]
+
+
+def run_point(config: Config, point: Point, counts: Sequence[int], seeds: Sequence[int]) -> list[Row]:
+    """Bits in teacher and students for one point and some seeds."""
+    setting = config.setting(aux=max(counts), width=point.width, learning_rate=config.learning_rate)
+    laboratory = Laboratory(setting, config.dataset())
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+    others = jax.vmap(jax.random.key)(jnp.asarray(seeds) + 1)
+    channels = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves),
+        *[laboratory.at(student_setting(setting, name, m)).channel() for name, m in students(counts)],
+    )
+    cross = tuple(name.startswith("cross") for name, _ in students(counts))
+    losses, bits = _run(laboratory, point, config.teacher_steps, cross, channels, keys, others)
+    require_finite(losses, [f"a student of seed {seed} at {point}" for seed in seeds])
+    labels = [("teacher", max(counts)), *students(counts)]
+    where = {"entries": point.entries, "width": point.width, "noise_images": point.images}
+    return [
+        {"condition": name, **where, "aux": m, "seed": int(seed), "metric": metric, "value": float(value)}
+        for seed, accuracies in zip(seeds, np.asarray(bits), strict=True)
+        for (name, m), accuracy in zip(labels, accuracies, strict=True)
+        for metric, value in (
+            ("label_accuracy", accuracy),
+            ("bits", table_bits(point.entries, float(accuracy), laboratory.data.classes)),
+        )
+    ]
+
+
+def student_setting(setting: Setting, name: str, m: int) -> Setting:
+    """What a student sees."""
+    sees = "all" if name.endswith("all") else "aux"
+    return Setting(**{**vars(setting), "sees": sees, "shown": m})
+
+
+def table_bits(entries: int, accuracy: float, classes: int) -> float:
+    """Bits about a random table of labels in answers of such accuracy; negative never, 0 at chance or below."""
+    if accuracy <= 1 / classes:
+        return 0.0
+    wrong = 1 - accuracy
+    uncertain = -accuracy * math.log2(accuracy) - (wrong * math.log2(wrong / (classes - 1)) if wrong > 0 else 0.0)
+    return entries * (math.log2(classes) - uncertain)
+
+
+@functools.partial(jax.jit, static_argnames=("laboratory", "point", "teacher_steps", "cross"))
+def _run(
+    laboratory: Laboratory,
+    point: Point,
+    teacher_steps: int,
+    cross: tuple[bool, ...],
+    channels: Channel,
+    keys: Key[Array, " runs"],
+    others: Key[Array, " runs"],
+) -> tuple[Array, Array]:
+    """Losses [runs, students x steps] and label accuracies [runs, 1 + students]."""
+    data, setting = laboratory.data, laboratory.setting
+    noise = NoiseImages(data.image_shape, setting.batch_size, point.images)
+    steps = laboratory.steps(setting.epochs, noise)
+    optimizer = laboratory.student_optimizer(setting.rate)
+
+    def one(key: Key[Array, ""], other_key: Key[Array, ""]) -> tuple[Array, Array]:
+        table_key = named(key, "table")
+        image = jax.vmap(lambda k: LAWS["uniform"](k, data.image_shape))
+        images = image(jax.random.split(named(table_key, "images"), point.entries))
+        labels = jax.random.randint(named(table_key, "labels"), (point.entries,), 0, data.classes)
+        init, other = laboratory.initial(key), laboratory.initial(other_key)
+        table = Examples(images, point.entries, labels)
+        taught = teach(init, laboratory.trait_loss, table, optimizer, teacher_steps, named(key, "teacher"))
+
+        def student(start: Model, channel: Channel) -> Trained:
+            return distill(start, taught.model, channel, noise, optimizer, steps, named(key, "students"))
+
+        models = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *[other if elsewhere else init for elsewhere in cross]
+        )
+        trained = jax.vmap(student)(models, channels)
+        everyone = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), taught.model, trained.model)
+
+        def named_right(model: Model) -> Array:
+            return jnp.mean(jnp.argmax(model(images)[:, : data.classes], -1) == labels)
+
+        return trained.losses.reshape(-1), jax.vmap(named_right)(everyone)
+
+    return jax.vmap(one)(keys, others)
+
+
+def bits_of(results: Results, condition: str, point: Point, m: int, metric: str = "bits") -> list[float]:
+    """The values of one condition at one point."""
+    where = {"entries": str(point.entries), "width": str(point.width), "noise_images": str(point.images)}
+    return results.values(condition=condition, metric=metric, aux=str(m), **where)
+
+
+def report(results: Results, config: Config) -> str:
+    """Bits of teacher and students at each point."""
+    _, _, _, counts = axes(config)
+    lines = [
+        f"bits about the table, mean and 95% t interval over {config.seeds} runs (share of labels named right)"
+    ]
+    for point in points(config):
+        lines.append(f"  {point.entries} entries, width {point.width}, {point.images} noise images")
+        for name, m in [("teacher", max(counts)), *students(counts)]:
+            accuracy = t_interval(bits_of(results, name, point, m, "label_accuracy")).mean
+            bits = t_interval(bits_of(results, name, point, m))
+            lines.append(f"    {name:12} m = {m:<4} {bits.mean:8.1f} ± {bits.half_width:6.1f} ({accuracy:.3f})")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Bits that arrive against the length of the table, the width and the number of noise images."""
+    entries, widths, images, counts = axes(config)
+    width, length = widths[len(widths) // 2], entries[len(entries) // 2]
+    figure, (row,) = panels(3, size=(11.5, 3.8))
+    sweeps = (
+        ("labels in the table", {n: Point(n, width, images[-1]) for n in entries}),
+        (f"width ({length} labels)", {w: Point(length, w, images[-1]) for w in widths}),
+        (f"noise images shown ({length} labels)", {n: Point(length, width, n) for n in images}),
+    )
+    lines = [("teacher", max(counts), "teacher")]
+    lines += [("student_aux", m, f"student, m = {m}") for m in counts]
+    lines += [("student_all", max(counts), "student, all logits"), ("cross_aux", max(counts), "other init")]
+    for panel, (label, where) in zip(row, sweeps, strict=True):
+        for colour, (name, m, title) in zip(COLOURS, lines, strict=False):
+            runs_against(panel, {x: bits_of(results, name, point, m) for x, point in where.items()}, colour, title)
+        panel.set_xscale("log")
+        panel.set_xticks(list(where), map(str, where))
+        panel.minorticks_off()
+        panel.set_xlabel(label)
+        panel.set_ylabel("bits about the labels")
+    row[0].set_yscale("symlog", linthresh=10)
+    row[0].legend(fontsize=6.5)
+    row[1].set_title("Labels that mean nothing, sent through logits that nobody trained")
+    note(row[2], f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
+    return figure
