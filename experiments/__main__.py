@@ -18,7 +18,8 @@ from typing import Any, NoReturn, get_args
 import jax
 import platformdirs
 
-from experiments.contract import configure
+from experiments import workers
+from experiments.contract import Part, configure
 from experiments.progress import progress
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory, load_results
@@ -76,31 +77,67 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
     """Run one experiment into a run directory and draw its figure."""
     options = vars(_parser(name, module).parse_args(arguments))
     out, resume, preset = options.pop("out"), options.pop("resume"), options.pop("preset", None)
-    _use_compilation_cache()
-    config = configure(module, preset, options)
-    settings = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.metadata.get("recorded", True)
-    }
+    for field in dataclasses.fields(next(iter(module.PRESETS.values()))):
+        if field.metadata.get("positional"):
+            options[field.name] = ",".join(options[field.name])
+    flags = workers.take_flags(options)
     path = Path(out) if out is not None else Path("runs") / name
-    command = shlex.join(["python", "-m", "experiments", name, *arguments])
-    directory = RunDirectory.open(path, name, settings, resume=resume, command=command)
-    parts = module.plan(config)
-    waiting = [part for part in parts if not directory.finished(part.name)]
-    if len(waiting) < len(parts):
-        print(f"{len(parts) - len(waiting)} of {len(parts)} parts are finished already", file=sys.stderr)
-    with progress(name, sum(part.size for part in waiting)) as advance:
-        for part in waiting:
-            start = time.monotonic()
-            rows = part.compute()
-            directory.save(part.name, rows, time.monotonic() - start)
-            advance(part.size)
-    directory.finish([part.name for part in parts])
-    draw(path, module, config)
-    print(module.report(load_results(path), config))
-    print(f"written to {path}{os.sep}: figure.png, figure.pdf, results.csv, summary.json, provenance.json")
+    _use_compilation_cache()
+    team = workers.meet(flags)
+    with workers.Watch(team, path) as watch:
+        config = configure(module, preset, options)
+        settings = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if field.metadata.get("recorded", True)
+        }
+        devices = workers.local_devices(flags.devices)
+        parts = module.plan(config)
+        if team.process > 0:
+            wanted = set(team.share(watch.published(settings)))
+            store = RunDirectory(path, {}, {}).save
+            workers.compute([part for part in parts if part.name in wanted], devices, store, lambda part: None)
+            watch.wait()
+            return 0
+        command = shlex.join(["python", "-m", "experiments", name, *arguments])
+        directory = RunDirectory.open(
+            path, name, settings, resume=resume, command=command, processes=team.processes
+        )
+        workers.clear(path, team)
+        waiting = [part for part in parts if not directory.finished(part.name)]
+        if len(waiting) < len(parts):
+            print(f"{len(parts) - len(waiting)} of {len(parts)} parts are finished already", file=sys.stderr)
+        watch.publish(settings, [part.name for part in waiting])
+        _compute(name, directory, team, waiting, devices)
+        directory.finish([part.name for part in parts])
+        draw(path, module, config)
+        print(module.report(load_results(path), config))
+        print(f"written to {path}{os.sep}: figure.png, figure.pdf, results.csv, summary.json, provenance.json")
     return 0
+
+
+def _compute(
+    name: str, directory: RunDirectory, team: workers.Team, waiting: list[Part], devices: list[jax.Device]
+) -> None:
+    """Compute the share of process 0 and take in what the others store, until nothing is waiting."""
+    own = team.share(waiting)
+    names = {part.name for part in own}
+    others = [part for part in waiting if part.name not in names]
+    with progress(name, sum(part.size for part in waiting)) as advance:
+
+        def collect() -> None:
+            for part in [part for part in others if directory.collect(part.name)]:
+                others.remove(part)
+                advance(part.size)
+
+        def finished(part: Part) -> None:
+            advance(part.size)
+            collect()
+
+        workers.compute(own, devices, directory.save, finished)
+        while others:
+            time.sleep(workers.TICK)
+            collect()
 
 
 def draw(path: Path, module: types.ModuleType, config: Any) -> None:
@@ -140,11 +177,15 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", default=False, help="go on with the run that the folder holds"
     )
+    workers.add_flags(parser)
     if len(module.PRESETS) > 1:
         parser.add_argument("--preset", help=f"{' | '.join(module.PRESETS)}: settings to start from")
     for field in dataclasses.fields(default):
         value, choices = getattr(default, field.name), field.metadata.get("choices")
         names = f"{{{' | '.join(map(str, choices))}}} " if choices else ""
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="*", metavar=field.name.upper(), help=field.metadata["help"])
+            continue
         types_ = [t for t in (get_args(field.type) or (field.type,)) if t is not types.NoneType]
         shown = json.dumps(value) if value is not None else "automatic"
         parser.add_argument(
@@ -157,4 +198,4 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    workers.leave(main())

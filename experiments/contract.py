@@ -31,12 +31,14 @@ def option(
     choices: Sequence[str | int] | None = None,
     minimum: float | None = None,
     positive: bool = False,
+    positional: bool = False,
 ) -> Any:
-    """A field of a Config, with what the command line says of it and accepts for it."""
-    return field(
-        default=default,
-        metadata={"help": help, "choices": choices, "minimum": minimum, "positive": positive},
-    )
+    """A field of a Config, with what the command line says of it and accepts for it.
+
+    A positional one is a text that takes all words of the command line that belong to no flag, joined by commas.
+    """
+    limits = {"choices": choices, "minimum": minimum, "positive": positive, "positional": positional}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 def configure(experiment: ModuleType, preset: str | None, changes: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Published numbers, run again: published, ours, and whether they agree.
 
-Every entry of `experiments/published.toml`, or those named by --only, in the setting that should give it. With
+Every entry of `experiments/published.toml`, or those named, in the setting that should give it. With
 d = ours - published and h the half-width of its 95% interval (ours and, if known, the published one): it differs
 if |d| - h exceeds the entry's tolerance, is reproduced if |d| and h are both within it, else cannot be told.
 """
@@ -26,7 +26,7 @@ VERDICTS = {"reproduced": COLOURS[2], "differs": COLOURS[3], "cannot be told": C
 class Config(SweepConfig):
     """Which numbers, and on how many seeds; the registry's settings decide the rest."""
 
-    only: str = option("", "names of the registry separated by commas (default all)")
+    ids: str = option("", "numbers of the registry (default all)", positional=True)
 
 
 PRESETS = {"published": Config()}
@@ -35,7 +35,7 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 def chosen(config: Config) -> list[Number]:
     """The numbers that a configuration asks for."""
-    return select([name.strip() for name in config.only.split(",") if name.strip()])
+    return select([name.strip() for name in config.ids.split(",") if name.strip()])
 
 
 def plan(config: Config) -> list[Part]:

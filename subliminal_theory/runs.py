@@ -33,6 +33,8 @@ FORMAT = 1
 COLUMNS = ("condition", "seed", "metric", "value")
 # What `write_atomically` leaves when it is killed.
 LEFTOVER = re.compile(r"\..+\.(json|csv|png|pdf)\.\d+\.tmp")
+# How the processes of a run know of each other.
+HEARTBEAT = re.compile(r"\.process-.+\.json")
 Row = Mapping[str, Any]
 
 
@@ -141,9 +143,18 @@ class RunDirectory:
 
     @classmethod
     def open(
-        cls, path: Path, experiment: str, config: Mapping[str, Any], *, resume: bool, command: str
+        cls,
+        path: Path,
+        experiment: str,
+        config: Mapping[str, Any],
+        *,
+        resume: bool,
+        command: str,
+        processes: int = 1,
     ) -> "RunDirectory":
         """Start a run in a new or empty folder, or take up one of the same configuration.
+
+        The provenance records `processes`, of which each has the device and processor of this one.
 
         Raises:
             InputError: the folder cannot be written, is not empty, holds a run of another configuration,
@@ -152,10 +163,10 @@ class RunDirectory:
         wanted = json.loads(json.dumps({"format": FORMAT, "experiment": experiment, "config": config}))
         try:
             (path / "parts").parent.mkdir(parents=True, exist_ok=True)
-            entries = [entry for entry in path.iterdir() if not LEFTOVER.fullmatch(entry.name)]
+            names = [entry.name for entry in path.iterdir()]
         except OSError as error:
             raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
-        if not entries:
+        if all(LEFTOVER.fullmatch(entry) or HEARTBEAT.fullmatch(entry) for entry in names):
             write_atomically(path / "config.json", _json(wanted))
         else:
             _require_same(path, wanted, resume)
@@ -168,7 +179,7 @@ class RunDirectory:
         for leftover in [*path.glob(".*.tmp"), *path.glob("parts/.*.tmp")]:
             if LEFTOVER.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
-        provenance["invocations"].append({"command": command, **environment()})
+        provenance["invocations"].append({"command": command, "processes": processes, **environment()})
         # Now, not only at the end: the parts of a run that is killed were made by this invocation.
         write_atomically(path / "provenance.json", _json(provenance))
         return cls(path, parts, provenance)
@@ -176,6 +187,17 @@ class RunDirectory:
     def finished(self, part: str) -> bool:
         """Whether a part's rows are stored."""
         return part in self._parts
+
+    def collect(self, part: str) -> bool:
+        """Whether a part is stored by now, perhaps by another process.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        file = self.path / "parts" / f"{part}.json"
+        if not self.finished(part) and file.exists():
+            self._parts[part] = _read_part(file)
+        return self.finished(part)
 
     def save(self, part: str, rows: Sequence[Row], seconds: float) -> None:
         """Store a part in one atomic step; from then on it is never computed again.

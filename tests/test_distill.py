@@ -1,3 +1,4 @@
+import functools
 import importlib
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from subliminal_theory.keys import named
 from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.source import Batch, Examples
 from subliminal_theory.vision.mlp import MLP
-from subliminal_theory.vision.noise import UniformNoise
+from subliminal_theory.vision.noise import NoiseImages
 
 INPUTS = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
 KEY = jax.random.key(7)
@@ -45,8 +46,8 @@ def close(actual, expected, rtol: float = TOLERANCE["float32"], atol: float = 1e
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), actual, expected)
 
 
-def plain_run(student, teacher, channel, source, optimizer, steps, key):
-    """What `distill` promises, as a Python loop."""
+def plain_run(student, teacher, channel, source, optimizer, steps, key, seen=None):
+    """What `distill` promises, as a Python loop; `seen` gets each step's parameters, gradient and update."""
     params, state, losses = student.params, optimizer.init(student.params), []
     index, weights = source.schedule(named(key, "source"), steps)
 
@@ -60,12 +61,15 @@ def plain_run(student, teacher, channel, source, optimizer, steps, key):
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, value, gradient, updates
 
     for step in range(steps):
         step_key = named(key, "channel", step)
-        params, state, value = one_step(params, state, index[step], weights[step], step_key)
+        before = params
+        params, state, value, gradient, updates = one_step(params, state, index[step], weights[step], step_key)
         losses.append(value)
+        if seen is not None:
+            seen.append((before, gradient, updates))
     return params, np.array(losses)
 
 
@@ -148,6 +152,119 @@ def test_frozen_parameters_stay() -> None:
     assert (free.params["layers"][0]["kernel"] != before[0]["kernel"]).any()
 
 
+# --- what is seen on the way
+
+
+def everything(step):
+    return {
+        "index": step.index,
+        "params": step.model.params,
+        "gradient": step.gradient,
+        "update": step.update,
+        "logits": step.model(jnp.asarray(INPUTS)[:2]),
+    }
+
+
+distill_seen = jax.jit(distill, static_argnames=("optimizer", "steps", "observe", "snapshots"))
+RUN = (mlp(0), mlp(1), SampledToken(0.7), Examples(INPUTS, 8), ADAM)  # an epoch has 3 steps
+
+
+@functools.cache
+def seen():
+    """A run of 7 steps with all that can be seen of it."""
+    return distill_seen(*RUN, 7, KEY, observe=everything)
+
+
+def test_observed_is_a_plain_loop() -> None:
+    recorded = []
+    params, losses = plain_run(*RUN, 7, KEY, recorded)
+    observed = seen().observed
+    np.testing.assert_array_equal(observed["index"], np.arange(7))
+    for name, values in zip(("params", "gradient", "update"), zip(*recorded, strict=True), strict=True):
+        assert jax.tree.structure(observed[name]) == jax.tree.structure(values[0])
+        close(observed[name], jax.tree.map(lambda *leaves: np.stack(leaves), *values))
+    close(observed["logits"], jax.vmap(lambda params: mlp(0).apply(params, INPUTS[:2]))(observed["params"]))
+    close(seen().losses, losses)
+    close(seen().model.params, params)
+
+
+def test_observing_changes_nothing() -> None:
+    plain = distill_jit(*RUN, 7, KEY)
+    assert plain.observed is None
+    assert plain.snapshots == seen().snapshots == ()
+    close(seen().losses, plain.losses)
+    close(seen().model.params, plain.model.params)
+
+
+def test_snapshots_are_what_the_next_step_finds() -> None:
+    """Whether they end an epoch, the run or neither; the rest of the run does not depend on them."""
+    run, whole = distill_seen(*RUN, 7, KEY, observe=everything, snapshots=(1, 3, 7)), seen()
+    first, third, last = (snapshot.params for snapshot in run.snapshots)
+    close(first, jax.tree.map(lambda leaf: leaf[1], whole.observed["params"]))
+    close(third, jax.tree.map(lambda leaf: leaf[3], whole.observed["params"]))
+    close(last, whole.model.params)
+    close(run.losses, whole.losses)
+    close(run.observed, whole.observed)
+    close(run.model.params, whole.model.params)
+
+
+def test_snapshots_are_shorter_runs() -> None:
+    arguments = (linear_model(0), linear_model(1), SoftLogits(), Examples(INPUTS, 8), ADAM)
+    run = distill_seen(*arguments, 6, KEY, snapshots=(2, 5))
+    assert run.observed is None
+    for step, snapshot in zip((2, 5), run.snapshots, strict=True):
+        shorter = distill_jit(*arguments, step, KEY)
+        close(snapshot.params, shorter.model.params)
+        close(run.losses[:step], shorter.losses)
+
+
+def test_seen_in_an_ensemble() -> None:
+    """What members do that are computed together is what each does alone."""
+
+    def run(student, key):
+        rest = linear_model(9), SoftLogits(), Examples(INPUTS, 8), SGD, 3, key
+        return distill(student, *rest, observe=everything, snapshots=(2,))
+
+    keys = jax.random.split(jax.random.key(3), 2)
+    ensemble = jax.jit(jax.vmap(run))(stack(linear_model(0), linear_model(1)), keys)
+    np.testing.assert_array_equal(ensemble.observed["index"], [[0, 1, 2]] * 2)
+    single = jax.jit(run)
+    for i in range(2):
+        alone = single(linear_model(i), keys[i])
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], ensemble.observed), alone.observed)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], ensemble.snapshots[0].params), alone.snapshots[0].params)
+
+
+def test_seen_of_a_frozen_model() -> None:
+    student = mlp(0).freeze("layers/0/*")
+    rest = mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 3, KEY
+    run = distill_seen(student, *rest, snapshots=(2,), observe=everything)
+    for model in (*run.snapshots, run.model):
+        jax.tree.map(np.testing.assert_array_equal, model.all_params["layers"][0], mlp(0).params["layers"][0])
+    for name in ("params", "gradient", "update"):
+        assert jax.tree.structure(run.observed[name]) == jax.tree.structure(student.params)
+    close(run.snapshots[0].params, jax.tree.map(lambda leaf: leaf[2], run.observed["params"]))
+
+
+def test_observed_and_snapshots_of_teaching() -> None:
+    """Gradients by hand: those of a linear model under softmax cross-entropy, on all examples at once."""
+    labels = np.arange(20) % 3
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    run = teach(
+        linear_model(0), loss, Examples(INPUTS, 20, labels), SGD, 3, KEY, observe=everything, snapshots=(1, 2)
+    )
+    w = np.asarray(linear_model(0).params["kernel"], float)
+    for step in range(3):
+        e = np.exp(INPUTS @ w)
+        gradient = INPUTS.T @ (e / e.sum(1, keepdims=True) - np.eye(3)[labels]) / 20
+        observed = jax.tree.map(lambda leaf, step=step: leaf[step], run.observed)
+        close(observed["params"]["kernel"], w)
+        close(observed["gradient"]["kernel"], gradient)
+        close(observed["update"]["kernel"], -0.1 * gradient)
+        w = w - 0.1 * gradient
+        close((*run.snapshots, run.model)[step].params["kernel"], w)
+
+
 # --- ensembles
 
 
@@ -174,7 +291,7 @@ def equations(jaxpr):
 
 def test_shared_teacher_is_computed_once() -> None:
     students = stack(*(mlp(seed, hidden=6) for seed in range(5)))
-    source = UniformNoise((4,), 8, images=16)
+    source = NoiseImages((4,), 8, images=16)
 
     def run(students, teacher):
         return jax.vmap(lambda s: distill(s, teacher, SoftLogits(), source, SGD, 2, KEY))(students)
@@ -209,7 +326,7 @@ def test_memory_does_not_grow_with_noise_images() -> None:
     model = Model(linear, {"kernel": jnp.zeros((pixels, 3))})
 
     def temporary(images: int) -> int:
-        source = UniformNoise((pixels,), 10, images=images)
+        source = NoiseImages((pixels,), 10, images=images)
         run = jax.jit(lambda model: distill(model, model, SoftLogits(), source, SGD, 50, KEY))
         return run.lower(model).compile().memory_analysis().temp_size_in_bytes
 
@@ -306,6 +423,17 @@ def test_distill_refuses(changes, message: str) -> None:
         attempt(**changes)
     with pytest.raises(InputError, match=f"^{message}"):
         jax.eval_shape(lambda key: attempt(**changes, key=key).losses, jax.random.key(0))
+
+
+@pytest.mark.parametrize("snapshots", [(0,), (-1,), (3,), (1, 3), (2, 1), (1, 1), (0, 1), [2, 2]], ids=str)
+def test_bad_snapshots(snapshots) -> None:
+    asked = ", ".join(map(str, snapshots))
+    message = rf"^snapshots must be ascending steps from 1 to 2, got \[{asked}\]$"
+    with pytest.raises(InputError, match=message):
+        attempt(snapshots=snapshots)
+    labelled = Examples(INPUTS, 8, np.zeros(20, int))
+    with pytest.raises(InputError, match=message):
+        teach(mlp(0), optax.softmax_cross_entropy_with_integer_labels, labelled, SGD, 2, KEY, snapshots=snapshots)
 
 
 def test_teach_refuses() -> None:

@@ -11,7 +11,7 @@ from subliminal_theory.inits import Fresh, Interpolated, Perturbed, Shared, clon
 from subliminal_theory.model import from_nnx
 from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.mlp import MLP
-from subliminal_theory.vision.noise import UniformNoise
+from subliminal_theory.vision.noise import NoiseImages
 
 KEY = jax.random.key(5)
 RNG = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def test_permute_neurons_missing_layer() -> None:
 def test_clone_matches_what_is_visible() -> None:
     student, reference = (from_nnx(MLP((9, 24, 5), rngs=nnx.Rngs(seed))) for seed in (0, 1))
     visible = Subset((1, 2, 3, 4))
-    source = UniformNoise((9,), 32)
+    source = NoiseImages((9,), 32)
     cloned = jax.jit(lambda a, b: clone(a, b, visible, source, optax.adam(1e-2), 300, KEY))(student, reference)
     held_out = jnp.asarray(RNG.uniform(-1, 1, (200, 9)), jnp.float32)
 

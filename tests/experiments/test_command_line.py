@@ -155,6 +155,8 @@ def test_help_shows_every_setting(name: str, capsys: Capture) -> None:
     output, errors = capsys.readouterr()
     assert not errors
     assert "\n  --resume " in output
+    assert re.search(r"^  --devices int +local devices to compute on \(default all\)$", output, re.M)
+    assert "\n  --coordinator HOST:PORT\n" in output
     shown = shown_defaults(output)
     assert shown["out"] == f"runs/{name}"
     default, *others = EXPERIMENTS[name].PRESETS.values()
@@ -171,7 +173,7 @@ def test_help_of_mnist_shows_the_paper(capsys: Capture) -> None:
     output = capsys.readouterr().out
     paper = {
         "data": '"mnist"', "aux": "3", "width": "256", "depth": "2", "epochs": "5", "batch-size": "1024",
-        "optimizer": '"adam"', "learning-rate": "0.0003", "channel-loss": '"kl"', "noise-bits": "32",
+        "optimizer": '"adam"', "learning-rate": "0.0003", "channel-loss": '"kl"', "inputs": '"uniform"',
     }  # fmt: skip
     assert paper.items() <= shown_defaults(output).items()
     assert "released | nature | digits" in output
@@ -225,7 +227,7 @@ def test_in_a_process_of_its_own() -> None:
         ("theorem --seeds 0", "--seeds must be at least 1, got 0"),
         ("theorem --steps 1", "--steps must be at least 2, got 1"),
         ("theorem --smallest 1e-3", "--smallest 0.001 must be below --largest 0.001"),
-        ("mnist --data digits --noise-bits 9", "--noise-bits 9 is unknown; there are 8, 32"),
+        ("mnist --data digits --inputs foo", "--inputs 'foo' is unknown; there are uniform, "),
         ("mnist --data digits --data-dir x", "--data-dir is a folder of idx files, but the digits are embedded"),
         ("theorem --smallest nan", "--smallest must be finite, got nan"),
         ("theorem --preset nature", "unrecognized arguments: --preset nature; see "),
@@ -235,13 +237,6 @@ def test_refuses(arguments: str, message: str, tmp_path: Path, capsys: Capture) 
     given = arguments.split()
     out = ["--out", tmp_path / "run"] if given[0] in EXPERIMENTS and arguments != "mnist --seeds" else []
     assert refusal(capsys, *given[:1], *out, *given[1:]).startswith(message)
-    assert content(tmp_path) == {}
-
-
-def test_refuses_noise_bits(tmp_path: Path, capsys: Capture) -> None:
-    message = refusal(capsys, "mnist", "--data", "digits", "--noise-bits", 7, "--out", tmp_path / "run")
-    assert message.startswith("--noise-bits ")
-    assert "7" in message
     assert content(tmp_path) == {}
 
 

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as command_line
-from experiments import mnist
-from experiments.mnist import PRESETS, STUDENTS, Config, Laboratory, configure
+from experiments import sweep
+from experiments.laboratory import Laboratory
+from experiments.mnist import PRESETS, STUDENTS, Config, configure, plan, setting
+from experiments.setting import OPTIMIZERS, Setting
 from subliminal_theory.keys import named
 from subliminal_theory.vision.datasets import ImageDataset, load
 
@@ -73,24 +76,36 @@ def images(train: int, test: int) -> ImageDataset:
 @pytest.mark.parametrize(("preset", "aux"), [("released", 3), ("nature", 50)])
 def test_presets_are_those_of_the_paper(preset: str, aux: int) -> None:
     config = PRESETS[preset]
-    laboratory = Laboratory(config, images(60_000, 10_000))
+    laboratory = Laboratory(setting(config), images(60_000, 10_000))
     model = jax.eval_shape(laboratory.initial, jax.random.key(0))
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(model.params))
     out = 10 + aux
     assert shapes == sorted([(784, 256), (256,), (256, 256), (256,), (256, out), (out,)])
     assert (config.data, config.seeds, config.epochs, config.student_epochs) == ("mnist", 20, 5, None)
-    assert laboratory.steps(60_000, 1) == 59
-    assert laboratory.steps(60_000, config.epochs) == 295
-    noise = laboratory.noise
-    assert (noise.shape, noise.images, noise.batch_size, noise.bits) == ((28, 28), 60_000, 1024, 32)
+    teachers, students = laboratory.setting.teacher_epochs, laboratory.setting.epochs
+    assert (teachers, students) == (5, 5)
+    noise = laboratory.source()
+    assert laboratory.steps(1) == laboratory.steps(1, noise) == 59
+    assert laboratory.steps(teachers) == laboratory.steps(students, noise) == 295
+    assert (noise.shape, noise.images, noise.batch_size, noise.law) == ((28, 28), 60_000, 1024, "uniform")
     drawn = noise.batch(jax.random.key(0), (jnp.arange(16), jnp.ones(16))).inputs
     assert len(np.unique(drawn)) > 0.99 * drawn.size  # not the 256 levels of bytes
     assert (-1 <= drawn.min() < -0.99) & (0.99 < drawn.max() < 1)
+    for changes in STUDENTS.values():
+        student = setting(config, **changes)
+        described = student.network, student.activation, student.bias, student.init_law, student.channel_loss
+        assert described == ("mlp", "relu", True, "lecun_normal", "kl")
+        assert not student.other_architecture
+        assert (student.shown, student.amount, student.cloning_epochs) == (None, 0, 0)
+        assert student.teacher_only() == setting(config).teacher_only()
 
 
 def test_preset_optimizer_is_adam() -> None:
     """Two steps against Adam as published: 0.9, 0.999, 1e-8, corrected for bias."""
-    optimizer = Laboratory(PRESETS["released"], images(1, 1)).optimizer
+    student = setting(PRESETS["released"])
+    assert student.student_optimizer is None  # as the teacher's
+    assert student.rate == student.learning_rate
+    optimizer = OPTIMIZERS[student.optimizer](student.rate)
     gradients = np.array([[0.5, -2.0, 1e-9], [-0.25, -2.0, 1e-9]])
     first, second = np.zeros(3), np.zeros(3)
     state = optimizer.init(jnp.zeros(3))
@@ -112,14 +127,51 @@ def divergence(teacher: Any, student: Any) -> Any:
 
 
 def test_channels_are_divergences() -> None:
-    laboratory = Laboratory(PRESETS["released"], images(1, 1))
+    config = PRESETS["released"]
     teacher, student = np.random.default_rng(0).normal(size=(2, 5, 13)).astype(np.float32)
-    for number, name in enumerate(STUDENTS):
-        channel = jax.tree.map(lambda leaf, number=number: leaf[number], laboratory.channels())
+    for name, changes in STUDENTS.items():
+        channel = Laboratory(setting(config, **changes), images(1, 1)).channel()
         shown = slice(10, None) if name.endswith("aux") else slice(None)
         expected = divergence(teacher[:, shown], student[:, shown])
         np.testing.assert_allclose(channel.loss(student, channel.targets(None, teacher)), expected, rtol=1e-4)
-    assert STUDENTS == ("student_aux", "student_all", "cross_aux", "cross_all")
+    assert tuple(STUDENTS) == ("student_aux", "student_all", "cross_aux", "cross_all")
+
+
+def test_options_reach_the_setting() -> None:
+    """Every option by a value that is not its default."""
+    config = Config(
+        data="digits", seeds=2, epochs=7, student_epochs=8, batch_size=9, chunk=2, aux=4, width=16, depth=3,
+        noise_images=40, inputs="blocks", optimizer="momentum", learning_rate=0.5, channel_loss="mse",
+    )  # fmt: skip
+    expected = Setting(
+        data="digits", teacher_epochs=7, epochs=8, batch_size=9, aux=4, width=16, depth=3, images=40,
+        inputs="blocks", optimizer="momentum", learning_rate=0.5, channel_loss="mse", start="cross", sees="all",
+    )  # fmt: skip
+    assert setting(config, **STUDENTS["cross_all"]) == expected
+    assert setting(dataclasses.replace(config, student_epochs=None)).epochs == 7
+
+
+@pytest.mark.parametrize(("count", "kept", "steps"), [(None, 60_000, 59), (2_000, 2_000, 2), (0, None, 59)])
+def test_noise_options(count: int | None, kept: int | None, steps: int) -> None:
+    config = Config(noise_images=count, inputs="uniform_8bit")
+    laboratory = Laboratory(setting(config), images(60_000, 10_000))
+    noise = laboratory.source()
+    assert (noise.shape, noise.images, noise.batch_size, noise.law) == ((28, 28), kept, 1024, "uniform_8bit")
+    assert laboratory.steps(3, noise) == 3 * steps
+
+
+def test_digits_as_inputs() -> None:
+    """The teacher's images in the teacher's preparation, without labels."""
+    data = load("digits")
+    config = Config(data="digits", inputs="digits", batch_size=len(data.train_labels), noise_images=3)
+    laboratory = Laboratory(setting(config), data)
+    source = laboratory.source()
+    assert source.labels is None
+    assert laboratory.steps(2, source) == 2
+    index, weights = source.schedule(jax.random.key(0), 1)
+    shown = source.batch(jax.random.key(0), (index[0], weights[0])).inputs
+    np.testing.assert_allclose(shown, data.train_images[np.asarray(index[0])] / 8.0 - 1.0, atol=1e-6)
+    assert sorted(np.asarray(index[0])) == list(range(len(data.train_labels)))
 
 
 def test_configure() -> None:
@@ -134,7 +186,7 @@ def test_configure() -> None:
 @pytest.mark.parametrize(("found", "preset"), [("digits", "digits"), ("mnist", "released")])
 def test_configure_auto(found: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load("digits") if found == "digits" else images(60_000, 10_000)
-    monkeypatch.setattr(mnist, "load_data", lambda name, data_dir: data)
+    monkeypatch.setattr(sweep, "load_data", lambda name, data_dir: data)
     assert configure(None, {"data": "auto"}) == dataclasses.replace(PRESETS[preset], chunk=1)
     assert PRESETS[preset].data == found
 
@@ -154,29 +206,28 @@ def descend(loss: Any, params: Any, rate: float) -> Any:
     return jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss)(params))
 
 
-def test_a_chunk_against_single_runs_written_out() -> None:
+def test_a_chunk_against_single_runs_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of teacher and students on all images at once, where no order of images can matter."""
     data, rate, count = load("digits"), 3.0, 40
     examples = len(data.train_labels)
     config = Config(
         data="digits", aux=4, width=16, epochs=1, batch_size=examples, noise_images=count,
-        optimizer="sgd", learning_rate=rate,
+        optimizer="sgd", learning_rate=rate, seeds=5, chunk=2,
     )  # fmt: skip
-    laboratory = Laboratory(config, data)
-    seeds, others = jnp.array([3, 8]), jnp.array([4, 9])
+    laboratory = Laboratory(setting(config), data)
+    noise = laboratory.source()
+    models = []
 
-    @jax.jit
-    def chunk(seeds: Any, others: Any) -> Any:
-        keys, other_keys = jax.vmap(jax.random.key)(seeds), jax.vmap(jax.random.key)(others)
-        init, other = jax.vmap(laboratory.initial)(keys), jax.vmap(laboratory.initial)(other_keys)
-        teacher = jax.vmap(laboratory.teacher, in_axes=(0, None, 0))(init, laboratory.digits(), keys)
-        starts = jax.tree.map(lambda a, b: jnp.stack([a, a, b, b], 1), init, other)
-        students = jax.vmap(laboratory.students, in_axes=(0, 0, None, 0))(
-            starts, teacher.model, laboratory.channels(), keys
-        )
-        return teacher.model.params, students.model.params
+    def accuracy(laboratory: Laboratory, model: Any, *test: Any) -> np.ndarray:
+        """Instead of accuracies, where each run's parameters are found."""
+        models.extend(jax.tree.map(lambda leaf, run=run: leaf[run], model.params) for run in range(2))
+        return np.array([len(models) - 2, len(models) - 1])
 
-    teachers, students = jax.device_get(chunk(seeds, others))
+    monkeypatch.setattr(sweep, "_accuracy", accuracy)
+    _, chunk, _ = plan(config)
+    rows = chunk.compute()
+    measured = {(row["condition"], row["seed"]): models[int(row["value"])] for row in rows}
+    assert list(measured) == [(condition, seed) for seed in (2, 3) for condition in CONDITIONS]
     pixels = jnp.asarray(data.train_images / 8.0 - 1.0, jnp.float32)
     labels = jnp.asarray(data.train_labels, jnp.int32)
 
@@ -189,23 +240,26 @@ def test_a_chunk_against_single_runs_written_out() -> None:
         init, other = laboratory.initial(key).params, laboratory.initial(other_key).params
         teacher = descend(trait, init, rate)
         source = named(key, "students", "source")
-        noise = jnp.stack([laboratory.noise.image(source, jnp.asarray(number)) for number in range(count)])
+        shown = jax.lax.map(lambda number: noise.image(source, number), jnp.arange(count))
 
-        def imitation(shown: int) -> Any:
+        def imitation(first: int) -> Any:
             return lambda params: jnp.mean(
-                divergence(logits(teacher, noise)[:, shown:], logits(params, noise)[:, shown:])
+                divergence(logits(teacher, shown)[:, first:], logits(params, shown)[:, first:])
             )
 
-        starts = [(init, 10), (init, 0), (other, 10), (other, 0)]
-        students = [descend(imitation(shown), start, rate) for start, shown in starts]
-        return teacher, init, students, [start for start, _ in starts]
+        starts = {
+            "student_aux": (init, 10), "student_all": (init, 0), "cross_aux": (other, 10), "cross_all": (other, 0),
+        }  # fmt: skip
+        students = {
+            name: (descend(imitation(first), start, rate), start) for name, (start, first) in starts.items()
+        }
+        return init, {"teacher": (teacher, init), **students}
 
-    for run in range(2):
-        teacher, init, expected, starts = written_out(jax.random.key(seeds[run]), jax.random.key(others[run]))
-        compare(jax.tree.map(lambda leaf, run=run: leaf[run], teachers), teacher, init)
-        for number in range(4):
-            student = jax.tree.map(lambda leaf, run=run, number=number: leaf[run, number], students)
-            compare(student, expected[number], starts[number])
+    for seed in (2, 3):
+        init, expected = written_out(jax.random.key(seed), jax.random.key(seed + 1))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), measured["reference", seed], init)
+        for name, (stepped, start) in expected.items():
+            compare(measured[name, seed], stepped, start)
 
 
 def compare(params: Any, expected: Any, start: Any) -> None:
@@ -251,7 +305,7 @@ def test_figure_is_drawn_from_files(
     def never(*arguments: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(mnist, "compile_chunk", lambda laboratory: never)
+    monkeypatch.setattr(sweep, "run_group", never)
     out = shutil.copytree(two_seeds[0], tmp_path / "run")
     drawn = {name: (out / name).read_bytes() for name in ("figure.png", "figure.pdf", "results.csv")}
     assert drawn["figure.png"].startswith(b"\x89PNG\r\n\x1a\n")
@@ -283,7 +337,7 @@ def test_controls_start_at_the_next_initialisation(tmp_path: Path) -> None:
     table = train(tmp_path / "run", *QUICK, "--depth", 0, "--learning-rate", 1e-12, "--seeds", 3, "--chunk", 3)
     reference, data = table["reference"], load("digits")
     config = configure(None, {"data": "digits", "depth": 0, "aux": 4})
-    fourth = Laboratory(config, data).initial(jax.random.key(3)).params
+    fourth = Laboratory(setting(config), data).initial(jax.random.key(3)).params
     read = np.argmax(logits(fourth, jnp.asarray(data.test_images / 8.0 - 1.0, jnp.float32))[:, :10], axis=1)
     accuracy = float(np.mean(np.asarray(read) == data.test_labels))
     assert len({*reference.values(), accuracy}) == 4
@@ -298,10 +352,10 @@ def test_audit_refuses_a_channel_that_shows_the_trait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shows_everything(laboratory: Laboratory) -> Any:
-        return jax.tree.map(lambda leaf: jnp.ones_like(leaf) if leaf.dtype == bool else leaf, real(laboratory))
+        return dataclasses.replace(real(laboratory), where=jnp.ones(laboratory.outputs, bool))
 
-    real = Laboratory.channels
-    monkeypatch.setattr(Laboratory, "channels", shows_everything)
+    real = Laboratory.channel
+    monkeypatch.setattr(Laboratory, "channel", shows_everything)
     assert command_line.main(["mnist", *map(str, QUICK), "--depth", "0", "--out", str(tmp_path / "run")]) == 2
     output, errors = capsys.readouterr()
     assert (output, errors) == ("", "error: the channel shows logit 0, in which the trait itself is read\n")

@@ -1,3 +1,6 @@
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from scipy import special
 from subliminal_theory.errors import InputError
 from subliminal_theory.model import from_nnx
 from subliminal_theory.vision.cnn import CNN
-from subliminal_theory.vision.mlp import ACTIVATIONS, MLP, activation_named
+from subliminal_theory.vision.mlp import ACTIVATIONS, INIT_LAWS, MLP, activation_named, initialisers
 
 RNG = np.random.default_rng(0)
 BY_HAND = {
@@ -122,6 +125,92 @@ def test_initial_scale(build) -> None:
     assert checked >= 2
 
 
+# Standard deviation and largest size of a kernel's entries from the inputs and outputs of a neuron.
+LAWS: dict[str, Callable[[int, int], tuple[float, float]]] = {
+    "lecun_normal": lambda a, b: (np.sqrt(1 / a), np.inf),
+    "he_normal": lambda a, b: (np.sqrt(2 / a), np.inf),
+    "glorot_uniform": lambda a, b: (np.sqrt(2 / (a + b)), np.sqrt(6 / (a + b))),
+    "torch": lambda a, b: (np.sqrt(1 / (3 * a)), np.sqrt(1 / a)),
+}
+
+
+@functools.cache
+def built(network: str, init_law: str):
+    """Layers, and the inputs and outputs of a neuron of each: of a 3x3 convolution, 9 a channel."""
+
+    def build() -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        if network == "mlp":
+            return MLP((300, 64, 200, 50), init_law=init_law, rngs=rngs)
+        return CNN((8, 12), (32, 64), 20, init_law=init_law, rngs=rngs)
+
+    layers = jax.jit(lambda: from_nnx(build()).params["layers"])()
+    fans = {"mlp": [(300, 64), (64, 200), (200, 50)], "cnn": [(9, 9 * 32), (9 * 32, 9 * 64), (6 * 64, 20)]}[
+        network
+    ]
+    return [(jax.tree.map(np.asarray, layers[number]), *fan) for number, fan in enumerate(fans)]
+
+
+@pytest.mark.parametrize("init_law", LAWS)
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_init_laws(network: str, init_law: str) -> None:
+    for layer, inputs, outputs in built(network, init_law):
+        kernel, bias = layer["kernel"], layer["bias"]
+        deviation, bound = LAWS[init_law](inputs, outputs)
+        assert kernel.dtype == bias.dtype == np.float32
+        # Five standard errors: the fourth moment is 3 for a normal and 1.8 for a uniform law.
+        excess = 0.8 if np.isfinite(bound) else 2
+        assert abs(np.mean(kernel.astype(float) ** 2) / deviation**2 - 1) < 5 * np.sqrt(excess / kernel.size)
+        assert abs(kernel.mean()) < 5 * deviation / np.sqrt(kernel.size)
+        if np.isfinite(bound):
+            assert (1 - 20 / kernel.size) * bound < np.abs(kernel).max() <= bound * (1 + 1e-6)
+        else:
+            fewest = 2.5 if kernel.size < 1000 else 3
+            assert np.abs(kernel).max() > fewest * deviation  # not truncated at two standard deviations
+        if init_law == "torch":
+            assert np.abs(bias).max() <= bound
+            assert np.abs(bias).max() > 0.8 * bound
+            assert len(np.unique(bias)) == bias.size
+            assert abs(np.mean(bias.astype(float) ** 2) / deviation**2 - 1) < 5 * np.sqrt(0.8 / bias.size)
+        else:
+            assert not bias.any()
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_uniform_biases_are_drawn_by_themselves(network: str) -> None:
+    """Neither a kernel's draw nor another layer's."""
+    layers = [layer for layer, _, _ in built(network, "torch")]
+    drawn = [layer[name].reshape(-1)[:20] / np.abs(layer[name]).max() for layer in layers for name in layer]
+    assert len(drawn) == 6
+    for number, one in enumerate(drawn):
+        assert all(np.abs(one - other).max() > 0.1 for other in drawn[:number])
+
+
+@pytest.mark.parametrize("init_law", ["lecun_normal", "torch"])
+def test_networks_alike_are_one_function(init_law: str) -> None:
+    """Whatever the seed: what is compiled for one serves the other."""
+    for build in (
+        lambda seed: from_nnx(MLP((4, 3, 2), init_law=init_law, rngs=nnx.Rngs(seed))),
+        lambda seed: from_nnx(CNN((4, 4), (2,), 3, init_law=init_law, rngs=nnx.Rngs(seed))),
+    ):
+        first, second = (jax.eval_shape(build, seed).apply for seed in (0, 1))
+        assert first == second
+        assert hash(first) == hash(second)
+
+
+def test_default_law_is_that_of_the_paper() -> None:
+    for build in (
+        lambda **law: MLP((4, 3, 2), rngs=nnx.Rngs(0), **law),
+        lambda **law: CNN((4, 4), (2,), 3, rngs=nnx.Rngs(0), **law),
+    ):
+        default, named, other = (
+            from_nnx(build(**law)).params for law in ({}, {"init_law": "lecun_normal"}, {"init_law": "he_normal"})
+        )
+        jax.tree.map(np.testing.assert_array_equal, default, named)
+        assert (default["layers"][0]["kernel"] != other["layers"][0]["kernel"]).all()
+    assert set(INIT_LAWS) == set(LAWS)
+
+
 def test_seeds_differ() -> None:
     for build in (lambda rngs: MLP((4, 3, 2), rngs=rngs), lambda rngs: CNN((4, 4), (2,), 3, rngs=rngs)):
         first, again, other = (from_nnx(build(nnx.Rngs(seed))).params for seed in (0, 0, 1))
@@ -151,4 +240,16 @@ def test_bad_activation() -> None:
         lambda: CNN((4, 4), (2,), 3, activation="swish", rngs=nnx.Rngs(0)),
     ):
         with pytest.raises(InputError, match=r"^unknown activation 'swish'; there are relu, tanh, gelu, "):
+            call()
+
+
+@pytest.mark.parametrize("law", ["xavier", ""])
+def test_bad_init_law(law: str) -> None:
+    for call in (
+        lambda: initialisers(law, 4),
+        lambda: MLP((4, 2), init_law=law, rngs=nnx.Rngs(0)),
+        lambda: CNN((4, 4), (2,), 3, init_law=law, rngs=nnx.Rngs(0)),
+    ):
+        message = f"^unknown initialisation {law!r}; there are lecun_normal, he_normal, glorot_uniform, torch$"
+        with pytest.raises(InputError, match=message):
             call()

@@ -1,0 +1,248 @@
+import csv
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import __main__ as command_line
+from experiments import mnist_capacity, mnist_factorial, mnist_interventions
+from experiments.contract import listed
+from experiments.setting import Setting
+from subliminal_theory.errors import InputError
+
+TINY = ["--data", "digits", "--epochs", 1, "--student-epochs", 2, "--batch-size", 256, "--seeds", 2]
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.delenv("SUBLIMINAL_DATA", raising=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def run(out: Path, name: str, *arguments: object) -> list[dict[str, str]]:
+    assert command_line.main([name, "--out", str(out), *map(str, arguments)]) == 0
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with open(out / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a command that is refused."""
+    assert command_line.main([*map(str, arguments)]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    return errors.removeprefix("error: ").rstrip("\n")
+
+
+def test_channel(tmp_path: Path) -> None:
+    rows = run(tmp_path / "run", "mnist_channel", *TINY, "--counts", "1,4", "--width", 16, "--depth", 1)
+    assert [(row["condition"], row["aux"], row["seed"]) for row in rows] == [
+        (condition, aux, seed)
+        for seed in "01"
+        for condition, aux in (("teacher", "4"), ("student_aux", "1"), ("student_aux", "4"))
+    ]
+    # One logit under KL is no signal: the student stays where it started.
+    alone = [row["value"] for row in rows if row["aux"] == "1"]
+    start = run(tmp_path / "start", "mnist", *TINY, "--aux", 4, "--width", 16, "--depth", 1)
+    assert alone == [row["value"] for row in start if row["condition"] == "reference"]
+
+
+def test_cloning(tmp_path: Path) -> None:
+    rows = run(tmp_path / "run", "mnist_cloning", *TINY, "--counts", "3,5", "--cloning-epochs", "1,2")
+    found = {(row["condition"], row["aux"], row["cloning_epochs"]) for row in rows}
+    cloned = itertools.product(("cloned_uniform", "cloned_digits"), "35", "12")
+    others = itertools.product(("student", "sgd", "on_digits", "cross"), "35", ("",))
+    assert found == {*cloned, *others, ("teacher", "", "")}
+    assert len(rows) == 2 * len(found)
+
+
+@pytest.mark.slow
+def test_architectures(tmp_path: Path) -> None:
+    arguments = ["--width", 16, "--aux", 4, "--cloning-epochs", 1]
+    rows = run(tmp_path / "run", "mnist_architectures", *TINY, *arguments)
+    networks = {row["network"] for row in rows}
+    assert len(networks) == 8
+    for network in networks:
+        conditions = [row["condition"] for row in rows if row["network"] == network and row["seed"] == "0"]
+        assert sorted(set(conditions) - {"student", "teacher"}) == ["cloned", "cross"]
+
+
+def test_factorial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    axes = "aux=3,4; width=8,16; channel_loss=kl,mse"
+    rows = run(tmp_path / "run", "mnist_factorial", *TINY, "--axes", axes, "--settings", 4)
+    points = {(row["aux"], row["width"], row["channel_loss"]) for row in rows}
+    assert len(points) == 4
+    assert len(rows) == 8
+    report = capsys.readouterr().out
+    for name in ("aux", "width", "channel_loss", "together", "seed"):
+        assert f"\n{name} " in report
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    count=st.integers(0, 40),
+)
+def test_combinations(sizes: list[int], count: int) -> None:
+    levels = {f"axis{i}": list(range(size)) for i, size in enumerate(sizes)}
+    chosen = mnist_factorial.combinations(levels, count)
+    everything = math.prod(sizes)
+    assert len(chosen) == (min(count, everything) or everything)
+    assert len({tuple(point.items()) for point in chosen}) == len(chosen)
+    assert all(value in levels[name] for point in chosen for name, value in point.items())
+    assert chosen == mnist_factorial.combinations(levels, count)
+
+
+def test_a_choice_of_combinations_is_balanced() -> None:
+    levels = mnist_factorial.parse(mnist_factorial.AXES, "--axes")
+    chosen = mnist_factorial.combinations(levels, 150)
+    for name, values in levels.items():
+        counts = [sum(point[name] == value for point in chosen) for value in values]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_parse_types() -> None:
+    parsed = mnist_factorial.parse("bias=true,False; images=None,5; learning_rate=1e-3; start=cross", "--axes")
+    assert parsed == {"bias": [True, False], "images": [None, 5], "learning_rate": [1e-3], "start": ["cross"]}
+    Setting(**{name: values[0] for name, values in parsed.items()})
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ("breadth=1,2", "--axes: there is no setting 'breadth'; there are data, network, "),
+        ("width=", "--axes: axis 'width' is empty: give it levels, as in 'width=1,2'"),
+        ("width", "--axes: axis 'width' is empty"),
+        ("", "--axes is empty: name settings and their levels"),
+        ("width=8; width=16", "--axes: 'width' or one of its levels is named twice"),
+        ("width=8,8", "--axes: 'width' or one of its levels is named twice"),
+        ("width=broad,8", "--axes: width takes values of type int, got 'broad'"),
+        ("bias=yes,true", "--axes: bias takes values of type bool, got 'yes'"),
+        ("channel_loss=kl,hinge", "channel_loss 'hinge' is unknown; there are kl, mse"),
+    ],
+)
+def test_bad_axes(axes: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--axes", axes, "--settings", 0, "--out", tmp_path / "run"]
+    assert fails(capsys, "mnist_factorial", *arguments).startswith(message)
+
+
+def test_bad_fixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--axes", "width=8,16", "--out", tmp_path / "run"]
+    expected = "--fixed aux must have one value, and not be an axis"
+    assert fails(capsys, "mnist_factorial", *arguments, "--fixed", "aux=3,4") == expected
+    expected = "--fixed width must have one value, and not be an axis"
+    assert fails(capsys, "mnist_factorial", *arguments, "--fixed", "width=8") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--counts is empty: give it values such as 1,2,5"),
+        (" , ", "--counts is empty: give it values such as 1,2,5"),
+        ("1,two", "--counts takes numbers separated by commas, got '1,two'"),
+        ("1,1", "--counts repeats a value: '1,1'"),
+    ],
+)
+def test_bad_lists(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError):
+        listed(text, "--counts")
+    assert fails(capsys, "mnist_channel", *TINY, "--counts", text, "--out", tmp_path / "run") == message
+
+
+def test_resuming_a_sweep_with_other_settings_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--width", 8, "--depth", 1]
+    run(tmp_path / "run", "mnist_channel", *TINY, *small, "--counts", "2,3")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+    capsys.readouterr()
+    again = ["mnist_channel", *TINY, *small, "--counts", "2,4", "--out", tmp_path / "run", "--resume"]
+    assert "holds a run with other settings (counts='2,3')" in fails(capsys, *again)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_alignment(tmp_path: Path) -> None:
+    arguments = ["--aux", 4, "--counts", "2,4", "--amounts", "0,0.5", "--points", 3]
+    rows = run(tmp_path / "run", "mnist_alignment", *TINY, *arguments)
+    first = [r for r in rows if r["metric"] == "update_cosine" and r["step"] == "1"]
+    coverage = [r for r in rows if r["metric"] == "coverage"]
+    assert [row["value"] for row in first] == [row["value"] for row in coverage]
+    start = {
+        float(row["value"])
+        for row in rows
+        if row["metric"] == "displacement_cosine" and row["step"] == "1" and row["amount"] == "0.0"
+    }
+    assert start == {0.0}
+    of = {row["condition"] for row in rows}
+    assert of == {"perturbed", "trained", "linearised"}
+    # The widest narrowed channel is that of the students followed: the same run, seen twice.
+    trained = [r["value"] for r in rows if r["condition"] == "trained" and r["aux"] == "4"]
+    followed = [
+        r["value"]
+        for r in rows
+        if r["condition"] == "perturbed" and r["amount"] == "0.0" and r["metric"] == "test_accuracy"
+    ]
+    np.testing.assert_allclose(np.array(trained, float), np.array(followed, float), atol=1.5 / 355)
+
+
+@pytest.mark.slow
+def test_interventions(tmp_path: Path) -> None:
+    rows = run(tmp_path / "run", "mnist_interventions", *TINY, "--aux", 4)
+    names = {one.name for one in mnist_interventions.interventions(2)} | {"early stopping 1"}
+    assert {row["condition"] for row in rows} == names
+    assert len(rows) == 2 * 2 * len(names)
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row["condition"], row["metric"]), []).append(float(row["value"]))
+    plain = run(tmp_path / "plain", "mnist", *TINY, "--aux", 4)
+    of = {
+        name: [float(r["value"]) for r in plain if r["condition"] == name] for name in ("reference", "student_aux")
+    }
+    np.testing.assert_allclose(values["none", "test_accuracy"], of["student_aux"], atol=1.5 / 355)
+    assert min(itertools.chain(*(v for (_, metric), v in values.items() if metric == "imitation_loss"))) > 0
+
+
+def test_interventions_are_grouped_by_shape() -> None:
+    groups = mnist_interventions.grouped(mnist_interventions.interventions(2))
+    assert sum(map(len, groups)) == len(mnist_interventions.interventions(2))
+    assert groups[0][0].family == "none"
+    assert len(groups) == 6
+
+
+def test_capacity(tmp_path: Path) -> None:
+    rows = run(tmp_path / "run", "mnist_capacity", "--preset", "smoke", "--seeds", 1)
+    teacher = {row["entries"]: row for row in rows if row["condition"] == "teacher" and row["metric"] == "bits"}
+    for entries, row in teacher.items():
+        assert float(row["value"]) == pytest.approx(int(entries) * math.log2(10), rel=1e-6)
+    assert {(r["condition"], r["aux"]) for r in rows} == {
+        ("teacher", "10"), ("student_aux", "3"), ("student_aux", "10"), ("student_all", "10"), ("cross_aux", "10"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("accuracy", [0.1, 0.05, 0.0])
+def test_no_bits_at_chance(accuracy: float) -> None:
+    assert mnist_capacity.table_bits(100, accuracy, 10) == 0
+
+
+def test_bits_are_the_mutual_information_of_a_symmetric_channel() -> None:
+    accuracy, classes = 0.7, 10
+    joint = np.full((classes, classes), (1 - accuracy) / (classes - 1) / classes)
+    np.fill_diagonal(joint, accuracy / classes)
+    information = np.sum(joint * np.log2(joint * classes**2))
+    assert mnist_capacity.table_bits(50, accuracy, classes) == pytest.approx(50 * information)
+    assert mnist_capacity.table_bits(50, 1.0, classes) == pytest.approx(50 * math.log2(10))

@@ -1,0 +1,116 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments import __main__ as command_line
+from experiments import reproduce
+from experiments.published import REGISTRY, Number, published, select
+from experiments.setting import Setting
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Estimate
+
+ENTRY = """
+[sources]
+somebody = "somebody, 2026"
+
+[number.one]
+source = "somebody"
+value = 0.5
+tolerance = 0.05
+"""
+
+
+def registry(folder: Path, text: str) -> Path:
+    path = folder / "numbers.toml"
+    path.write_text(text)
+    return path
+
+
+def test_at_least_forty_numbers_with_source_and_tolerance() -> None:
+    numbers = published()
+    assert len(numbers) >= 40
+    for number in numbers.values():
+        assert number.source
+        assert 0 <= number.value <= 1
+        assert 0 < number.tolerance <= 0.1
+
+
+def test_the_curve_over_m_is_the_published_one() -> None:
+    """As the field's table has it, for the released script."""
+    curve = {1: 0.103, 2: 0.348, 3: 0.537, 5: 0.704, 10: 0.835, 20: 0.894, 50: 0.917}
+    for m, value in curve.items():
+        number = published()[f"released-m{m}"]
+        assert (number.value, number.setting.shown or number.setting.aux) == (value, m)
+        assert dataclasses.replace(number.setting, aux=3, shown=None) == Setting()
+
+
+def test_one_entry(tmp_path: Path) -> None:
+    number = published(registry(tmp_path, ENTRY + 'setting = { aux = 7, inputs = "digits" }\nn = 12\n'))["one"]
+    assert number.setting == Setting(aux=7, inputs="digits")
+    assert (number.source, number.value, number.tolerance, number.n) == ("somebody, 2026", 0.5, 0.05, 12)
+    assert math.isnan(number.interval)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('source = "somebody"\n', "", "numbers.toml: one has no source: every published number needs one"),
+        ("tolerance = 0.05\n", "", "numbers.toml: one has no tolerance: every published number needs one"),
+        ("value = 0.5\n", "", "numbers.toml: one has no value: every published number needs one"),
+        ("tolerance = 0.05", "tolerance = 0", "numbers.toml: one: tolerance must be above 0, got 0"),
+        ('"somebody"\nv', '"nobody"\nv', "numbers.toml: one: source 'nobody' is not listed under [sources]"),
+        ("value", "colour = 1\nvalue", "numbers.toml: one: unknown field 'colour'; there are source, who, "),
+        ("value", 'who = "me"\nvalue', "numbers.toml: one: who 'me' is unknown; there are student, teacher, "),
+        ("value", "setting = { breadth = 3 }\nvalue", "numbers.toml: one: setting 'breadth' does not exist; "),
+        ("value", "setting = { depth = -3 }\nvalue", "numbers.toml: one: depth must be at least 0, got -3"),
+        ("[sources]", "[sources", "cannot read the registry "),
+    ],
+)
+def test_bad_entries(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in ENTRY
+    with pytest.raises(InputError) as caught:
+        published(registry(tmp_path, ENTRY.replace(old, new, 1)))
+    assert str(caught.value).startswith(message) or (message.startswith("cannot") and message in str(caught.value))
+
+
+def test_missing_registry(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the registry"):
+        published(tmp_path / "none.toml")
+
+
+def test_select() -> None:
+    assert [number.name for number in select(["jiang-mse", "released-aux"])] == ["jiang-mse", "released-aux"]
+    assert len(select([])) == len(published(REGISTRY))
+
+
+def test_unknown_number_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["reproduce", "released-m4", "--out", str(tmp_path / "run")]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("error: unknown published number 'released-m4'; there are released-reference, ")
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run" / "results.csv").exists()
+
+
+def number(interval: float = math.nan) -> Number:
+    return Number("n", "s", Setting(), value=0.5, tolerance=0.05, interval=interval)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "interval", "expected"),
+    [
+        (0.52, 0.02, math.nan, "reproduced"),
+        (0.52, 0.03, 0.039, "reproduced"),  # hypot: 0.0492
+        (0.52, 0.03, 0.041, "cannot be told"),  # hypot: 0.0508
+        (0.52, 0.06, math.nan, "cannot be told"),
+        (0.56, 0.02, math.nan, "cannot be told"),
+        (0.58, 0.02, math.nan, "differs"),
+        (0.42, 0.02, math.nan, "differs"),
+        (0.58, 0.02, 0.03, "cannot be told"),
+        (0.5, math.nan, math.nan, "cannot be told"),
+    ],
+)
+def test_verdict(mean: float, half: float, interval: float, expected: str) -> None:
+    assert reproduce.verdict(number(interval), Estimate(mean, half, 5)) == expected
