@@ -6,7 +6,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo     environment, then the theorem's table and the MNIST figure, and one summary page"
 	@echo "make test     environment, then all default tests"
-	@echo "make figures  the committed figures, from full runs (about 40 minutes on two cores)"
+	@echo "make figures  the committed figures, from full runs (hours on two cores)"
 	@echo "make clean    remove the environment and the demo"
 
 environment: .venv/ready
@@ -32,6 +32,17 @@ figures: environment
 	$(BIN)/python -m experiments mnist --preset nature --out figures/mnist_nature --resume
 	$(BIN)/python -m experiments mnist --data digits --out figures/mnist_digits --resume
 	$(BIN)/python -m experiments mnist_noise --out figures/mnist_noise --resume
+	$(BIN)/python -m experiments mnist_channel --out figures/mnist_channel --resume
+	$(BIN)/python -m experiments mnist_channel --preset one_hidden --out figures/mnist_channel_one_hidden --resume
+	$(BIN)/python -m experiments mnist_factorial --preset sgd --out figures/mnist_factorial_sgd --resume
+	$(BIN)/python -m experiments mnist_cloning --out figures/mnist_cloning --resume
+	$(BIN)/python -m experiments mnist_architectures --out figures/mnist_architectures --resume
+	$(BIN)/python -m experiments mnist_factorial --preset teacher --out figures/mnist_factorial_teacher --resume
+	$(BIN)/python -m experiments mnist_factorial --out figures/mnist_factorial --resume
+	$(BIN)/python -m experiments mnist_alignment --out figures/mnist_alignment --resume
+	$(BIN)/python -m experiments mnist_interventions --out figures/mnist_interventions --resume
+	$(BIN)/python -m experiments mnist_capacity --out figures/mnist_capacity --resume
+	$(BIN)/python -m experiments reproduce --out figures/reproduce --resume
 
 clean:
 	rm -rf .venv demo

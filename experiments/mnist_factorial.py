@@ -25,7 +25,7 @@ from subliminal_theory.runs import Results
 
 AXES = (
     "init_law=lecun_normal,he_normal,torch; depth=1,2,3; width=128,256,512; channel_loss=kl,mse; aux=3,10; "
-    "learning_rate=3e-4,1e-3; teacher_epochs=2,5,10; epochs=2,5,10; "
+    "learning_rate=3e-4,1e-3; teacher_epochs=2,5; epochs=2,5; "
     "inputs=uniform,gaussian,blocks,blurred,digits; images=None,0; student_optimizer=adam,momentum"
 )
 
@@ -37,7 +37,7 @@ class Config(TrainingConfig):
     seeds: int = option(2, "independent runs of each setting", minimum=1)
     axes: str = option(AXES, "settings and their levels, as in 'aux=3,10; width=128,256'")
     fixed: str = option("", "settings that all have in common, as in 'aux=10; student_optimizer=sgd'")
-    settings: int = option(150, "combinations drawn, each level equally often (0: all combinations)", minimum=0)
+    settings: int = option(120, "combinations drawn, each level equally often (0: all combinations)", minimum=0)
     metric: str = option(METRICS[0], "what is measured of the student", choices=METRICS)
 
 
@@ -51,6 +51,7 @@ PRESETS = {
         first_seed=1000,
         metric="imitation_loss",
     ),
+    "teacher": Config(axes="teacher_epochs=1,2,3,5,10,20", settings=0, seeds=20),
     "digits": Config(
         axes="aux=10,50; width=64,256; channel_loss=kl,mse; inputs=uniform,digits", settings=12, **EMBEDDED_DIGITS
     ),
