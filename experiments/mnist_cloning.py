@@ -3,8 +3,8 @@
 Such a behaviourally matched student imitates the auxiliary logits of the teacher's INITIALISATION for some epochs,
 on noise or on digits, and is then distilled from the trained teacher like any other. Beside it: a student trained
 by SGD, one that is shown digits instead of noise, and the control that was not cloned.
-(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d. The rates of SGD, which the paper does not state, have
-the least imitation loss in `mnist_factorial --preset sgd`: on other seeds, and no digit is looked at.)
+(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d. The paper does not state a rate for SGD: these have
+the least imitation loss in `mnist_factorial --preset sgd`, on other seeds and without a look at digits.)
 """
 
 import functools
@@ -46,8 +46,6 @@ class Config(TrainingConfig):
     counts: str = option("3,50", "values of m; the paper names both")
     cloning_epochs: str = option("1,2,5,10,20,50,100", "passes of cloning after which to distil")
     sgd_rates: str = option("0.3,3", "step sizes of SGD, one for each m; least imitation loss on other seeds")
-        3.0, "step size of SGD; see the report of mnist_factorial --preset sgd", positive=True
-    )
 
 
 PRESETS = {
