@@ -25,24 +25,31 @@ demo: environment
 test: environment
 	$(BIN)/python -m pytest -n 2
 
+# Runs that were stopped go on; figures/ gets everything but the parts.
+define figure
+	$(BIN)/python -m experiments $(2) --out runs/figures/$(1) --resume
+	mkdir -p figures/$(1) && cp runs/figures/$(1)/*.* figures/$(1)/
+
+endef
+
 figures: environment
-	$(BIN)/python -m experiments theorem --out figures/theorem --resume
-	$(BIN)/python -m experiments theorem_extensions --out figures/theorem_extensions --resume
-	$(BIN)/python -m experiments mnist --out figures/mnist --resume
-	$(BIN)/python -m experiments mnist --preset nature --out figures/mnist_nature --resume
-	$(BIN)/python -m experiments mnist --data digits --out figures/mnist_digits --resume
-	$(BIN)/python -m experiments mnist_noise --out figures/mnist_noise --resume
-	$(BIN)/python -m experiments mnist_channel --out figures/mnist_channel --resume
-	$(BIN)/python -m experiments mnist_channel --preset one_hidden --out figures/mnist_channel_one_hidden --resume
-	$(BIN)/python -m experiments mnist_factorial --preset sgd --out figures/mnist_factorial_sgd --resume
-	$(BIN)/python -m experiments mnist_cloning --out figures/mnist_cloning --resume
-	$(BIN)/python -m experiments mnist_architectures --out figures/mnist_architectures --resume
-	$(BIN)/python -m experiments mnist_factorial --preset teacher --out figures/mnist_factorial_teacher --resume
-	$(BIN)/python -m experiments mnist_factorial --out figures/mnist_factorial --resume
-	$(BIN)/python -m experiments mnist_alignment --out figures/mnist_alignment --resume
-	$(BIN)/python -m experiments mnist_interventions --out figures/mnist_interventions --resume
-	$(BIN)/python -m experiments mnist_capacity --out figures/mnist_capacity --resume
-	$(BIN)/python -m experiments reproduce --out figures/reproduce --resume
+	$(call figure,theorem,theorem)
+	$(call figure,theorem_extensions,theorem_extensions)
+	$(call figure,mnist,mnist)
+	$(call figure,mnist_nature,mnist --preset nature)
+	$(call figure,mnist_digits,mnist --data digits)
+	$(call figure,mnist_noise,mnist_noise)
+	$(call figure,mnist_channel,mnist_channel)
+	$(call figure,mnist_channel_one_hidden,mnist_channel --preset one_hidden)
+	$(call figure,mnist_factorial_sgd,mnist_factorial --preset sgd)
+	$(call figure,mnist_cloning,mnist_cloning)
+	$(call figure,mnist_architectures,mnist_architectures)
+	$(call figure,mnist_factorial_teacher,mnist_factorial --preset teacher)
+	$(call figure,mnist_factorial,mnist_factorial)
+	$(call figure,mnist_alignment,mnist_alignment)
+	$(call figure,mnist_interventions,mnist_interventions)
+	$(call figure,mnist_capacity,mnist_capacity)
+	$(call figure,reproduce,reproduce)
 
 clean:
 	rm -rf .venv demo

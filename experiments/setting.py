@@ -154,7 +154,8 @@ class Setting:
 class Cell:
     """A setting, the labels of its rows (`condition` and swept axes), and whose accuracy they tell.
 
-    `who` is student, teacher or reference (the teacher before it was taught); `seeds` the most seeds to run it on.
+    `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the
+    first so many seeds run it, up to a whole chunk.
     Of `METRICS` a cell has those named.
     """
 
@@ -163,7 +164,3 @@ class Cell:
     who: str = "student"
     seeds: int | None = None
     metrics: tuple[str, ...] = METRICS[:1]
-
-    def wants(self, seed: int) -> bool:
-        """Whether the cell is run on a seed."""
-        return self.seeds is None or seed < self.seeds

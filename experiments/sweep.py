@@ -120,7 +120,7 @@ def parts(cells: Sequence[Cell], seeds: range, *, chunk: int = 1, data_dir: str 
         prefix = f"teacher-{number:03d}-" if len(groups) > 1 else ""
         for first in range(0, len(seeds), chunk):
             chosen = seeds[first : first + chunk]
-            wanted = [cell for cell in group if cell.wants(chosen[0])]
+            wanted = [cell for cell in group if cell.seeds is None or first < cell.seeds]
             if not wanted:
                 continue
             name = f"{prefix}seeds-{chosen[0]:05d}"
@@ -199,7 +199,6 @@ def run_group(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None 
         }
         for place, seed in enumerate(seeds)
         for cell in cells
-        if cell.wants(seed)
         for metric in cell.metrics
     ]
 
