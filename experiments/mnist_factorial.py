@@ -8,6 +8,7 @@ together and what the seed does.
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -135,11 +136,12 @@ def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[s
 
 
 def table(results: Results, config: Config) -> tuple[dict[str, list[str]], np.ndarray]:
-    """The level of each axis in each setting, and the values [setting, seed]."""
+    """The level of each axis in each setting, and the values [setting, seed]; of a loss, its decimal logarithm."""
     axes = list(parse(config.axes, "--axes"))
     points: dict[tuple, list[float]] = {}
     for row in results.rows:
-        points.setdefault(tuple(row[name] for name in axes), []).append(row["value"])
+        value = row["value"] if config.metric == "test_accuracy" else math.log10(row["value"])
+        points.setdefault(tuple(row[name] for name in axes), []).append(value)
     return {name: [point[i] for point in points] for i, name in enumerate(axes)}, np.array(list(points.values()))
 
 
@@ -151,13 +153,18 @@ def drawn_levels(levels: Mapping[str, Sequence[str]], config: Config) -> dict[st
     }
 
 
+def measured(config: Config) -> str:
+    """What the values of `table` are."""
+    return {"test_accuracy": "test accuracy", "imitation_loss": "log10 of imitation loss (nats)"}[config.metric]
+
+
 def report(results: Results, config: Config) -> str:
     """Range, shares of the variance, and the mean of each level."""
     levels, values = table(results, config)
     axes, means = drawn_levels(levels, config), values.mean(1)
     low, high = means.min(), means.max()
     lines = [
-        f"{config.metric} on {config.data}: {len(means)} settings x {config.seeds} seeds, "
+        f"{measured(config)} on {config.data}: {len(means)} settings x {config.seeds} seeds, "
         f"from {low:.3g} to {high:.3g} (means of settings)",
         f"{'axis':20} share of variance [95% bootstrap over settings]   mean of each level",
     ]
@@ -202,8 +209,6 @@ def plot(results: Results, config: Config) -> Figure:
         height += 0.6
     right.set_yticks(ticks, labels, fontsize=6)
     right.set_ylim(height, -1)
-    right.set_xlabel(
-        f"{config.metric.replace('_', ' ')} (dots: settings, mean of {config.seeds} seeds; mean, 95% t)"
-    )
+    right.set_xlabel(f"{measured(config)} (dots: settings, mean of {config.seeds} seeds; mean, 95% t)")
     right.set_title(f"{len(means)} settings on {config.data}")
     return figure

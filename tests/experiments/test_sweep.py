@@ -65,7 +65,7 @@ def watch(cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> Watched:
         patch.setattr(Laboratory, "audit", audited)
         rows = run_group(cells, seeds)
     assert [(row["condition"], row["seed"]) for row in rows] == [
-        (one.labels["condition"], seed) for seed in seeds for one in cells if one.seeds is None or seed < one.seeds
+        (one.labels["condition"], seed) for seed in seeds for one in cells
     ]
     for row in rows:
         assert row["metric"] == "test_accuracy"
@@ -144,10 +144,9 @@ def test_students_differ(together: Watched) -> None:
 
 
 def test_cells_of_one_setting_are_one_student() -> None:
-    fewer = dataclasses.replace(cell("fewer"), seeds=3)
-    run = watch([cell("one name"), fewer, cell("another")])
-    assert run.models["one name"] is run.models["fewer"] is run.models["another"]
-    assert list(run.accuracy) == [("one name", 2), ("fewer", 2), ("another", 2), ("one name", 5), ("another", 5)]
+    run = watch([cell("one name"), cell("another")])
+    assert run.models["one name"] is run.models["another"]
+    assert list(run.accuracy) == [("one name", 2), ("another", 2), ("one name", 5), ("another", 5)]
 
 
 def untrained(monkeypatch: pytest.MonkeyPatch, losses: np.ndarray) -> None:
@@ -452,15 +451,20 @@ def test_teachers_are_parts_of_their_own() -> None:
     ]
 
 
-def test_cells_on_fewer_seeds() -> None:
-    """Parts in which a cell has no seed do without it; where it has some, its rows are left out later."""
+@pytest.mark.parametrize("first", [0, 40])
+def test_cells_on_the_first_seeds(first: int) -> None:
+    """Parts that begin after a cell's last seed do without it, wherever the seeds begin."""
     every, few = cell("every"), dataclasses.replace(cell("few"), seeds=3)
-    assert planned([every, few], range(6), 2) == [
-        ("seeds-00000", 2, [every, few], [0, 1]),
-        ("seeds-00002", 2, [every, few], [2, 3]),
-        ("seeds-00004", 2, [every], [4, 5]),
+    seeds = range(first, first + 6)
+    assert planned([every, few], seeds, 2) == [
+        (f"seeds-{first:05d}", 2, [every, few], [first, first + 1]),
+        (f"seeds-{first + 2:05d}", 2, [every, few], [first + 2, first + 3]),
+        (f"seeds-{first + 4:05d}", 2, [every], [first + 4, first + 5]),
     ]
-    assert [name for name, *_ in planned([few], range(6), 2)] == ["seeds-00000", "seeds-00002"]
+    assert [(chosen, group) for _, _, group, chosen in planned([every, few], seeds, 1)] == [
+        ([seed], [every, few] if seed < first + 3 else [every]) for seed in seeds
+    ]
+    assert [chosen for *_, chosen in planned([few], seeds, 2)] == [[first, first + 1], [first + 2, first + 3]]
 
 
 SETTINGS = st.builds(
