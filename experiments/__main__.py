@@ -79,7 +79,7 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
     out, resume, preset = options.pop("out"), options.pop("resume"), options.pop("preset", None)
     for field in dataclasses.fields(next(iter(module.PRESETS.values()))):
         if field.metadata.get("positional"):
-            options[field.name] = ",".join(options[field.name])
+            options[field.name] = ",".join(options.get(field.name, ()))
     flags = workers.take_flags(options)
     path = Path(out) if out is not None else Path("runs") / name
     _use_compilation_cache()

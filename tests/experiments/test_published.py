@@ -94,6 +94,14 @@ def test_unknown_number_ends_with_one_line(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "run" / "results.csv").exists()
 
 
+def test_without_ids_all_are_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["reproduce", "--seeds", "0", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "error: --seeds must be at least 1, got 0\n"
+    assert len(reproduce.plan(reproduce.configure(None, {"seeds": 1}))) == len(
+        {number.setting.teacher_only() for number in published().values()}
+    )
+
+
 def number(interval: float = math.nan) -> Number:
     return Number("n", "s", Setting(), value=0.5, tolerance=0.05, interval=interval)
 
