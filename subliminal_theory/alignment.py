@@ -28,7 +28,7 @@ def inner(a: PyTree, b: PyTree) -> Float[Array, ""]:
 
 def cosine(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """Cosine of the angle between two parameter pytrees; 0 if one of them is 0."""
-    length = jnp.sqrt(inner(a, a) * inner(b, b))
+    length = jnp.sqrt(inner(a, a)) * jnp.sqrt(inner(b, b))
     return jnp.where(length > 0, inner(a, b) / jnp.where(length > 0, length, 1), 0)
 
 

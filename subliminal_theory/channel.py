@@ -349,13 +349,18 @@ class WeightedSum:
     weights: Sequence[float] | Float[Array, " channels"]
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, Sequence):
-            if len(self.weights) != len(self.channels) or not self.channels:
-                raise InputError(f"WeightedSum: {len(self.channels)} channels and {len(self.weights)} weights")
-            if not all(
-                0 <= weight < math.inf for weight in self.weights if isinstance(weight, int | float | np.generic)
-            ):
-                raise InputError(f"WeightedSum: weights must be finite and not negative, got {list(self.weights)}")
+        if not isinstance(self.weights, Sequence | np.ndarray | jax.Array):
+            return  # a placeholder of a transformation
+        shape = self.weights.shape if hasattr(self.weights, "shape") else (len(self.weights),)
+        count = shape[-1] if shape else 0  # of an ensemble, weights have leading axes
+        if not self.channels or count != len(self.channels):
+            raise InputError(f"WeightedSum: {len(self.channels)} channels and {count} weights")
+        if isinstance(self.weights, jax.Array):
+            return
+        if not all(
+            0 <= weight < math.inf for weight in self.weights if isinstance(weight, int | float | np.generic)
+        ):
+            raise InputError(f"WeightedSum: weights must be finite and not negative, got {list(self.weights)}")
 
     def targets(
         self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None

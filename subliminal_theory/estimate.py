@@ -61,55 +61,72 @@ class Share(NamedTuple):
 def variance_shares(
     levels: Mapping[str, Sequence[object]], values: Float[np.ndarray, "settings seeds"], draws: int = 1000
 ) -> dict[str, Share]:
-    """How much of the variance of single runs each factor of a balanced random design explains.
+    """How much of the variance of single runs each factor of a balanced design explains.
 
-    A factor's share is its first-order Sobol index, Var(E[y | level]) / Var(y), estimated by omega squared (its
-    sum of squares less what its levels get by chance, so that a factor without effect has 0 on average).
-    `seed` is the variance within settings, `together` the rest: what factors do only in combination. Intervals
-    are percentiles of a bootstrap over settings, whose draws are always the same.
+    A factor's share is its first-order Sobol index, Var(E[y | level]) / Var(y): the sum of squares of its levels
+    less what they get by chance, so that a factor without effect has 0 on average. By chance means: from the
+    noise of seeds alone where every combination of levels stands exactly once, else (settings drawn at random)
+    from all that varies within a level. `seed` is the variance within settings, `together` the rest, what
+    factors do only in combination. Intervals are percentiles of a bootstrap, whose draws are always the same:
+    over settings, or over the seeds of each setting where every combination stands once.
 
     Raises:
-        InputError: fewer than two settings, or a factor with another number of entries than there are settings.
+        InputError: fewer than two settings, a factor with another number of entries than there are settings, or
+            one that is named `seed` or `together`.
     """
-    count = len(values)
+    count, seeds = len(values), values.shape[1] if values.ndim > 1 else 0
     if count < 2 or any(len(column) != count for column in levels.values()):
         raise InputError(
             f"shares of variance need a level of every factor for each of at least two settings: {count}"
         )
+    if taken := {"seed", "together"} & set(levels):
+        raise InputError(f"shares of variance: a factor cannot be named {taken.pop()!r}")
     codes = {
         name: np.unique([str(entry) for entry in column], return_inverse=True)[1]
         for name, column in levels.items()
     }
-    rng = np.random.default_rng(0)
-    point = _shares(codes, values)
-    resampled = [
-        _shares({n: c[i] for n, c in codes.items()}, values[i]) for i in rng.integers(count, size=(draws, count))
-    ]
+    if np.ptp(values) == 0:
+        return {name: Share(math.nan, math.nan, math.nan) for name in (*codes, "together", "seed")}
+    sizes = [int(code.max()) + 1 for code in codes.values()]
+    complete = count == math.prod(sizes) == len(set(zip(*codes.values(), strict=True)))
+    point, rng = _shares(codes, values, complete), np.random.default_rng(0)
+    if complete:
+        chosen = rng.integers(seeds, size=(draws, count, seeds))
+        resampled = [_shares(codes, np.take_along_axis(values, i, 1), True) for i in chosen]
+    else:
+        chosen = rng.integers(count, size=(draws, count))
+        resampled = [_shares({n: c[i] for n, c in codes.items()}, values[i], False) for i in chosen]
     return {
         name: Share(share, *np.nanpercentile([draw[name] for draw in resampled], [2.5, 97.5]))
         for name, share in point.items()
     }
 
 
-def _shares(codes: Mapping[str, np.ndarray], values: np.ndarray) -> dict[str, float]:
-    means, seeds = values.mean(1), values.shape[1]
+def _shares(codes: Mapping[str, np.ndarray], values: np.ndarray, complete: bool) -> dict[str, float]:
+    means, (count, seeds) = values.mean(1), values.shape
     within = float(values.var(axis=1, ddof=1).mean()) if seeds > 1 else 0.0
-    total = float(means.var(ddof=1)) + within * (1 - 1 / seeds)
-    shares, explained, freedom = {}, 0.0, 0
-    squares = {}
+    everything = float(((means - means.mean()) ** 2).sum())
+    squares, freedom = {}, {}
     for name, code in codes.items():
-        sizes = np.bincount(code)
-        sums = np.bincount(code, means)
+        sizes, sums = np.bincount(code), np.bincount(code, means)
         present = sizes > 0
         squares[name] = float((sizes[present] * (sums[present] / sizes[present] - means.mean()) ** 2).sum())
-        freedom += int(present.sum()) - 1
-        explained += squares[name]
-    everything = float(((means - means.mean()) ** 2).sum())
-    residual = max(everything - explained, 0.0) / max(len(means) - 1 - freedom, 1)
-    for name, code in codes.items():
-        levels = len(np.unique(code))
-        shares[name] = (squares[name] - (levels - 1) * residual) / (len(means) - 1) / total if total else math.nan
-    seed = within / total if total else math.nan
+        freedom[name] = int(present.sum()) - 1
+    if complete and seeds > 1:
+        chance = dict.fromkeys(codes, within / seeds)
+    elif complete:
+        # With one run a setting, noise cannot be told from what factors do together.
+        left = count - 1 - sum(freedom.values())
+        chance = dict.fromkeys(codes, max(everything - sum(squares.values()), 0.0) / max(left, 1))
+    else:
+        chance = {name: (everything - squares[name]) / max(count - 1 - freedom[name], 1) for name in codes}
+    settings = count if complete else count - 1
+    between = (everything - (count - 1) * within / seeds) / settings
+    total = between + within
+    if total <= 0:
+        return dict.fromkeys((*codes, "together", "seed"), math.nan)
+    shares = {name: (squares[name] - freedom[name] * chance[name]) / settings / total for name in codes}
+    seed = within / total
     return {**shares, "together": 1 - sum(shares.values()) - seed, "seed": seed}
 
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import special, stats
 
-from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, imitation_loss, weighted_mean
+from subliminal_theory.channel import (
+    SampledToken,
+    SoftLogits,
+    SquaredError,
+    Subset,
+    WeightedSum,
+    imitation_loss,
+    weighted_mean,
+)
 from subliminal_theory.errors import InputError
 
 N = 5
@@ -389,3 +397,165 @@ def test_subset_bad_selection(where, message: str, inner) -> None:
 def test_bad_index_is_seen_while_tracing() -> None:
     with pytest.raises(InputError, match=r"^Subset: logit index 9 is outside 0\.\.4"):
         jax.jit(lambda channel, z: channel.loss(z, z))(Subset((0, 9)), jnp.asarray(TEACHER))
+
+
+# --- several channels at once
+
+PARTS = (SoftLogits(2.0), SquaredError(WEIGHTS), Subset(INDICES), Subset(MASK, SquaredError()))
+FACTORS = (0.5, 2.0, 3.0, 0.25)
+
+
+@pytest.mark.parametrize("weights", [FACTORS, list(FACTORS), np.array(FACTORS), jnp.array(FACTORS)])
+def test_weighted_sum_of_losses_and_metrics(weights) -> None:
+    channel = WeightedSum(PARTS, weights)
+    parts = [against(part, STUDENT, TEACHER) for part in PARTS]
+    loss, gradient = against(channel, STUDENT, TEACHER)
+    same(loss, sum(factor * np.asarray(part[0], float) for factor, part in zip(FACTORS, parts, strict=True)))
+    expected = sum(factor * np.asarray(part[1], float) for factor, part in zip(FACTORS, parts, strict=True))
+    same(gradient, expected, scale=np.abs(expected).max())
+    tangent = jnp.asarray(STUDENT)
+    metrics = [np.asarray(part.metric(jnp.asarray(TEACHER), tangent), float) for part in PARTS]
+    expected = sum(factor * metric for factor, metric in zip(FACTORS, metrics, strict=True))
+    same(channel.metric(jnp.asarray(TEACHER), tangent), expected, scale=np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "channel",
+    [
+        WeightedSum(PARTS, FACTORS),
+        Subset((0, 3, 4), WeightedSum(PARTS, FACTORS)),
+        WeightedSum((WeightedSum(PARTS, FACTORS), SoftLogits()), (0.1, 1.5)),
+    ],
+    ids=["sum", "subset", "nested"],
+)
+def test_metric_of_weighted_sum_is_the_hessian(x64, channel) -> None:
+    logits, tangent = jnp.asarray(TEACHER, float), jnp.asarray(STUDENT, float)
+    targets = channel.targets(None, logits)
+    hessian = jax.jit(jax.vmap(jax.hessian(channel.loss)))(logits, targets)
+    metric = np.asarray(jax.jit(channel.metric)(logits, tangent))
+    same(metric, np.einsum("bij,bj->bi", hessian, tangent), "float64")
+    assert np.abs(metric).max() > 0.1
+    assert not metric[:, ~np.asarray(channel.visible(N))].any()
+    same(against(channel, logits, logits)[0], 0, "float64")
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_one_channel_of_weight_one(part) -> None:
+    channel, logits, tangent = WeightedSum((part,), (1.0,)), jnp.asarray(TEACHER), jnp.asarray(STUDENT)
+    for a, b in zip(against(channel, STUDENT, TEACHER), against(part, STUDENT, TEACHER), strict=True):
+        same(a, b)
+    same(channel.metric(logits, tangent), part.metric(logits, tangent))
+    np.testing.assert_array_equal(channel.visible(N), part.visible(N))
+
+
+def test_part_of_weight_zero() -> None:
+    channel, rest = WeightedSum(PARTS, (0.5, 0, 3.0, 0.0)), WeightedSum((PARTS[0], PARTS[2]), (0.5, 3.0))
+    for a, b in zip(against(channel, STUDENT, TEACHER), against(rest, STUDENT, TEACHER), strict=True):
+        same(a, b)
+    logits, tangent = jnp.asarray(TEACHER), jnp.asarray(STUDENT)
+    same(channel.metric(logits, tangent), rest.metric(logits, tangent))
+
+
+@pytest.mark.parametrize("where", [(0, 2), MASK], ids=["indices", "mask"])
+def test_subset_of_a_sum_is_the_sum_of_subsets(where) -> None:
+    channel = Subset(where, WeightedSum(PARTS, FACTORS))
+    others = WeightedSum([Subset(where, part) for part in PARTS], FACTORS)
+    expected = against(others, STUDENT, TEACHER)
+    for a, b in zip(against(channel, STUDENT, TEACHER), expected, strict=True):
+        same(a, b)
+    hidden = ~np.asarray(channel.visible(N))
+    np.testing.assert_array_equal(hidden, ~np.isin(np.arange(N), np.arange(N)[np.asarray(where)]))
+    student, teacher = np.where(hidden, np.float32(3e38), STUDENT), np.where(hidden, np.float32(-3e38), TEACHER)
+    loss, gradient = against(channel, student, teacher)
+    same(loss, expected[0])
+    same(gradient, expected[1])
+    assert not np.asarray(gradient)[:, hidden].any()
+
+
+def test_weights_of_a_sum_under_vmap() -> None:
+    weights = np.array([[1.0, 0.0, 0.0, 0.0], [0.5, 2.0, 3.0, 0.25], [0.0, 0.1, 0.0, 7.0]], np.float32)
+    inside = jax.vmap(lambda row: against(WeightedSum(PARTS, row), STUDENT, TEACHER))(weights)
+    mapped = jax.vmap(against, (WeightedSum(None, 0), None, None))(WeightedSum(PARTS, weights), STUDENT, TEACHER)
+    for loss, gradient in (inside, mapped):
+        for i, row in enumerate(weights):
+            expected = against(WeightedSum(PARTS, row.tolist()), STUDENT, TEACHER)
+            same(loss[i], expected[0])
+            same(gradient[i], expected[1], scale=10)
+
+
+def test_visible_to_a_sum_is_the_union() -> None:
+    for parts, union in (
+        ((Subset((0,)), Subset((2, 3))), [0, 2, 3]),
+        ((Subset(MASK), SquaredError([0, 1, 0, 0, 0])), [0, 1, 2, 3]),
+        ((Subset((1,)), SoftLogits()), range(N)),
+    ):
+        channel = WeightedSum(parts, (1.0, 1.0))
+        np.testing.assert_array_equal(channel.visible(N), np.isin(np.arange(N), union))
+        np.testing.assert_array_equal(
+            Subset((0, 1), channel).visible(N), np.isin(np.arange(N), sorted({0, 1} & {*union}))
+        )
+
+
+def test_tokens_of_two_parts_are_independent() -> None:
+    count, channel = 5000, WeightedSum((SampledToken(), SampledToken()), (1.0, 1.0))
+    first, second = channel.targets(jax.random.key(3), jnp.zeros((count, N)))
+    assert stats.binomtest(int((first == second).sum()), count, 1 / N).pvalue > 1e-3
+    for tokens in (first, second):
+        assert stats.chisquare(np.bincount(tokens, minlength=N)).pvalue > 1e-3
+    again = channel.targets(jax.random.key(3), jnp.zeros((count, N)))
+    np.testing.assert_array_equal(again, (first, second))
+
+
+def test_sampled_tokens_in_a_sum() -> None:
+    """Cross-entropy on the part's own tokens; without a key if nothing is sampled."""
+    channel = Subset(MASK, WeightedSum((SampledToken(), SoftLogits()), (2.0, 0.5)))
+    targets = channel.targets(jax.random.key(0), jnp.asarray(TEACHER))
+    assert MASK[np.asarray(targets[0])].all()
+    visible = np.flatnonzero(MASK)
+    log_q = special.log_softmax(STUDENT[:, MASK].astype(float), axis=-1)
+    cross = -log_q[range(3), np.searchsorted(visible, targets[0])]
+    same(
+        channel.loss(jnp.asarray(STUDENT), targets), 2 * cross + 0.5 * kl(TEACHER[:, MASK], STUDENT[:, MASK], 1.0)
+    )
+    with pytest.raises(InputError, match=r"^SampledToken samples: give it a key"):
+        channel.targets(None, jnp.asarray(TEACHER))
+    greedy = WeightedSum((SampledToken(0), SoftLogits()), (1.0, 1.0)).targets(None, jnp.asarray(TEACHER))
+    np.testing.assert_array_equal(greedy[0], TEACHER.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("parts", "weights", "message"),
+    [
+        ((), (), "0 channels and 0 weights"),
+        ((), (1.0,), "0 channels and 1 weights"),
+        ((SoftLogits(),), (), "1 channels and 0 weights"),
+        ((SoftLogits(), SquaredError()), (1.0,), "2 channels and 1 weights"),
+        ((SoftLogits(),), [1.0, 2.0], "1 channels and 2 weights"),
+        (
+            (SoftLogits(), SquaredError()),
+            (1.0, -0.5),
+            r"weights must be finite and not negative, got \[1.0, -0.5\]",
+        ),
+        ((SoftLogits(),), (-1,), r"weights must be finite and not negative, got \[-1\]"),
+        ((SoftLogits(),), [math.nan], r"weights must be finite and not negative, got \[nan\]"),
+        ((SoftLogits(),), (math.inf,), r"weights must be finite and not negative, got \[inf\]"),
+        ((SoftLogits(),), (np.float32(-1),), r"weights must be finite and not negative, got \["),
+    ],
+)
+def test_weighted_sum_refusals(parts, weights, message: str) -> None:
+    with pytest.raises(InputError, match=f"^WeightedSum: {message}"):
+        WeightedSum(parts, weights)
+
+
+@pytest.mark.parametrize(
+    ("parts", "weights"),
+    [
+        ((SoftLogits(), SquaredError()), [1.0, -1.0]),
+        ((SoftLogits(), SquaredError()), [1.0, math.nan]),
+        ((SoftLogits(), SquaredError()), [1.0, 1.0, 1.0]),
+        ((), []),
+    ],
+)
+def test_weighted_sum_refusals_of_arrays(parts, weights) -> None:
+    with pytest.raises(InputError, match=r"^WeightedSum: "):
+        WeightedSum(parts, np.array(weights))

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import Estimate, log_slope, paired_difference, t_interval
+from subliminal_theory.estimate import Estimate, log_slope, paired_difference, t_interval, variance_shares
 
 # Student (1908), doi 10.2307/2331554: hours of sleep gained with two drugs by the same ten patients.
 FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
@@ -90,3 +92,142 @@ def test_log_slope_is_least_squares() -> None:
 def test_log_slope_refusals(x, y) -> None:
     with pytest.raises(InputError, match=r"^a log-log slope needs at least two points, none of them 0$"):
         log_slope(x, y)
+
+
+# --- shares of variance
+
+
+def factorial(*sizes: int, copies: int = 1) -> np.ndarray:
+    """Levels [factor, setting] of all combinations."""
+    return np.array(list(itertools.product(*map(range, sizes))) * copies).T
+
+
+def shares(levels: np.ndarray, values: np.ndarray, draws: int = 1) -> dict[str, float]:
+    named = {f"x{number}": column.tolist() for number, column in enumerate(levels, 1)}
+    return {name: share.value for name, share in variance_shares(named, values, draws).items()}
+
+
+def test_shares_are_sobol_indices() -> None:
+    """Of y = a x1 + b x2 + noise: a^2 var x1, b^2 var x2 and the noise, over their sum, from 400 x 10 runs."""
+    levels, noise = factorial(20, 20), 8.0
+    rng = np.random.default_rng(0)
+    values = (3 * levels[0] - levels[1])[:, None] + rng.normal(0, noise, (400, 10))
+    variances = np.array([9 * 133 / 4, 133 / 4, 0, noise**2])  # of 0..19: (20^2 - 1) / 12
+    actual = shares(levels, values)
+    assert list(actual) == ["x1", "x2", "together", "seed"]
+    # The noise's share has a standard error of sqrt(2 / 3600) of itself, those of x1 and x2
+    # 2 sqrt(share noise / 4000), so none of them has more than 0.01.
+    np.testing.assert_allclose([*actual.values()], variances / variances.sum(), rtol=0, atol=0.04)
+
+
+def test_intervals_of_a_large_design() -> None:
+    levels = factorial(4, 3, copies=60)
+    rng = np.random.default_rng(0)
+    means = levels[0] + 2 * levels[1] + levels[0] * (levels[1] == 1)
+    values = means[:, None] + rng.normal(0, 1, (720, 3))
+    named = {"x1": levels[0].tolist(), "x2": levels[1].tolist()}
+    estimated = variance_shares(named, values, 200)
+    for share in estimated.values():
+        assert share.low < share.value < share.high
+        assert share.high - share.low < 0.2
+    assert variance_shares(named, values, 200) == estimated
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(2, 4), st.integers(2, 4))
+def test_shares_of_any_values(seed: int, seeds: int, first: int, second: int) -> None:
+    """They sum to 1, and do not change with the unit, the order of settings or the names of levels."""
+    rng = np.random.default_rng(seed)
+    levels = factorial(first, second, copies=2)
+    values = rng.normal(size=(levels.shape[1], seeds)) + levels[0][:, None]
+    expected = shares(levels, values)
+    assert sum(expected.values()) == pytest.approx(1)
+    order = rng.permutation(len(values))
+    assert shares(levels, 7 - 3 * values) == pytest.approx(expected)
+    assert shares(levels[:, order], values[order]) == pytest.approx(expected)
+    assert shares(-levels, values) == pytest.approx(expected)
+    assert shares(levels[::-1], values) == pytest.approx({**expected, "x1": expected["x2"], "x2": expected["x1"]})
+
+
+def null_shares(designs, factor: str, seeds: int) -> np.ndarray:
+    """Shares of a factor without effect, over draws of the noise; y = 3 x1 + noise."""
+    rng = np.random.default_rng(1)
+    return np.array(
+        [
+            shares(levels, 3 * levels[0][:, None] + rng.normal(0, 2, (levels.shape[1], seeds)))[factor]
+            for levels in designs
+        ]
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_factor_without_effect(seeds: int) -> None:
+    found = null_shares([factorial(3, 6)] * 400, "x2", seeds)
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    assert abs(found.mean()) < 4 * error
+    assert error < 0.005
+
+
+def test_factor_without_effect_in_a_drawn_design() -> None:
+    """Settings drawn as by `experiments.mnist_factorial.combinations`."""
+    rng = np.random.default_rng(0)
+    columns = np.arange(32) % 3, np.arange(32) % 6
+    designs = [np.stack([rng.permutation(column) for column in columns]) for _ in range(400)]
+    found = null_shares(designs, "x2", 3)
+    assert abs(found.mean()) < 4 * found.std(ddof=1) / np.sqrt(len(found))
+
+
+def test_interaction_alone() -> None:
+    levels = 2 * factorial(2, 2, copies=100) - 1
+    actual = shares(levels, (levels[0] * levels[1]).astype(float)[:, None].repeat(2, axis=1))
+    assert actual == pytest.approx({"x1": 0, "x2": 0, "together": 1, "seed": 0}, abs=0.01)  # 1 / 400 each
+
+
+def test_interaction_alone_in_a_complete_design() -> None:
+    levels = 2 * factorial(2, 2) - 1
+    actual = shares(levels, (levels[0] * levels[1]).astype(float)[:, None].repeat(2, axis=1))
+    assert actual == pytest.approx({"x1": 0, "x2": 0, "together": 1, "seed": 0}, abs=0.01)
+
+
+def test_seed_alone() -> None:
+    """400 x 5 runs: the share of seeds has a standard error of sqrt(2 / 400) / 5, that of x1 one of 1 / 1000."""
+    values = np.random.default_rng(2).normal(size=(400, 5))
+    actual = shares(factorial(2, 2, copies=100), values)
+    assert actual == pytest.approx({"x1": 0, "x2": 0, "together": 0, "seed": 1}, abs=0.06)
+
+
+def test_one_seed_a_setting() -> None:
+    """Noise cannot be told from what factors do together."""
+    levels = factorial(10, 10)
+    noise = np.random.default_rng(3).normal(size=100)
+    actual = shares(levels, (levels[0] + noise)[:, None])
+    assert actual["seed"] == 0
+    part = 8.25 / 9.25
+    assert actual == pytest.approx({"x1": part, "x2": 0, "together": 1 - part, "seed": 0}, abs=0.06)
+
+
+def test_levels_are_told_apart_by_name() -> None:
+    values = np.random.default_rng(4).normal(size=(6, 2))
+    named = [variance_shares({"x": x}, values, 1) for x in ([None, 0, 1.5] * 2, ["a", "b", "c"] * 2)]
+    assert named[0] == named[1]
+
+
+@pytest.mark.parametrize(("value", "seeds"), [(0.5, 1), (0.5, 3), (0.1, 3)])
+def test_constant_values(value: float, seeds: int) -> None:
+    estimated = variance_shares({"x": [0, 1, 0, 1]}, np.full((4, seeds), value), 20)
+    assert np.isnan([tuple(share) for share in estimated.values()]).all()
+
+
+@pytest.mark.parametrize("name", ["seed", "together"])
+def test_factor_with_a_name_taken(name: str) -> None:
+    with pytest.raises(InputError):
+        variance_shares({name: [0, 1, 0, 1]}, np.arange(8.0).reshape(4, 2), 1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "settings"), [({"x": [0]}, 1), ({}, 0), ({"x": [0, 1]}, 3), ({"x": [0, 1, 0], "y": [0, 1]}, 3)]
+)
+def test_variance_shares_refusals(levels, settings: int) -> None:
+    message = rf"^shares of variance need a level of every factor for each of at least two settings: {settings}$"
+    with pytest.raises(InputError, match=message):
+        variance_shares(levels, np.zeros((settings, 2)))
