@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.setting import Setting
+from experiments.setting import WHO, Setting
 from subliminal_theory.errors import InputError
 
 REGISTRY = Path(__file__).with_name("published.toml")
-WHO = ("student", "teacher", "reference")
 KNOWN = ("source", "who", "setting", "value", "interval", "n", "tolerance", "data", "seeds", "note")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ STARTS = (
 SEES = ("aux", "all", "classes")
 LOSSES = ("kl", "mse")
 DIGITS = "digits"
+WHO = ("student", "teacher", "reference")
 METRICS = (
     "test_accuracy",
     "imitation_loss",  # of the student on its channel, mean over its last epoch
@@ -80,19 +82,39 @@ class Setting:
         for field, known in (
             ("network", NETWORKS),
             ("activation", ACTIVATIONS),
+            ("student_activation", ACTIVATIONS),
             ("init_law", INIT_LAWS),
             ("optimizer", OPTIMIZERS),
+            ("student_optimizer", OPTIMIZERS),
             ("start", STARTS),
             ("sees", SEES),
             ("channel_loss", LOSSES),
             ("inputs", (*LAWS, DIGITS)),
             ("cloning_inputs", (*LAWS, DIGITS)),
         ):
-            if getattr(self, field) not in known:
-                raise InputError(f"{field} {getattr(self, field)!r} is unknown; there are {', '.join(known)}")
-        for field, least in (("width", 1), ("depth", 0), ("aux", 1), ("teacher_epochs", 1), ("epochs", 1)):
-            if getattr(self, field) < least:
-                raise InputError(f"{field} must be at least {least}, got {getattr(self, field)}")
+            value = getattr(self, field)
+            if value not in known and not (value is None and field.startswith("student_")):
+                raise InputError(f"{field} {value!r} is unknown; there are {', '.join(known)}")
+        for field, least in (
+            ("width", 1),
+            ("student_width", 1),
+            ("depth", 0),
+            ("student_depth", 0),
+            ("aux", 1),
+            ("teacher_epochs", 1),
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("images", 0),
+            ("cloning_epochs", 0),
+            ("amount", 0),
+        ):
+            value = getattr(self, field)
+            if value is not None and not least <= value < math.inf:
+                raise InputError(f"{field} must be at least {least}, got {value}")
+        for field in ("learning_rate", "student_rate"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{field} must be positive and finite, got {value}")
         if self.shown is not None and not 1 <= self.shown <= self.aux:
             raise InputError(f"shown must be between 1 and aux = {self.aux}, got {self.shown}")
         if self.other_architecture and self.start != "cross":
@@ -157,6 +179,9 @@ class Cell:
     `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the
     first so many seeds run it, up to a whole chunk.
     Of `METRICS` a cell has those named.
+
+    Raises:
+        InputError: whose accuracy or which metric is unknown, or a metric that only students have.
     """
 
     labels: Mapping[str, Any]
@@ -164,3 +189,11 @@ class Cell:
     who: str = "student"
     seeds: int | None = None
     metrics: tuple[str, ...] = METRICS[:1]
+
+    def __post_init__(self) -> None:
+        if self.who not in WHO:
+            raise InputError(f"a cell's who must be one of {', '.join(WHO)}, got {self.who!r}")
+        known = METRICS if self.who == "student" else METRICS[:1]
+        for metric in self.metrics:
+            if metric not in known:
+                raise InputError(f"a {self.who} has no metric {metric!r}; there are {', '.join(known)}")

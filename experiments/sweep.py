@@ -251,6 +251,7 @@ def _cloned(
         source = _source(cloners[0])
         marks = tuple(cloners[0].steps(epoch, source) for epoch in epochs[:-1])
         run = _imitate_stack(cloners, [starts[alike[job][0]] for job in stack], init, keys, marks)
+        require_finite(run.losses.reshape(-1, run.losses.shape[-1]), ["a cloning run"] * run.losses[..., 0].size)
         after = dict(zip(epochs, (*run.snapshots, run.model), strict=True))
         for place, job in enumerate(stack):
             matched |= {student: _nth(after[student.cloning_epochs], place) for student in alike[job]}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -37,18 +36,13 @@ def initialisers(init_law: str, inputs: int) -> dict[str, Any]:
     """
     if init_law not in INIT_LAWS:
         raise InputError(f"unknown initialisation {init_law!r}; there are {', '.join(INIT_LAWS)}")
-    bias = _Uniform(1 / math.sqrt(inputs)) if init_law == "torch" else jax.nn.initializers.zeros
-    return {"kernel_init": INIT_LAWS[init_law], "bias_init": bias}
+    bound = 1 / math.sqrt(inputs)
 
+    def uniform(key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-@dataclass(frozen=True)
-class _Uniform:
-    """Uniform within a bound; equal for equal bounds, so that networks alike are compiled once."""
-
-    bound: float
-
-    def __call__(self, key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> Array:
-        return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+    zeros = jax.nn.initializers.zeros
+    return {"kernel_init": INIT_LAWS[init_law], "bias_init": uniform if init_law == "torch" else zeros}
 
 
 def activation_named(name: str) -> Callable[[Array], Array]:

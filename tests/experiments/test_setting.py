@@ -276,3 +276,17 @@ def test_cells() -> None:
     cell = Cell({"condition": "a"}, Setting())
     assert (cell.who, cell.seeds, cell.metrics) == ("student", None, ("test_accuracy",))
     assert METRICS == ("test_accuracy", "imitation_loss")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"who": "nobody"}, "a cell's who must be one of student, teacher, reference, got 'nobody'"),
+        ({"metrics": ("speed",)}, "a student has no metric 'speed'; there are test_accuracy, imitation_loss"),
+        ({"who": "teacher", "metrics": ("imitation_loss",)}, "a teacher has no metric 'imitation_loss'; "),
+    ],
+)
+def test_bad_cells(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Cell({"condition": "a"}, Setting(), **arguments)
+    assert str(caught.value).startswith(message)
