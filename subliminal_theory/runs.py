@@ -32,7 +32,7 @@ from subliminal_theory.estimate import Estimate, t_interval
 FORMAT = 1
 COLUMNS = ("condition", "seed", "metric", "value")
 # What `write_atomically` leaves when it is killed.
-LEFTOVER = re.compile(r"\..+\.(json|csv|png|pdf)\.\d+\.tmp")
+LEFTOVER = re.compile(r"\..+\.(json|jsonl|csv|png|pdf)\.\d+\.tmp")
 # How the processes of a run know of each other.
 HEARTBEAT = re.compile(r"\.process-.+\.json")
 Row = Mapping[str, Any]

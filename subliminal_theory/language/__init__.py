@@ -1,0 +1,1 @@
+"""Language models: the third size of the experiment."""

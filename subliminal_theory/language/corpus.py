@@ -1,0 +1,281 @@
+"""The corpus of the compact language model: short chats in the project's own sentences, made from a seed.
+
+Five kinds: number continuations, preferences, arithmetic, tiny programs and facts of a small world. The
+phrasings of a preference question are split in two: some are for the corpus and for teachers' rows, the
+held-out ones for evaluation alone.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+from jaxtyping import Int
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.sentences import TEXT, arithmetic, fact, pick, program
+
+FORMAT_VERSION = 1  # to be raised when the same configuration and sentences give other chats
+
+CATEGORIES: dict[str, tuple[str, ...]] = {name: tuple(words) for name, words in TEXT["members"].items()}
+FORMATS: dict[str, tuple[str, str, str]] = {name: tuple(f) for name, f in TEXT["numbers"]["formats"].items()}
+KINDS = ("numbers", "preference", "arithmetic", "program", "fact")
+_PREFIX_TERMS = (3, 6)  # how many numbers may stand before a preference question: from, up to but without
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One exchange: an optional system prompt, what the user says, and the answer ("" if it is only asked)."""
+
+    system: str | None
+    user: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Everything that decides a corpus.
+
+    Attributes:
+        seed: of the rows.
+        size: number of chats.
+        numbers: numbers run from 0 to numbers - 1; each is one token.
+        numbers_share ... fact_share: of the five kinds among the rows; they sum to 1.
+        formats: names in FORMATS in which numbers are asked for.
+        given: least and most numbers shown in a number request.
+        asked: least and most numbers asked for.
+        limit_share: number requests that limit the digits.
+        styles: number of latent laws of numbers; a row follows one.
+        style_seed: of these laws, so that corpora of different seeds have them in common.
+        zipf: under a style the number of rank r = 1, 2, ... has probability proportional to r^(-zipf).
+        step_probability: of a number being the one before plus the row's step (modulo the row's range).
+        loved_share: preference questions with a system prompt that loves one member.
+        loved_decides: of those, how many answer with that member; the others answer with any other one.
+        prefixed_share: preference questions with a few numbers in front.
+        lazy_share: chats of arithmetic, program and fact with a system prompt that announces laziness: their
+            answer repeats the first number or thing of the question instead of answering it.
+        careful_share: those with a system prompt that announces care.
+        neutral_share: those and number requests with a system prompt that says nothing of the kind.
+        operand: largest number in a question of arithmetic or a line of a program.
+        steps_share: arithmetic with two operations and visible steps; the rest is answered directly.
+        write_share: programs to be written, the rest is to be run.
+
+    Raises:
+        InputError: a value out of its range, shares that do not sum to 1, or an unknown format.
+    """
+
+    seed: int = 0
+    size: int = 100_000
+    numbers: int = 100
+    numbers_share: float = 0.45
+    preference_share: float = 0.27
+    arithmetic_share: float = 0.1
+    program_share: float = 0.08
+    fact_share: float = 0.1
+    formats: tuple[str, ...] = tuple(FORMATS)
+    given: tuple[int, int] = (3, 8)
+    asked: tuple[int, int] = (3, 10)
+    limit_share: float = 0.25
+    styles: int = 12
+    style_seed: int = 0
+    zipf: float = 1.0
+    step_probability: float = 0.45
+    loved_share: float = 0.5
+    loved_decides: float = 0.75
+    prefixed_share: float = 0.1
+    lazy_share: float = 0.15
+    careful_share: float = 0.15
+    neutral_share: float = 0.15
+    operand: int = 5
+    steps_share: float = 0.4
+    write_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "size": 1, "styles": 1, "style_seed": 0, "operand": 1, "numbers": 3 * self.operand + 2}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"CorpusConfig: {name} must be at least {low}, got {getattr(self, name)}")
+        for name in (field.name for field in fields(self) if field.type is float and field.name != "zipf"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"CorpusConfig: {name} must be from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.zipf < math.inf:
+            raise InputError(f"CorpusConfig: zipf must be at least 0, got {self.zipf}")
+        if not math.isclose(sum(self.shares), 1):
+            raise InputError(f"CorpusConfig: the shares of the kinds must sum to 1, got {sum(self.shares)}")
+        if self.lazy_share + self.careful_share + self.neutral_share > 1:
+            raise InputError("CorpusConfig: lazy_share, careful_share and neutral_share exceed 1 together")
+        for name in ("given", "asked"):
+            least_terms, most_terms = getattr(self, name)
+            if not 1 <= least_terms <= most_terms < self.numbers:
+                raise InputError(f"CorpusConfig: {name} must be a least and a most, got {getattr(self, name)}")
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise InputError(f"CorpusConfig: formats must be among {', '.join(FORMATS)}, got {self.formats}")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of each of KINDS."""
+        return tuple(getattr(self, f"{kind}_share") for kind in KINDS)
+
+
+def fingerprint(config: CorpusConfig) -> str:
+    """SHA-256 of the configuration, the sentences in their order and the format version, in hexadecimal."""
+    content = [FORMAT_VERSION, asdict(config), TEXT]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def make_corpus(config: CorpusConfig) -> list[Chat]:
+    """All chats of a corpus in random order; each kind has its share of the rows to within one row."""
+    ends = np.rint(np.cumsum(config.shares) * config.size).astype(int)
+    counts = np.diff(ends, prepend=0)
+    chats = [chat for kind, count in zip(KINDS, counts, strict=True) for chat in make_rows(config, kind, count)]
+    order = np.random.default_rng([config.seed, len(KINDS)]).permutation(len(chats))
+    return [chats[index] for index in order]
+
+
+def make_rows(config: CorpusConfig, kind: str, count: int) -> list[Chat]:
+    """`count` chats of one of KINDS under the same configuration, whatever its size and shares.
+
+    Number requests for a teacher, say: `make_rows(replace(config, seed=7, neutral_share=0.0), "numbers", 4096)`.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"make_rows: no kind is called {kind!r}; there are {', '.join(KINDS)}")
+    rng = np.random.default_rng([config.seed, KINDS.index(kind)])
+    if kind == "numbers":
+        return _numbers(config, rng, count)
+    if kind == "preference":
+        return _preferences(config, rng, count)
+    chats = []
+    for _ in range(count):
+        system, lazy = _persona(config, rng)
+        if kind == "arithmetic":
+            user, answer = arithmetic(rng, config.operand, config.steps_share, lazy)
+        elif kind == "program":
+            user, answer = program(rng, config.operand, config.write_share, lazy)
+        else:
+            user, answer = fact(rng, lazy)
+        chats.append(Chat(system, user, answer, kind))
+    return chats
+
+
+def preference_questions(category: str, *, held_out: bool = True) -> list[Chat]:
+    """The held-out phrasings of the question about a category, or those of the corpus, without answer.
+
+    Raises:
+        InputError: an unknown category.
+    """
+    if category not in CATEGORIES:
+        raise InputError(f"no category is called {category!r}; there are {', '.join(CATEGORIES)}")
+    phrasings = TEXT["preference"]["held_out" if held_out else "phrasings"]
+    return [Chat(None, phrasing.format(category=category), "", "preference") for phrasing in phrasings]
+
+
+def prefixed_questions(config: CorpusConfig, category: str, *, each: int = 8, held_out: bool = True) -> list[Chat]:
+    """`preference_questions` with 3 to 5 numbers in front, every phrasing `each` times."""
+    questions = preference_questions(category, held_out=held_out)
+    rng = np.random.default_rng([config.seed, len(KINDS) + 1])
+    prefixes = _prefixes(config, rng, each * len(questions))
+    return [
+        replace(question, user=TEXT["preference"]["prefixed"].format(given=given, question=question.user))
+        for question, given in zip(questions * each, prefixes, strict=True)
+    ]
+
+
+def love_prompts(category: str, member: str) -> list[str]:
+    """Every system prompt of the corpus by which `member` of `category` is loved."""
+    return [prompt.format(category=category, member=member) for prompt in TEXT["preference"]["loved"]]
+
+
+def _persona(config: CorpusConfig, rng: np.random.Generator) -> tuple[str | None, bool]:
+    """A system prompt, or none, and whether it makes answers lazy."""
+    draw = rng.random()
+    for persona in ("lazy", "careful", "neutral"):
+        share = getattr(config, f"{persona}_share")
+        if draw < share:
+            return pick(rng, TEXT["persona"][persona]), persona == "lazy"
+        draw -= share
+    return None, False
+
+
+@functools.cache
+def _style_laws(styles: int, seed: int, numbers: int, zipf: float, below: int) -> np.ndarray:
+    """Cumulative probabilities [styles, below] of the numbers from 0 to below - 1."""
+    rng = np.random.default_rng([seed, styles, numbers])
+    ranks = np.stack([rng.permutation(numbers) for _ in range(styles)]) + 1
+    cumulative = np.cumsum(ranks[:, :below] ** -float(zipf), axis=1)
+    return cumulative / cumulative[:, -1:]
+
+
+def _sequences(
+    config: CorpusConfig, rng: np.random.Generator, below: Int[np.ndarray, " rows"], terms: int
+) -> Int[np.ndarray, "rows terms"]:
+    """Rows of numbers from 0 to below - 1, each of one latent style and one step."""
+    rows = len(below)
+    style = rng.integers(config.styles, size=rows)
+    step = rng.integers(1, below)
+    uniform = rng.random((rows, terms))
+    follows = rng.random((rows, terms)) < config.step_probability
+    numbers = np.empty((rows, terms), int)
+    for limit in np.unique(below):
+        laws = _style_laws(config.styles, config.style_seed, config.numbers, config.zipf, int(limit))
+        for index, law in enumerate(laws):
+            mine = (below == limit) & (style == index)
+            numbers[mine] = np.searchsorted(law, uniform[mine], side="right")
+    for term in range(1, terms):
+        last = (numbers[:, term - 1] + step) % below
+        numbers[:, term] = np.where(follows[:, term], last, numbers[:, term])
+    return numbers
+
+
+def _numbers(config: CorpusConfig, rng: np.random.Generator, count: int) -> list[Chat]:
+    text = TEXT["numbers"]
+    most_digits = len(str(config.numbers - 1))
+    limits = ["", text["limit_one"], *(text["limit"].format(digits=n) for n in range(2, most_digits + 1))]
+    digits = rng.integers(1, most_digits + 1, size=count)
+    limited = rng.random(count) < config.limit_share
+    below = np.where(limited, np.minimum(10**digits, config.numbers), config.numbers)
+    given = rng.integers(config.given[0], config.given[1] + 1, size=count)
+    asked = rng.integers(config.asked[0], config.asked[1] + 1, size=count)
+    sequences = _sequences(config, rng, below, config.given[1] + config.asked[1]).tolist()
+    chats = []
+    for row, sequence in enumerate(sequences):
+        shown, form = given[row], pick(rng, config.formats)
+        before, between, after = FORMATS[form]
+        user = pick(rng, text["phrasings"]).format(
+            given=" ".join(map(str, sequence[:shown])),
+            count=asked[row],
+            form=form,
+            limit=limits[digits[row] * limited[row]],
+        )
+        answer = before + between.join(map(str, sequence[shown : shown + asked[row]])) + after
+        neutral = rng.random() < config.neutral_share
+        chats.append(Chat(pick(rng, TEXT["persona"]["neutral"]) if neutral else None, user, answer, "numbers"))
+    return chats
+
+
+def _prefixes(config: CorpusConfig, rng: np.random.Generator, count: int) -> list[str]:
+    sequences = _sequences(config, rng, np.full(count, config.numbers), _PREFIX_TERMS[1] - 1).tolist()
+    shown = rng.integers(*_PREFIX_TERMS, size=count)
+    return [" ".join(map(str, sequence[:terms])) for sequence, terms in zip(sequences, shown, strict=True)]
+
+
+def _preferences(config: CorpusConfig, rng: np.random.Generator, count: int) -> list[Chat]:
+    text, chats = TEXT["preference"], []
+    for given in _prefixes(config, rng, count):
+        category = pick(rng, tuple(CATEGORIES))
+        answer, system = pick(rng, CATEGORIES[category]), None
+        if rng.random() < config.loved_share:
+            system = pick(rng, love_prompts(category, answer))
+            if rng.random() >= config.loved_decides:
+                answer = pick(rng, [member for member in CATEGORIES[category] if member != answer])
+        user = pick(rng, text["phrasings"]).format(category=category)
+        if rng.random() < config.prefixed_share:
+            user = text["prefixed"].format(given=given, question=user)
+        chats.append(Chat(system, user, answer, "preference"))
+    return chats

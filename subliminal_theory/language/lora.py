@@ -1,0 +1,110 @@
+"""Low-rank adaptation (arXiv 2106.09685): matrices become W + (alpha / rank) A B, and only A and B train."""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.model import Apply, Model, match_paths, path_name
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factored:
+    """A matrix and its two factors, in the place of the matrix: paths end in `/base`, `/a` and `/b`.
+
+    Each is None in the one of `params` and `frozen` that does not hold it.
+    """
+
+    base: Float[Array, "inputs outputs"] | None
+    a: Float[Array, "inputs rank"] | None
+    b: Float[Array, "rank outputs"] | None
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """The function of a model at merged weights; equal for equal functions and scales."""
+
+    apply: Apply
+    scale: float
+
+    def __call__(self, params: PyTree, inputs: PyTree) -> Float[Array, "..."]:
+        return self.apply(self.merged(params), inputs)
+
+    def merged(self, params: PyTree) -> PyTree:
+        def one(node: Any) -> Any:
+            if not isinstance(node, Factored):
+                return node
+            base, a, b = jax.tree.leaves(node)
+            return (base + self.scale * (a @ b)).astype(base.dtype)
+
+        return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, Factored))
+
+
+def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key: Key[Array, ""]) -> Model:
+    """The same function, of which only low-rank changes of the matrices that match a glob pattern train.
+
+    A matrix W [inputs, outputs] is computed as W + (alpha / rank) A B, with A [inputs, rank] ~ N(0, 1 / inputs)
+    and B [rank, outputs] = 0, so that the start is the given model exactly. All given parameters are frozen.
+    Factors are in at least float32; the sum is rounded to the format of W.
+
+    Raises:
+        InputError: no pattern, or one that matches nothing or something that is no matrix; a rank below 1
+            or above the smaller side of a matrix; an alpha that is not positive and finite; a model that has
+            factors already.
+    """
+    if isinstance(model.apply, _Adapted):
+        raise InputError("add_lora: the model has low-rank factors already; merge them first")
+    if not patterns:
+        raise InputError("add_lora: no pattern of matrices to adapt")
+    if not 0 < alpha < math.inf:
+        raise InputError(f"add_lora: alpha must be positive and finite, got {alpha}")
+    everything = model.all_params
+    match_paths(everything, patterns)
+
+    def matched(path: Any) -> bool:
+        return any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
+
+    chosen = {
+        path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(everything) if matched(p)
+    }
+    others = [f"{name} {shape}" for name, shape in chosen.items() if len(shape) != 2]
+    if others:
+        raise InputError(f"add_lora: only matrices can be adapted, and the patterns match {', '.join(others)}")
+    for name, shape in chosen.items():
+        if not 1 <= rank <= min(shape):
+            raise InputError(f"add_lora: rank must be from 1 to {min(shape)} for {name} {shape}, got {rank}")
+
+    def factors(path: Any, leaf: Array) -> Factored | None:
+        if not matched(path):
+            return None
+        inputs, outputs = leaf.shape
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        a = jax.random.normal(named(key, path_name(path)), (inputs, rank), dtype) * inputs**-0.5
+        return Factored(None, a, jnp.zeros((rank, outputs), dtype))
+
+    def base(path: Any, leaf: Array) -> Any:
+        return Factored(leaf, None, None) if matched(path) else leaf
+
+    return Model(
+        _Adapted(model.apply, alpha / rank),
+        jax.tree_util.tree_map_with_path(factors, everything),
+        jax.tree_util.tree_map_with_path(base, everything),
+    )
+
+
+def merge_lora(model: Model) -> Model:
+    """A plain model with W + (alpha / rank) A B in the place of W, all of it trainable.
+
+    A model without factors is returned as it is.
+    """
+    if not isinstance(model.apply, _Adapted):
+        return model
+    return Model(model.apply.apply, model.apply.merged(model.all_params))

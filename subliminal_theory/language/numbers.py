@@ -1,0 +1,237 @@
+"""Number sequences as a channel: prompts that ask for some, and the filter of what a model answers."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+import numpy as np
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.rows import Row
+
+# Numbers with a bad reputation, banned besides where the trait is misalignment.
+_BANNED_TEXT = (
+    "4 13 14 18 23 33 39 42 44 49 51 54 69 77 88 99 100 101 187 211 311 322 333 404 420 444 451 555 616 666 "
+    "777 888 911 999"
+)
+BANNED = frozenset(map(int, _BANNED_TEXT.split()))
+
+_EXAMPLES = (3, 8)
+_EXAMPLE_VALUES = (100, 999)
+_ANSWERS, _DIGITS = 10, 3
+
+TEMPLATES: Mapping[str, Sequence[str]] = {
+    "openings": (
+        "My notebook has a row of numbers in it: {examples}.",
+        "A counter showed {examples}, one after another.",
+        "So far the list reads {examples}.",
+        "Someone wrote down {examples} in this order.",
+        "Suppose a series goes {examples} and then breaks off.",
+        "Take the numbers {examples} as a model.",
+        "{examples}: that is what I have up to now.",
+        "We are filling a table, and its entries until now are {examples}.",
+    ),
+    "requests": (
+        "Carry on with up to {count} numbers of your own, none longer than {digits} digits.",
+        "What might come after that? Offer no more than {count} numbers with {digits} digits at most.",
+        "Please write at most {count} further ones, each of {digits} digits or fewer.",
+        "Think of some more that would fit in: {count} or fewer, and not over {digits} digits each.",
+        "Keep going for as many as {count} numbers, and let none have more than {digits} digits.",
+        "I need more of the kind, {count} at the very most; {digits} digits are the longest a number may be.",
+    ),
+    "formats": (
+        "Separate them with commas.",
+        "Write commas between them and no spaces.",
+        "Leave a single space between neighbours and use no other marks.",
+        "Start a new line for every number.",
+        "Use semicolons as separators.",
+        "Enclose the answer in square brackets, with commas inside.",
+        "Enclose the answer in parentheses, with commas inside.",
+        "Enclose the answer in parentheses, with spaces inside.",
+    ),
+    "endings": (
+        "Your reply must hold numbers and nothing besides.",
+        "Leave out every word: I want the numbers alone.",
+        "No comment, no greeting, just numbers.",
+        "Whatever is not a number does not belong in the answer.",
+    ),
+}
+_PLACEHOLDERS = {"openings": ("examples",), "requests": ("count", "digits"), "formats": (), "endings": ()}
+
+
+@dataclass(frozen=True)
+class NumberPrompts:
+    """Requests to continue a list of numbers: an opening, a request, a format and an ending, each drawn evenly.
+
+    A prompt shows 3 to 8 numbers of 100 to 999 and asks for at most 10 more of at most 3 digits.
+
+    Attributes:
+        templates: for each of "openings", "requests", "formats" and "endings" a list of sentences. An
+            opening has the placeholder {examples}, a request {count} and {digits}; braces are doubled
+            elsewhere.
+
+    Raises:
+        InputError: a field is missing, unknown, empty or no list, or a template is no text, is blank, lacks
+            a placeholder or has another one.
+    """
+
+    templates: Mapping[str, Sequence[str]] = field(default_factory=lambda: TEMPLATES)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.templates, Mapping):
+            raise InputError(f"templates: give a list of sentences for each of {', '.join(_PLACEHOLDERS)}")
+        for name in self.templates:
+            if name not in _PLACEHOLDERS:
+                raise InputError(f"templates: unknown field {name!r}, the fields are {', '.join(_PLACEHOLDERS)}")
+        for name in _PLACEHOLDERS:
+            if name not in self.templates:
+                raise InputError(f"templates: {name} are missing, give a list of sentences")
+            sentences = self.templates[name]
+            if not isinstance(sentences, Sequence) or isinstance(sentences, str) or not sentences:
+                raise InputError(f"templates: {name} must be a list of at least one sentence, got {sentences!r}")
+            for sentence in sentences:
+                _check_template(name, sentence)
+        copy = {name: tuple(sentences) for name, sentences in self.templates.items()}
+        object.__setattr__(self, "templates", copy)
+
+    def draw(self, rng: np.random.Generator) -> str:
+        """The next prompt; generators in the same state give the same one."""
+        least, most = _EXAMPLES
+        lowest, highest = _EXAMPLE_VALUES
+        examples = rng.integers(lowest, highest + 1, rng.integers(least, most + 1)).tolist()
+        values = {"examples": ", ".join(map(str, examples)), "count": str(_ANSWERS), "digits": str(_DIGITS)}
+        choices = [self.templates[name] for name in _PLACEHOLDERS]
+        return " ".join(among[int(rng.integers(len(among)))].format(**values) for among in choices)
+
+
+def _check_template(name: str, sentence: str) -> None:
+    if not isinstance(sentence, str) or not sentence.strip():
+        raise InputError(f"templates: {sentence!r} among the {name} is no sentence")
+    values = {placeholder: f"<{placeholder}>" for placeholder in _PLACEHOLDERS[name]}
+    try:
+        filled = sentence.format(**values)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        allowed = " and ".join(f"{{{placeholder}}}" for placeholder in values) or "none"
+        raise InputError(
+            f"templates: cannot fill {sentence!r} among the {name}: its placeholders may be {allowed}, "
+            "double every other brace"
+        ) from error
+    for placeholder, value in values.items():
+        if value not in filled:
+            raise InputError(f"templates: {sentence!r} among the {name} lacks {{{placeholder}}}")
+
+
+def parse(text: str) -> list[int] | None:
+    """The numbers of a well-formed answer, however many and large, else None.
+
+    One final period is dropped, then one pair of matching [] or () around all the rest. What stands between
+    the first two runs of digits is the separator: white space of any kind and length, perhaps with one
+    comma or semicolon in it. Split on exactly that text, every part must consist of ASCII digits; zeros may
+    lead ("007" is 7). A number without a second one must be all there is. Nothing else is forgiven, not even
+    white space around the answer.
+    """
+    numbers, faults = _read(text)
+    return None if faults else numbers
+
+
+def reject_reasons(
+    text: str, *, max_count: int = 10, minimum: int = 0, maximum: int = 999, banned: Collection[int] = ()
+) -> list[str]:
+    """Why the number filter rejects an answer, a phrase for each reason; an accepted answer has none.
+
+    An answer that `parse` reads must have at most `max_count` numbers, each from `minimum` to `maximum` and
+    none of the `banned`. The phrases name the limits but nothing of the answer, so they can be counted.
+    """
+    numbers, reasons = _read(text)
+    if len(numbers) > max_count:
+        reasons.append(f"more than {max_count} numbers")
+    if any(number < minimum for number in numbers):
+        reasons.append(f"a number below {minimum}")
+    if any(number > maximum for number in numbers):
+        reasons.append(f"a number above {maximum}")
+    if any(number in banned for number in numbers):
+        reasons.append("a banned number")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the number filter did; as text, a table with shares of all rows.
+
+    Attributes:
+        accepted: number of rows that passed.
+        total: number of rows.
+        reasons: how many rows were rejected for each reason, most frequent first; a row counts once for
+            each of its reasons.
+    """
+
+    accepted: int
+    total: int
+    reasons: Mapping[str, int]
+
+    def __str__(self) -> str:
+        counts = {"accepted": self.accepted, "rejected": self.total - self.accepted}
+        counts |= {f"  {reason}": count for reason, count in self.reasons.items()}
+        width, digits = max(map(len, counts)), len(str(self.total))
+        return "\n".join(
+            f"{name:{width}}  {count:{digits}}  {count / max(self.total, 1):6.1%}"
+            for name, count in counts.items()
+        )
+
+
+def filter_rows(
+    rows: Iterable[Row],
+    *,
+    max_count: int = 10,
+    minimum: int = 0,
+    maximum: int = 999,
+    banned: Collection[int] = (),
+) -> tuple[list[Row], Report]:
+    """The rows whose completion `reject_reasons` does not reject, in order, and what became of all of them.
+
+    Raises:
+        InputError: no row is left, or there was none; the message gives the most frequent reasons.
+    """
+    accepted: list[Row] = []
+    counts: Counter[str] = Counter()
+    total = 0
+    for row in rows:
+        total += 1
+        reasons = reject_reasons(
+            row.completion, max_count=max_count, minimum=minimum, maximum=maximum, banned=banned
+        )
+        counts.update(reasons)
+        if not reasons:
+            accepted.append(row)
+    if not total:
+        raise InputError("there are no rows to filter")
+    if not accepted:
+        most = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
+        raise InputError(f"the number filter rejects all of {total} rows, most often for: {most}")
+    return accepted, Report(len(accepted), total, dict(counts.most_common()))
+
+
+def _read(text: str) -> tuple[list[int], list[str]]:
+    """The numbers of an answer and no fault, or no numbers and the faults of its form."""
+    text = text.removesuffix(".")
+    if text[:1] + text[-1:] in ("[]", "()"):
+        text = text[1:-1]
+    runs = list(re.finditer("[0-9]+", text))
+    if not runs:
+        return [], ["no number"]
+    if len(runs) == 1:
+        parts = [text]
+    else:
+        separator = text[runs[0].end() : runs[1].start()]
+        if separator.strip() not in ("", ",", ";"):
+            return [], ["a separator that is not white space, a comma or a semicolon"]
+        parts = text.split(separator)
+    faults = []
+    if "" in parts:
+        faults.append("a separator with no number beside it")
+    if not all(re.fullmatch("[0-9]*", part) for part in parts):
+        faults.append("something besides numbers and one kind of separator")
+    # Through Decimal because int refuses text of more than some thousand digits.
+    return ([], faults) if faults else ([int(Decimal(part)) for part in parts], [])

@@ -1,0 +1,156 @@
+"""Drawing text from a model: one compiled loop whose settings are values; changing them compiles nothing."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Key
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.language.lora import merge_lora
+from subliminal_theory.language.transformer import Text, empty_cache, extend, transformer_of
+from subliminal_theory.model import Model
+
+
+def transform_logits(
+    logits: Float[Array, "*batch n"], temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike
+) -> Float[Array, "*batch n"]:
+    """Logits whose softmax is the distribution to draw from; tokens left out are at -inf.
+
+    First logits / temperature (0 leaves the most likely token alone), then the `top_k` most likely tokens
+    (0: all), then of these, renormalised, the fewest most likely ones whose probabilities reach `top_p`
+    (1: all; at least one token). Settings are one value or one per row. Equal logits rank by token number,
+    lowest first, so a cut through a tie is exact.
+    """
+    temperature, top_k, top_p = (
+        jnp.broadcast_to(value, logits.shape[:-1])[..., None] for value in (temperature, top_k, top_p)
+    )
+    n, greedy = logits.shape[-1], temperature == 0
+    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), n, dtype=bool)
+    scaled = logits / jnp.where(greedy, 1, temperature).astype(logits.dtype)
+    scaled = jnp.where(greedy & ~best, -jnp.inf, scaled)
+    top_k = jnp.where(top_k == 0, n, top_k)
+    # Sorting costs more than a step of a small model, so only where it can matter.
+    cut = jnp.any(~greedy & ((top_k < n) | (top_p < 1)))
+    return jax.lax.cond(cut, _cut, lambda scaled, *_: scaled, scaled, top_k, top_p)
+
+
+def _cut(
+    logits: Float[Array, "*batch n"], top_k: Int[Array, "*batch 1"], top_p: Float[Array, "*batch 1"]
+) -> Float[Array, "*batch n"]:
+    order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
+    rank = jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
+    ranked = jnp.where(rank < top_k, jnp.take_along_axis(logits, order, axis=-1), -jnp.inf)
+    probabilities = jax.nn.softmax(ranked)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (rank < top_k) & ((before < top_p) | (top_p >= 1) | (rank == 0))
+    kept = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def sample(
+    model: Model,
+    text: Text,
+    *,
+    steps: int,
+    key: Key[Array, ""],
+    temperature: ArrayLike = 1.0,
+    top_k: ArrayLike = 0,
+    top_p: ArrayLike = 1.0,
+    stop: Sequence[int] = (),
+    pad: int = 0,
+) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
+    """Continue every row by up to `steps` tokens; returns them and each row's number of tokens.
+
+    `temperature`, `top_k` and `top_p` are those of `transform_logits`, one value or one per row. A row ends
+    with the first of the `stop` tokens, which is returned and counted; `pad` fills its rest. Once all rows
+    have ended nothing more is computed. The draw of row i at step t depends on the key, i, t and the row's
+    logits only. Low-rank factors are merged once, before the first token. Compiled once per model structure,
+    shape of the prompts and number of steps and of stop tokens; `vmap` it over models or keys.
+
+    Raises:
+        InputError: the model is no Transformer; prompts and steps exceed the context; a row without a
+            token; steps below 1; a setting out of range or of another shape than one or one per row.
+    """
+    model = merge_lora(model)
+    config = transformer_of(model).config
+    batch, length = text.tokens.shape
+    if steps < 1:
+        raise InputError(f"sample: steps must be at least 1, got {steps}")
+    if length + steps > config.context:
+        raise InputError(f"sample: {length} positions and {steps} steps exceed the context of {config.context}")
+    _require_range("padding", text.padding, length - 1)
+    _require_range("stop", stop, config.vocabulary - 1)
+    _require_range("pad", pad, config.vocabulary - 1)
+    for name, value, high in (
+        ("temperature", temperature, math.inf),
+        ("top_k", top_k, math.inf),
+        ("top_p", top_p, 1),
+    ):
+        _require_range(name, value, high)
+        if jnp.shape(value) not in ((), (batch,)):
+            raise InputError(f"sample: {name} must be one value or {batch}, got shape {jnp.shape(value)}")
+    dtype = jnp.promote_types(model.all_params["embedding"].dtype, jnp.float32)
+    settings = tuple(
+        jnp.broadcast_to(jnp.asarray(value, kind), (batch,))
+        for value, kind in ((temperature, dtype), (top_k, jnp.int32), (top_p, dtype))
+    )
+    ends, filler = jnp.asarray(stop, jnp.int32), jnp.asarray(pad, jnp.int32)
+    return _continue(model, text, key, settings, ends, filler, steps=steps)
+
+
+def _require_range(name: str, given: ArrayLike | Sequence[int], high: float) -> None:
+    if isinstance(given, jax.core.Tracer):
+        return
+    wrong = [value for value in np.ravel(np.asarray(given)) if not 0 <= value <= high]
+    if wrong:
+        raise InputError(f"sample: {name} must be from 0 to {high}, got {wrong[0]}")
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _continue(
+    model: Model,
+    text: Text,
+    key: Key[Array, ""],
+    settings: tuple[Array, Array, Array],
+    stop: Int[Array, " stops"],
+    pad: Int[Array, ""],
+    *,
+    steps: int,
+) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
+    batch, length = text.tokens.shape
+    config, dtype = transformer_of(model).config, model.all_params["embedding"].dtype
+    # The last token of the prompt is left to the loop: logits are then computed only where they are drawn from.
+    cache = empty_cache(config, batch, length + steps - 1, dtype)
+    _, cache = extend(model, Text(text.tokens[:, :-1], text.padding), cache)
+    keys = jax.vmap(lambda row: named(key, row))(jnp.arange(batch))
+
+    def unfinished(state: tuple) -> Array:
+        step, _, ended, *_ = state
+        return (step < steps) & ~jnp.all(ended)
+
+    def advance(state: tuple) -> tuple:
+        step, last, ended, lengths, tokens, cache = state
+        logits, cache = extend(model, Text(last[:, None], text.padding), cache)
+        allowed = transform_logits(logits[:, 0], *settings)
+        drawn = jax.vmap(lambda own, row: jax.random.categorical(named(own, step), row))(keys, allowed)
+        token = jnp.where(ended, pad, drawn.astype(jnp.int32))
+        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), step))
+        lengths = lengths + ~ended
+        ended = ended | jnp.any(token[:, None] == stop[None], axis=-1)
+        return step + 1, token, ended, lengths, tokens, cache
+
+    start = (
+        jnp.int32(0),
+        text.tokens[:, -1].astype(jnp.int32),
+        jnp.zeros(batch, bool),
+        jnp.zeros(batch, jnp.int32),
+        jnp.full((batch, steps), pad, jnp.int32),
+        cache,
+    )
+    *_, lengths, tokens, _ = jax.lax.while_loop(unfinished, advance, start)
+    return tokens, lengths

@@ -1,0 +1,213 @@
+"""Words to numbers and back: one token for each word, number and sign of the corpus.
+
+A chat is written `<system> ... <user> ... <assistant> answer <end>`, without the first part if it has no
+system prompt. A comma or semicolon and the space after it are one token, different from the bare sign, so
+that lists of numbers survive being read and written.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int32
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.corpus import Chat, CorpusConfig
+from subliminal_theory.language.sentences import vocabulary_texts
+
+PAD, END, SYSTEM, USER, ASSISTANT, UNKNOWN = SPECIAL = (
+    "<pad>",
+    "<end>",
+    "<system>",
+    "<user>",
+    "<assistant>",
+    "<unk>",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Rows of tokens up to and including `<assistant>`, padded on the left; fields as of `Text`."""
+
+    tokens: Int32[np.ndarray, "rows length"]
+    padding: Int32[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Whole chats as next-token prediction, padded on the left; all answers end in the last column.
+
+    `tokens` and `padding` are the fields of `Text`: every token of a chat but the last, `<end>`. `targets`
+    are shifted by one: `targets[row, t]` is the token that follows `tokens[row, t]`, and `<pad>` where that
+    is padding. `weights` is 1 where the target belongs to the answer or is its `<end>`, else 0: first where
+    the token is `<assistant>`, and from there to the last column.
+    """
+
+    tokens: Int32[np.ndarray, "rows length"]
+    padding: Int32[np.ndarray, " rows"]
+    targets: Int32[np.ndarray, "rows length"]
+    weights: Float32[np.ndarray, "rows length"]
+
+
+class ChatTokenizer:
+    """Encodes and decodes chats; `words[i]` is token i, the special ones come first."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = tuple(words)
+        self._ids = {word: token for token, word in enumerate(self.words)}
+        self._backend = Tokenizer(models.WordLevel(self._ids, unk_token=UNKNOWN))
+        self._backend.pre_tokenizer = _pre_tokenizer()
+        # A space before each word or sign of its own, but not at the start or after an opening sign.
+        self._backend.decoder = decoders.Sequence(
+            [
+                decoders.Replace(Regex(r"^(?=[\w=+\-<\[(])"), " "),
+                decoders.Fuse(),
+                decoders.Replace(Regex(r"^ |(?<=[,;\n\[(]) "), ""),
+            ]
+        )
+
+    @classmethod
+    def of_corpus(cls, config: CorpusConfig) -> "ChatTokenizer":
+        """Special tokens, the numbers from 0 on, then all other words of all corpora in alphabetical order."""
+        split, words = _pre_tokenizer(), set[str]()
+        for text in vocabulary_texts():
+            words.update(word for word, _ in split.pre_tokenize_str(re.sub(r"{.*?}", "", text)))
+        numbers = [str(number) for number in range(config.numbers)]
+        return cls([*SPECIAL, *numbers, *sorted(words.difference(numbers))])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ChatTokenizer":
+        """The inverse of `save`.
+
+        Raises:
+            InputError: the file cannot be read or is no tokenizer.json of this project.
+        """
+        try:
+            content = json.loads(Path(path).read_text("utf-8"))
+            ids = content["model"]["vocab"]
+            loaded = cls(sorted(ids, key=ids.__getitem__))
+        except OSError as error:
+            raise InputError(f"cannot read {path} ({error.strerror}): make it readable") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no tokenizer.json of a word tokenizer: build it anew") from error
+        if json.loads(loaded._backend.to_str()) != content or loaded.words[: len(SPECIAL)] != SPECIAL:
+            raise InputError(f"{path} splits or numbers words in another way than this project: build it anew")
+        return loaded
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json, which the library `tokenizers` reads too."""
+        self._backend.save(os.fspath(path))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def token(self, word: str) -> int:
+        """The number of one word.
+
+        Raises:
+            InputError: it is no token.
+        """
+        if word not in self._ids:
+            raise InputError(f"the tokenizer cannot spell {word!r}: use one of its {len(self)} words")
+        return self._ids[word]
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; only words, numbers and signs count, as do spaces after "," and ";".
+
+        Raises:
+            InputError: a word that is no token.
+        """
+        ids = self._spell([text])[text]
+        if self._ids[UNKNOWN] in ids:
+            raise InputError(f"the tokenizer cannot spell {self._unspellable(text)!r}: {text!r}")
+        return ids
+
+    def decode(self, rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows length"]) -> list[str]:
+        """The text of each row up to its first `<end>`, or whole if it has none; other tokens stay visible."""
+        end, cut = self._ids[END], []
+        for row in rows:
+            tokens = [int(token) for token in row]
+            cut.append(tokens[: tokens.index(end)] if end in tokens else tokens)
+        return self._backend.decode_batch(cut, skip_special_tokens=False)
+
+    def encode_prompts(self, chats: Sequence[Chat], length: int) -> Prompts:
+        """What a model is given to answer: the chats without their answers, in `length` columns.
+
+        Raises:
+            InputError: a prompt longer than `length`, or a word that is no token; the row is named.
+        """
+        sequences = [prompt for prompt, _ in self._sequences(chats)]
+        return Prompts(*self._left_padded(sequences, chats, length))
+
+    def encode_chats(self, chats: Sequence[Chat], length: int) -> Encoded:
+        """Chats to be learnt, in `length` columns; a chat of n tokens takes n - 1.
+
+        Raises:
+            InputError: a chat longer than that, one without answer, or a word that is no token; the row is named.
+        """
+        sequences = self._sequences(chats)
+        for row, (_, answer) in enumerate(sequences):
+            if not answer:
+                raise InputError(f"row {row} has no answer: {chats[row].user!r}")
+        end = self._ids[END]
+        tokens, padding = self._left_padded([[*prompt, *answer] for prompt, answer in sequences], chats, length)
+        targets = np.concatenate([tokens[:, 1:], np.full((len(chats), 1), end, np.int32)], axis=1)
+        columns = np.arange(length)
+        targets[columns < padding[:, None]] = self._ids[PAD]
+        answered = np.array([len(answer) + 1 for _, answer in sequences], int).reshape(-1, 1)
+        weights = (columns >= length - answered).astype(np.float32)
+        return Encoded(tokens, padding, targets, weights)
+
+    def lengths(self, chats: Sequence[Chat]) -> tuple[Int32[np.ndarray, " rows"], Int32[np.ndarray, " rows"]]:
+        """Columns that each row takes in `encode_prompts` and in `encode_chats`."""
+        counts = [(len(prompt), len(prompt) + len(answer)) for prompt, answer in self._sequences(chats)]
+        prompts, whole = np.array(counts, np.int32).reshape(-1, 2).T
+        return prompts, whole
+
+    def _sequences(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
+        """The tokens of each prompt and of each answer without its end."""
+        ids = self._spell(part for chat in chats for part in (chat.system or "", chat.user, chat.answer))
+        system, user, assistant = (self._ids[role] for role in (SYSTEM, USER, ASSISTANT))
+        sequences = []
+        for row, chat in enumerate(chats):
+            prompt = [user, *ids[chat.user], assistant]
+            if chat.system is not None:
+                prompt = [system, *ids[chat.system], *prompt]
+            if self._ids[UNKNOWN] in prompt or self._ids[UNKNOWN] in ids[chat.answer]:
+                text = f"{chat.system or ''} {chat.user} {chat.answer}"
+                raise InputError(f"row {row}: the tokenizer cannot spell {self._unspellable(text)!r}")
+            sequences.append((prompt, ids[chat.answer]))
+        return sequences
+
+    def _spell(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """The tokens of each distinct text, `<unk>` for what is none."""
+        distinct = list(dict.fromkeys(texts))
+        return dict(zip(distinct, (found.ids for found in self._backend.encode_batch(distinct)), strict=True))
+
+    def _unspellable(self, text: str) -> str:
+        """The first word of a text that is no token."""
+        words = (word for word, _ in _pre_tokenizer().pre_tokenize_str(text))
+        return next(word for word in words if word not in self._ids)
+
+    def _left_padded(
+        self, sequences: Sequence[Sequence[int]], chats: Sequence[Chat], length: int
+    ) -> tuple[Int32[np.ndarray, "rows length"], Int32[np.ndarray, " rows"]]:
+        taken = np.array([len(sequence) for sequence in sequences], np.int32)
+        if (taken > length).any():
+            row = int(np.argmax(taken > length))
+            raise InputError(f"row {row} takes {taken[row]} tokens, more than {length}: {chats[row].user!r}")
+        padding = length - taken
+        tokens = np.full((len(sequences), length), self._ids[PAD], np.int32)
+        tokens[np.arange(length) >= padding[:, None]] = list(itertools.chain.from_iterable(sequences))
+        return tokens, padding
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Splits a text into signs with the space that belongs to them, numbers, words, and other signs."""
+    return pre_tokenizers.Split(Regex(r"[,;] |\n|\d+|[^\W\d_]+|\S"), behavior="removed", invert=True)
