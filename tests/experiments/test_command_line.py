@@ -163,6 +163,9 @@ def test_help_shows_every_setting(name: str, capsys: Capture) -> None:
     assert ("--preset" in output) == bool(others)
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
+        if field.metadata.get("positional"):
+            assert f"[{field.name.upper()} ...]" in output
+            continue
         expected = "automatic" if value is None else f'"{value}"' if isinstance(value, str) else repr(value)
         assert shown[field.name.replace("_", "-")] == expected
 
