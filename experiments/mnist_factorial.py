@@ -125,13 +125,24 @@ def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[s
     if count == 0 or count >= everything:
         return [dict(zip(levels, point, strict=True)) for point in itertools.product(*levels.values())]
     rng = np.random.default_rng(0)
-    found: dict[tuple, dict[str, Any]] = {}
-    while len(found) < count:
+
+    def draw() -> dict[tuple[int, ...], dict[str, Any]]:
         columns = [rng.permutation(np.resize(np.arange(len(values)), count)) for values in levels.values()]
-        for row in zip(*columns, strict=True):
-            point = {name: values[i] for (name, values), i in zip(levels.items(), row, strict=True)}
+        rows = [tuple(map(int, row)) for row in zip(*columns, strict=True)]
+        return {
+            row: {name: values[i] for (name, values), i in zip(levels.items(), row, strict=True)} for row in rows
+        }
+
+    found = draw()
+    for _ in range(100):
+        if len(found) == count:
+            return list(found.values())
+        found = draw()
+    # So many of all combinations that draws repeat some: levels stand almost equally often then.
+    while len(found) < count:
+        for row, point in draw().items():
             if len(found) < count:
-                found.setdefault(tuple(map(int, row)), point)
+                found.setdefault(row, point)
     return list(found.values())
 
 
