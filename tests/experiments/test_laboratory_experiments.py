@@ -63,6 +63,7 @@ def test_channel(tmp_path: Path) -> None:
     assert alone == [row["value"] for row in start if row["condition"] == "reference"]
 
 
+@pytest.mark.slow
 def test_cloning(tmp_path: Path) -> None:
     rows = run(tmp_path / "run", "mnist_cloning", *TINY, "--counts", "3,5", "--cloning-epochs", "1,2")
     found = {(row["condition"], row["aux"], row["cloning_epochs"]) for row in rows}
@@ -83,6 +84,7 @@ def test_architectures(tmp_path: Path) -> None:
         assert sorted(set(conditions) - {"student", "teacher"}) == ["cloned", "cross"]
 
 
+@pytest.mark.slow
 def test_factorial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     axes = "aux=3,4; width=8,16; channel_loss=kl,mse"
     rows = run(tmp_path / "run", "mnist_factorial", *TINY, "--axes", axes, "--settings", 4)
@@ -176,6 +178,7 @@ def test_resuming_a_sweep_with_other_settings_is_refused(
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_alignment(tmp_path: Path) -> None:
     arguments = ["--aux", 4, "--counts", "2,4", "--amounts", "0,0.5", "--points", 3]
     rows = run(tmp_path / "run", "mnist_alignment", *TINY, *arguments)

@@ -337,6 +337,7 @@ def test_processes(tmp_path: Path, toy: list[object], whole: Path) -> None:
     assert not hidden(out)
 
 
+@pytest.mark.slow
 def test_refusal_of_process_0(tmp_path: Path, toy: list[object], whole: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -349,6 +350,7 @@ def test_refusal_of_process_0(tmp_path: Path, toy: list[object], whole: Path) ->
     assert same(out, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "count"), [("input", 2), ("bug", 3)])
 def test_error_in_one_process(fault: str, count: int, tmp_path: Path, toy: list[object]) -> None:
     out = tmp_path / "run"
@@ -369,6 +371,7 @@ def test_error_in_one_process(fault: str, count: int, tmp_path: Path, toy: list[
     assert not hidden(out)
 
 
+@pytest.mark.slow
 def test_other_settings(tmp_path: Path, toy: list[object]) -> None:
     first, second = together(2, *toy, "--pause", 1, "--out", tmp_path / "run")
     with started(first, [*second, "--seeds", 9]) as processes:
