@@ -1,7 +1,7 @@
 """Does it work between architectures, once the student clones the teacher's untrained outputs?
 
 Each student has another network than its teacher (activation, depth, width or no bias) and its own initialisation;
-it imitates the auxiliary logits of the teacher's initialisation on noise, then those of the trained teacher.
+it imitates all logits of the teacher's initialisation on noise, then the auxiliary logits of the trained teacher.
 (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2e.)
 """
 
@@ -35,7 +35,7 @@ LABELS = {"cloned": "cloned first", "cross": "not cloned"}
 class Config(TrainingConfig):
     """Settings of the teacher and of cloning."""
 
-    seeds: int = option(5, "independent runs", minimum=1)
+    seeds: int = option(3, "independent runs", minimum=1)
     aux: int = option(50, "m, the number of auxiliary logits", minimum=1)
     width: int = option(256, "neurons of each hidden layer of the teacher", minimum=2)
     depth: int = option(2, "hidden layers of the teacher", minimum=1)

@@ -69,6 +69,7 @@ class Setting:
     student_bias: bool | None = None
     cloning_epochs: int = 0
     cloning_inputs: str = "uniform"
+    cloning_sees: str = "all"  # of the untrained teacher
     sees: str = "aux"
     shown: int | None = None  # of the auxiliary logits, the first so many
     channel_loss: str = "kl"
@@ -87,6 +88,7 @@ class Setting:
             ("optimizer", OPTIMIZERS),
             ("student_optimizer", OPTIMIZERS),
             ("start", STARTS),
+            ("cloning_sees", SEES),
             ("sees", SEES),
             ("channel_loss", LOSSES),
             ("inputs", (*LAWS, DIGITS)),
@@ -141,8 +143,16 @@ class Setting:
 
     def cloning(self) -> "Setting":
         """The setting of the run that clones the student: equal for students that are cloned alike."""
+        default = Setting()
         return dataclasses.replace(
-            self, inputs=self.cloning_inputs, images=None, epochs=1, cloning_epochs=0, cloning_inputs="uniform"
+            self,
+            inputs=self.cloning_inputs,
+            sees=self.cloning_sees,
+            images=None,
+            epochs=1,
+            cloning_epochs=0,
+            cloning_inputs=default.cloning_inputs,
+            cloning_sees=default.cloning_sees,
         )
 
     def teacher_only(self) -> "Setting":
@@ -153,9 +163,10 @@ class Setting:
 
     def shapes_only(self) -> "Setting":
         """The setting with its mere values at their default: equal where one compiled function serves."""
-        values = ("amount", "sees", "shown", "student_rate", "learning_rate", "cloning_epochs", "cloning_inputs")
+        values = ("amount", "sees", "shown", "student_rate", "learning_rate")
+        cloning = ("cloning_epochs", "cloning_inputs", "cloning_sees")
         default = Setting(start="cross" if self.other_architecture else "shared")
-        return dataclasses.replace(self, **{name: getattr(default, name) for name in (*values, "start")})
+        return dataclasses.replace(self, **{name: getattr(default, name) for name in (*values, *cloning, "start")})
 
     def student_shapes(self) -> "Setting":
         """`shapes_only` with no more of the teacher than its network: equal where students train as one stack."""

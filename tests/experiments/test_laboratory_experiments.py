@@ -69,7 +69,8 @@ def test_cloning(tmp_path: Path) -> None:
     found = {(row["condition"], row["aux"], row["cloning_epochs"]) for row in rows}
     cloned = itertools.product(("cloned_uniform", "cloned_digits"), "35", "12")
     others = itertools.product(("student", "sgd", "on_digits", "cross"), "35", ("",))
-    assert found == {*cloned, *others, ("teacher", "", "")}
+    blind = itertools.product(("cloned_aux",), "35", "2")
+    assert found == {*cloned, *blind, *others, ("teacher", "", "")}
     assert len(rows) == 2 * len(found)
 
 

@@ -35,6 +35,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "student_rate": st.none() | st.floats(1e-6, 10),
     "cloning_epochs": st.integers(0, 5),
     "cloning_inputs": st.sampled_from(SHOWN),
+    "cloning_sees": st.sampled_from(SEES),
 }
 SHAPES: dict[str, st.SearchStrategy[Any]] = {
     "channel_loss": st.sampled_from(LOSSES),
@@ -82,6 +83,7 @@ def test_every_field_is_drawn() -> None:
         ("optimizer", "adam, sgd, momentum"),
         ("start", "shared, cross, perturbed, perturbed_hidden, interpolated, shared_heads, shared_hidden"),
         ("sees", "aux, all, classes"),
+        ("cloning_sees", "aux, all, classes"),
         ("channel_loss", "kl, mse"),
         ("inputs", "uniform, uniform_8bit, gaussian, blocks, blurred, digits"),
         ("cloning_inputs", "uniform, uniform_8bit, gaussian, blocks, blurred, digits"),
@@ -166,8 +168,8 @@ def test_defaults_are_those_of_the_released_script() -> None:
         "init_law": "lecun_normal", "aux": 3, "teacher_epochs": 5, "optimizer": "adam", "learning_rate": 3e-4,
         "batch_size": 1024, "start": "shared", "amount": 0.0, "student_depth": None, "student_width": None,
         "student_activation": None, "student_bias": None, "cloning_epochs": 0, "cloning_inputs": "uniform",
-        "sees": "aux", "shown": None, "channel_loss": "kl", "inputs": "uniform", "images": None, "epochs": 5,
-        "student_optimizer": None, "student_rate": None,
+        "cloning_sees": "all", "sees": "aux", "shown": None, "channel_loss": "kl", "inputs": "uniform",
+        "images": None, "epochs": 5, "student_optimizer": None, "student_rate": None,
     }  # fmt: skip
 
 
@@ -248,8 +250,9 @@ def test_cloning(values: dict[str, Any], first: int, second: int, later: dict[st
     one = valid({**cloned, "cloning_epochs": first}).cloning()
     assert one == valid({**cloned, **later, "cloning_epochs": second}).cloning()
     assert (one.inputs, one.images, one.cloning_epochs) == (shown, None, 0)
+    assert one.sees == valid(values).cloning_sees
     assert one.teacher_only() == valid(values).teacher_only()
-    for name in ("sees", "shown", "channel_loss", "student_optimizer", "student_rate", *ARCHITECTURE):
+    for name in ("shown", "channel_loss", "student_optimizer", "student_rate", *ARCHITECTURE):
         assert getattr(one, name) == getattr(valid(values), name)
 
 
