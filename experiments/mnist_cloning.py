@@ -1,13 +1,13 @@
 """Can a student of another initialisation be made receptive by first cloning the teacher's untrained outputs?
 
-Such a behaviourally matched student imitates the logits of the teacher's INITIALISATION for some epochs, on noise
-or on digits, and is then distilled from the trained teacher's auxiliary logits like any other. Cloning must
-include the class logits: if only auxiliary logits are cloned, no loss ever touches the weights of the student's
-class logits, which are drawn alike for all classes, so that its expected accuracy is 1/10 exactly, whatever its hidden
-layers learn. Beside it: a student trained by SGD, one that is shown digits instead of noise, and the control that
-was not cloned. (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d. The paper does not state a rate for
-SGD: these have the least imitation loss in `mnist_factorial --preset sgd`, on other seeds and without a look at
-digits.)
+Such a behaviourally matched student imitates the logits of the teacher's INITIALISATION for some epochs, on
+noise or on digits, and is then distilled from the trained teacher's auxiliary logits like any other. Cloning
+must include the class logits: if only auxiliary logits are cloned, no loss ever touches the weights of the
+student's class logits, which are drawn alike for all classes, so that its expected accuracy is 1/10 exactly,
+whatever its hidden layers learn. Beside it: a student trained by SGD, one that is shown digits instead of noise,
+and the control that was not cloned. (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d. The paper
+does not state a rate for SGD: these have the least imitation loss in `mnist_factorial --preset sgd`, on other
+seeds and without a look at digits.)
 """
 
 import functools
