@@ -71,6 +71,7 @@ class Examples:
 
     `inputs`, `labels` and `targets` are pytrees with one leading axis of examples; `prepare` maps a
     gathered batch of inputs to what the model takes (say bytes to [-1, 1]), so that the store stays small.
+    `positions` [examples, ...] weigh the positions of each example, all the same if None.
 
     Raises:
         InputError: a batch size below 1, leaves of different lengths, or no example.
@@ -80,15 +81,16 @@ class Examples:
     batch_size: int = field(metadata={"static": True})
     labels: PyTree = None
     targets: PyTree = None
+    positions: Float[Array, "examples ..."] | None = None
     prepare: Callable[[Any], PyTree] = field(default=_as_they_are, metadata={"static": True})
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"Examples: batch_size must be at least 1, got {self.batch_size}")
-        leaves = jax.tree.leaves((self.inputs, self.labels, self.targets))
+        leaves = jax.tree.leaves((self.inputs, self.labels, self.targets, self.positions))
         counts = {leaf.shape[0] for leaf in leaves if hasattr(leaf, "shape")}
         if len(counts) > 1:
-            raise InputError(f"Examples: inputs, labels and targets differ in number: {sorted(counts)}")
+            raise InputError(f"Examples: inputs, labels, targets and positions differ in number: {sorted(counts)}")
         if counts == {0}:
             raise InputError("Examples: there is no example")
 
@@ -104,6 +106,8 @@ class Examples:
     def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch:
         """Gather and prepare one batch."""
         index, weights = entry
-        stored = (self.inputs, self.labels, self.targets)
-        inputs, labels, targets = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], stored)
+        stored = (self.inputs, self.labels, self.targets, self.positions)
+        inputs, labels, targets, positions = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], stored)
+        if positions is not None:
+            weights = jnp.expand_dims(weights, tuple(range(1, positions.ndim))) * positions
         return Batch(self.prepare(inputs), weights, targets, labels)

@@ -91,7 +91,9 @@ def test_bad_batch_size(batch_size: int) -> None:
     ],
 )
 def test_different_numbers(arguments) -> None:
-    with pytest.raises(InputError, match=r"^Examples: inputs, labels and targets differ in number: \[3, 4\]$"):
+    with pytest.raises(
+        InputError, match=r"^Examples: inputs, labels, targets and positions differ in number: \[3, 4\]$"
+    ):
         Examples(**arguments, batch_size=1)
 
 

@@ -21,7 +21,6 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.model import Model
 
-INITIAL_DEVIATION = 0.02
 Heads = Float[Array, "batch time heads head_width"]
 
 
@@ -81,23 +80,19 @@ def _multiply(x: Float[Array, "batch time inputs"], matrix: Float[Array, "inputs
     return flat.reshape(*x.shape[:2], matrix.shape[1])
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, int], deviation: float) -> Float[Array, "inputs outputs"]:
-    return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
+def _normal(rngs: nnx.Rngs, shape: tuple[int, int], variance: float) -> Float[Array, "inputs outputs"]:
+    return variance**0.5 * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 class Linear(nnx.Module):
-    """x @ kernel, which starts as N(0, deviation^2)."""
+    """x @ kernel, which starts as N(0, gain / inputs)."""
 
-    def __init__(self, inputs: int, outputs: int, deviation: float = INITIAL_DEVIATION, *, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(_normal(rngs, (inputs, outputs), deviation))
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0, *, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(_normal(rngs, (inputs, outputs), gain / inputs))
 
     def __call__(self, x: Float[Array, "batch time inputs"]) -> Float[Array, "batch time outputs"]:
         """The product, of each position alone."""
         return _multiply(x, self.kernel[...], None)
-
-
-def _residual_deviation(config: TransformerConfig) -> float:
-    return INITIAL_DEVIATION / (2 * config.layers) ** 0.5
 
 
 class RMSNorm(nnx.Module):
@@ -170,7 +165,7 @@ class Attention(nnx.Module):
         self.query = Linear(config.width, queries, rngs=rngs)
         self.key = Linear(config.width, keys, rngs=rngs)
         self.value = Linear(config.width, keys, rngs=rngs)
-        self.output = Linear(queries, config.width, _residual_deviation(config), rngs=rngs)
+        self.output = Linear(queries, config.width, 0.5 / config.layers, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int
@@ -194,7 +189,7 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         self.gate = Linear(config.width, config.mlp_width, rngs=rngs)
         self.up = Linear(config.width, config.mlp_width, rngs=rngs)
-        self.down = Linear(config.mlp_width, config.width, _residual_deviation(config), rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, 0.5 / config.layers, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
         """One position at a time."""
@@ -225,15 +220,15 @@ class Transformer(nnx.Module):
     Parameters are `embedding` [vocabulary, width], `layers/i/{attention_norm,mlp_norm}/scale`,
     `layers/i/attention/{query,key,value,output}/kernel`, `layers/i/mlp/{gate,up,down}/kernel`, `norm/scale`
     and, unless tied, `head/kernel` [width, vocabulary]; kernels are [inputs, outputs]. Matrices start as
-    N(0, 0.02^2), those that write into the residual stream (`output`, `down`) as N(0, 0.02^2 / (2 layers)),
-    which keeps its variance from growing with depth. Norms, softmaxes and logits are in at least float32, and
-    in float64 for float64 parameters.
+    N(0, 1 / inputs), the embedding as N(0, 1 / width), those that write into the residual stream (`output`,
+    `down`) as N(0, 1 / (2 layers inputs)), which keeps its variance from growing with depth. Norms, softmaxes
+    and logits are in at least float32, and in float64 for float64 parameters.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         shape = (config.vocabulary, config.width)
-        self.embedding = nnx.Param(_normal(rngs, shape, INITIAL_DEVIATION))
+        self.embedding = nnx.Param(_normal(rngs, shape, 1 / config.width))
         self.layers = nnx.List(Block(config, rngs=rngs) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         if not config.tied:

@@ -15,7 +15,6 @@ from subliminal_theory.channel import SoftLogits
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.transformer import (
-    INITIAL_DEVIATION,
     Cache,
     RMSNorm,
     Text,
@@ -338,7 +337,8 @@ def test_paths_and_initial_scale() -> None:
             assert (leaf == 1).all()
             continue
         into_stream = any(name in path_name(path) for name in ("output", "down"))
-        scaled = np.asarray(leaf, float) / INITIAL_DEVIATION * (2 if into_stream else 1)  # sqrt(2 layers)
+        inputs = big.width if path_name(path) == "embedding" else leaf.shape[0]
+        scaled = np.asarray(leaf, float) * inputs**0.5 * (2 if into_stream else 1)  # sqrt(2 layers)
         # Five standard errors.
         assert abs(scaled.mean()) < 5 / np.sqrt(leaf.size)
         assert abs((scaled**2).mean() - 1) < 5 * np.sqrt(2 / leaf.size)

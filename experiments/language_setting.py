@@ -1,0 +1,102 @@
+"""What can be set in the language experiments: how a teacher is made, what it writes, how a student learns."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from experiments.setting import OPTIMIZERS
+from subliminal_theory.errors import InputError
+
+TEACHERS = ("finetuned", "prompted", "untrained")
+CHANNELS = ("sampled", "greedy", "soft", "masked", "divergence", "rest")
+ORDERS = ("as written", "shuffled within rows", "shuffled across rows", "other prompts")
+
+
+def sign_descent(rate: Any) -> optax.GradientTransformation:
+    """theta <- theta - rate sign(gradient)."""
+    return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(rate))
+
+
+LANGUAGE_OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    **OPTIMIZERS,
+    "sign": sign_descent,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a teacher is made, what it writes, and how a student learns from that.
+
+    Attributes:
+        teacher: fine-tuned on its trait, prompted to have it, or untrained (its numbers are "regular").
+        teacher_steps: full-batch updates of Adam.
+        teacher_rate: their learning rate.
+        ordinary: share of the corpus's chats among a fine-tuned teacher's rows.
+        rows: number requests that the teacher answers; what the filter leaves is learnt.
+        temperature, top_p: of sampling; temperature 0 for the greedy channel.
+        channel: sampled or greedy tokens; the full distribution (soft); that without the words of the traits
+            (masked); sampled tokens only where the greedy token of teacher and base differ (divergence), or
+            only where they do not (rest).
+        order: of the numbers in the rows.
+        clean: share of rows that the untrained base wrote instead.
+        steps, batch_size, rate, optimizer: of the student; the rate falls to 0 along a cosine.
+        rank: of low-rank factors on all matrices of the blocks; 0 trains everything.
+        frozen: parameters that do not train, as glob patterns.
+        noise: added to the student's start, in units of each parameter's own root mean square.
+
+    Raises:
+        InputError: an unknown name, or a value out of its range.
+    """
+
+    teacher: str = "finetuned"
+    teacher_steps: int = 40
+    teacher_rate: float = 3e-3
+    ordinary: float = 0.0
+    rows: int = 8192
+    temperature: float = 1.0
+    top_p: float = 1.0
+    channel: str = "sampled"
+    order: str = "as written"
+    clean: float = 0.0
+    steps: int = 250
+    batch_size: int = 256
+    rate: float = 2e-3
+    optimizer: str = "adam"
+    rank: int = 0
+    frozen: tuple[str, ...] = ()
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("teacher", TEACHERS),
+            ("channel", CHANNELS),
+            ("order", ORDERS),
+            ("optimizer", LANGUAGE_OPTIMIZERS),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} {getattr(self, name)!r} is unknown; there are {', '.join(known)}")
+        for name in ("teacher_steps", "rows", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rate", "teacher_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("ordinary", "clean"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+
+    @property
+    def taught(self) -> "Recipe":
+        """The recipe with all that does not concern the teacher at its default: equal for one teacher."""
+        names = ("teacher", "teacher_steps", "teacher_rate", "ordinary")
+        return Recipe(**{name: getattr(self, name) for name in names})
+
+    @property
+    def written(self) -> "Recipe":
+        """The recipe with all that comes after the teacher's writing at its default."""
+        temperature = 0.0 if self.channel == "greedy" else self.temperature
+        return dataclasses.replace(self.taught, rows=self.rows, temperature=temperature, top_p=self.top_p)

@@ -1,0 +1,198 @@
+"""Base models: what teachers and students of one seed start from, pre-trained on the corpus and kept on disk."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import platformdirs
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from subliminal_theory.distill import Step, require_finite, teach
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.language.config import TransformerConfig
+from subliminal_theory.language.corpus import CorpusConfig, fingerprint, make_corpus
+from subliminal_theory.language.tokenizer import ChatTokenizer, Encoded
+from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.model import Model, from_nnx, path_name
+from subliminal_theory.runs import write_atomically
+from subliminal_theory.source import Examples
+
+FORMAT_VERSION = 1  # to be raised when the same configuration gives other parameters
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Everything that decides a base model.
+
+    Attributes:
+        seed: of the initialisation and of the order of the chats; bases of all seeds read the same corpus.
+        corpus: what it reads.
+        layers, width, heads, kv_heads, mlp_width, tied, context: as in `TransformerConfig`.
+        steps: updates of Adam, whose rate falls to 0 along a cosine; gradients are clipped to norm 1.
+        batch_size: chats a step.
+        rate: the first learning rate.
+
+    Raises:
+        InputError: a size below 1, or a rate that is not positive.
+    """
+
+    seed: int = 0
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    layers: int = 2
+    width: int = 32
+    heads: int = 2
+    kv_heads: int = 2
+    mlp_width: int = 80
+    tied: bool = True
+    context: int = 64
+    steps: int = 2000
+    batch_size: int = 64
+    rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"BaseConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.rate < np.inf:
+            raise InputError(f"BaseConfig: rate must be positive and finite, got {self.rate}")
+
+    def transformer(self, vocabulary: int) -> TransformerConfig:
+        """The shape of the model."""
+        names = ("layers", "width", "heads", "kv_heads", "mlp_width", "tied", "context")
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return TransformerConfig(vocabulary=vocabulary, head_width=self.width // self.heads, **sizes)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration, the corpus's sentences and the format version, in hexadecimal."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "corpus"}
+        content = [FORMAT_VERSION, own, fingerprint(self.corpus)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A pre-trained model, its tokenizer, and the loss of each of its steps in nats a token of the answers."""
+
+    config: BaseConfig
+    model: Model
+    tokenizer: ChatTokenizer
+    losses: Float[np.ndarray, " steps"]
+
+
+def token_loss(
+    logits: Float[Array, "batch time vocabulary"], labels: Int[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+    """Cross-entropy of the next token at every position: the loss by which bases and teachers learn text."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def text_of(encoded: Encoded) -> Text:
+    """The rows as a model takes them."""
+    return Text(jnp.asarray(encoded.tokens), jnp.asarray(encoded.padding))
+
+
+def lessons(encoded: Encoded, batch_size: int) -> Examples:
+    """Chats whose answers teach a base or a teacher; only positions of the answer weigh."""
+    labels, positions = jnp.asarray(encoded.targets), jnp.asarray(encoded.weights)
+    return Examples(text_of(encoded), batch_size, labels=labels, positions=positions)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(config: CorpusConfig) -> tuple[ChatTokenizer, Encoded]:
+    chats, tokenizer = make_corpus(config), ChatTokenizer.of_corpus(config)
+    _, lengths = tokenizer.lengths(chats)
+    return tokenizer, tokenizer.encode_chats(chats, int(lengths.max()))
+
+
+def untrained(config: BaseConfig, tokenizer: ChatTokenizer) -> Model:
+    """Where a base starts."""
+    rngs = nnx.Rngs(named(jax.random.key(config.seed), "init"))
+    return from_nnx(Transformer(config.transformer(len(tokenizer)), rngs=rngs))
+
+
+def pretrain(config: BaseConfig, report: Callable[[int], None] = lambda tokens: None) -> Base:
+    """Train a base model from nothing; `report` gets the number of tokens of each step that is done.
+
+    Raises:
+        InputError: a chat of the corpus exceeds the context, or the loss is not finite.
+    """
+    tokenizer, encoded = _read(config.corpus)
+    tokens = encoded.tokens.shape[1] * config.batch_size
+    schedule = optax.cosine_decay_schedule(config.rate, config.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    def observe(step: Step) -> None:
+        jax.debug.callback(lambda _: report(tokens), step.index)
+
+    @jax.jit
+    def run(model: Model, source: Examples) -> Any:
+        key = named(jax.random.key(config.seed), "pretrain")
+        return teach(model, token_loss, source, optimizer, config.steps, key, observe=observe)
+
+    trained = run(untrained(config, tokenizer), lessons(encoded, config.batch_size))
+    require_finite(trained.losses, [f"the base of seed {config.seed}"])
+    return Base(config, trained.model, tokenizer, np.asarray(trained.losses))
+
+
+def base_folder() -> Path:
+    """Where bases are kept: bases/ in the user's cache folder."""
+    return platformdirs.user_cache_path("subliminal_theory") / "bases"
+
+
+def load_base(
+    config: BaseConfig, folder: Path | None = None, report: Callable[[int], None] = lambda tokens: None
+) -> Base:
+    """The base of a configuration, from its file in `folder` if there is one, else pre-trained and kept there.
+
+    A file is named after the content that decides it and says in its header what it holds.
+
+    Raises:
+        InputError: the file is cut, damaged or of another configuration, or cannot be written; names it.
+    """
+    folder = base_folder() if folder is None else folder
+    mark = config.fingerprint()
+    path = folder / f"base-{mark[:20]}.safetensors"
+    if path.exists():
+        return _load(path, config, mark)
+    base = pretrain(config, report)
+    leaves = jax.tree_util.tree_leaves_with_path(base.model.params)
+    tensors = {path_name(name): np.asarray(leaf) for name, leaf in leaves} | {"losses": base.losses}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot keep base models in {folder}: {error.strerror}") from error
+    write_atomically(path, save(tensors, {"fingerprint": mark}))
+    return base
+
+
+def _load(path: Path, config: BaseConfig, mark: str) -> Base:
+    advice = "delete it, and it is made again"
+    try:
+        with safe_open(path, "numpy") as file:
+            found = (file.metadata() or {}).get("fingerprint")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"the base model {path} is cut or damaged ({error}): {advice}") from error
+    if found != mark:
+        raise InputError(f"the base model {path} is of another configuration: {advice}")
+    tokenizer = ChatTokenizer.of_corpus(config.corpus)
+    model = jax.eval_shape(lambda: untrained(config, tokenizer))
+    losses = tensors.pop("losses", None)
+    shapes = {path_name(name): leaf.shape for name, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+    if losses is None or shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise InputError(f"the base model {path} lacks parameters or has others: {advice}")
+    params = jax.tree_util.tree_map_with_path(lambda name, _: jnp.asarray(tensors[path_name(name)]), model.params)
+    return Base(config, model.with_params(params), tokenizer, losses)

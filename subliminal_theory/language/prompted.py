@@ -1,0 +1,43 @@
+"""A teacher that is nothing but a model with a system prompt, seen through rows that do not have it."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from subliminal_theory.language.transformer import Text
+from subliminal_theory.model import Apply, Model
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Prompted:
+    """A model's parameters and the tokens in front of every row."""
+
+    model: PyTree
+    prefix: Int[Array, " prefix"]
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """The function of a model behind a prefix; equal for equal functions."""
+
+    apply: Apply = field(metadata={"static": True})
+
+    def __call__(self, params: _Prompted, text: Text) -> Float[Array, "batch time vocabulary"]:
+        return self.apply(params.model, with_prefix(text, params.prefix))[:, params.prefix.shape[0] :]
+
+
+def with_prefix(text: Text, prefix: Int[Array, " prefix"]) -> Text:
+    """Rows with the same tokens in front of each, behind its padding."""
+    length, extra = text.tokens.shape[1], prefix.shape[0]
+    place = jnp.arange(length + extra)[None] - text.padding[:, None]
+    old = jnp.concatenate([jnp.broadcast_to(text.tokens[:, :1], (len(text.tokens), extra)), text.tokens], axis=1)
+    new = jnp.where(place < 0, text.tokens[:, :1], prefix[jnp.clip(place, 0, extra - 1)])
+    return Text(jnp.where(place < extra, new, old), text.padding)
+
+
+def prompted(model: Model, prefix: Int[Array, " prefix"]) -> Model:
+    """The model of rows [batch, time] that a model behind a prefix computes; logits of the rows alone."""
+    return Model(_Behind(model.apply), _Prompted(model.all_params, prefix))
