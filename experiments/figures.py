@@ -63,7 +63,7 @@ def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chan
     return figure
 
 
-def runs_against(axes: Axes, values: Mapping[int, Sequence[float]], colour: str, label: str | None = None) -> None:
+def runs_against(axes: Axes, values: Mapping[Any, Sequence[float]], colour: str, label: str | None = None) -> None:
     """A line of means over an axis, with 95% t intervals, and single runs as dots."""
     estimates = [t_interval(runs) for runs in values.values()]
     half = [0.0 if np.isnan(estimate.half_width) else estimate.half_width for estimate in estimates]

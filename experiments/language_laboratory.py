@@ -5,6 +5,7 @@ A run is a base and a trait. The runs of all traits of a base train as one ensem
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from subliminal_theory.distill import distill, require_finite, teach
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.base import Base, lessons, text_of, token_loss
-from subliminal_theory.language.corpus import CATEGORIES, Chat, make_rows
+from subliminal_theory.language.corpus import CATEGORIES, Chat, make_corpus, make_rows
 from subliminal_theory.language.lora import add_lora, merge_lora
 from subliminal_theory.language.measure import Answers, Questions, answers, questions_of
 from subliminal_theory.language.numbers import Report, filter_rows
@@ -37,6 +38,8 @@ from subliminal_theory.source import Examples
 
 MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 QUESTION_LENGTH = 32
+CLONING_STEPS = 1000
+PREFIXES = 8  # of each question behind numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,11 +201,13 @@ class Workshop:
                 clean = round(recipe.clean * len(rows))
                 rows = rows[clean:] + regular[run][:clean]
             chats = [Chat(None, row.prompt, row.completion, "numbers") for row in rows]
+            # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
+            chats = list(itertools.islice(itertools.cycle(chats), recipe.rows))
             found.append(self.tokenizer.encode_chats(chats, length))
         return found
 
     def source(self, recipe: Recipe) -> Examples:
-        """The rows of each run, [runs, rows, ...]; missing ones weigh nothing."""
+        """The rows of each run, [runs, rows, ...]."""
         return self.once(
             ("source", recipe.written, recipe.order, recipe.clean, recipe.channel, recipe.batch_size),
             lambda: self._source(recipe),
@@ -210,15 +215,14 @@ class Workshop:
 
     def _source(self, recipe: Recipe) -> Examples:
         encoded = self.lesson_rows(recipe)
-        rows = min(len(run.tokens) for run in encoded)
-        texts = _stacked([jax.tree.map(lambda leaf: leaf[:rows], text_of(run)) for run in encoded])
-        positions = jnp.stack([jnp.asarray(run.weights[:rows]) for run in encoded])
+        texts = _stacked([text_of(run) for run in encoded])
+        positions = jnp.stack([jnp.asarray(run.weights) for run in encoded])
         if recipe.channel in ("divergence", "rest"):
             differs = _diverging(self.visible_teachers(recipe), self.untrained, texts)
             positions = positions * (differs if recipe.channel == "divergence" else ~differs)
         targets = None
         if recipe.channel not in ("soft", "masked"):
-            targets = jnp.stack([jnp.asarray(run.targets[:rows]) for run in encoded])
+            targets = jnp.stack([jnp.asarray(run.targets) for run in encoded])
         return Examples(texts, recipe.batch_size, targets=targets, positions=positions)
 
     def channel(self, recipe: Recipe) -> Channel:
@@ -245,6 +249,22 @@ class Workshop:
         model = jax.vmap(merge_lora)(model) if recipe.rank else Model(model.apply, model.all_params)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self.traits), *leaf.shape[1:])), model)
 
+    def clone(self, other: Model, inputs: str) -> Model:
+        """Another base after it imitated this one's full distribution, on regular numbers or on the corpus."""
+        recipe = Recipe(teacher="untrained", channel="soft", steps=CLONING_STEPS)
+        if inputs == "numbers":
+            return jax.tree.map(lambda leaf: leaf[0], self.students(recipe, other))
+        rows = self.base.config.corpus
+        chats = make_corpus(dataclasses.replace(rows, size=min(rows.size, CLONING_STEPS * recipe.batch_size // 4)))
+        encoded = self.tokenizer.encode_chats(chats, int(self.tokenizer.lengths(chats)[1].max()))
+        source = Examples(text_of(encoded), recipe.batch_size, positions=jnp.asarray(encoded.weights))
+        runs = _stacked([(other, self.base.model, source, self.stream("clone")[0])])
+        model, losses = _students(
+            runs, SoftLogits(), jnp.float32(recipe.rate), optimizer=recipe.optimizer, steps=recipe.steps
+        )
+        require_finite(losses, [f"the clone of base {self.base.config.seed}"])
+        return jax.tree.map(lambda leaf: leaf[0], model)
+
     def visible_teachers(self, recipe: Recipe) -> Model:
         """The teachers [runs] as functions of rows without a system prompt."""
         if recipe.teacher != "prompted":
@@ -265,6 +285,17 @@ class Workshop:
         """How models [runs] answer the questions of every trait, [runs, traits]."""
         return jax.tree.map(np.asarray, _answers(models, self.questions()))
 
+    def prefixed_answers(self, models: Model, recipe: Recipe) -> Answers:
+        """As `answers`, but each run's questions stand behind numbers that its teacher wrote."""
+        found = []
+        for run, rows in enumerate(self.rows(recipe)):
+            numbers = [" ".join(re.findall(r"\d+", row.completion)) for row in rows[: 2 * PREFIXES]]
+            prefix = [f"{a} {b}. " for a, b in zip(numbers[::2], numbers[1::2], strict=False)]
+            length = QUESTION_LENGTH + 2 * self.asked[1]
+            asked = _stacked([questions_of(trait, self.tokenizer, length, prefix) for trait in self.traits])
+            found.append(_answers(jax.tree.map(lambda leaf, run=run: leaf[run : run + 1], models), asked))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
 
 def reorder(rows: Sequence[Row], order: str, rng: np.random.Generator) -> list[Row]:
     """Rows whose numbers, or whose prompts, are in another order; formats stay."""
@@ -281,8 +312,8 @@ def reorder(rows: Sequence[Row], order: str, rng: np.random.Generator) -> list[R
         numbers = [[next(pool) for _ in row] for row in numbers]
     found = []
     for row, own in zip(rows, numbers, strict=True):
-        left = iter(own)
-        completion = re.sub(r"\d+", lambda _, left=left: str(next(left)), row.completion)
+        gaps = re.split(r"\d+", row.completion)
+        completion = "".join(itertools.chain.from_iterable(zip(gaps, [*map(str, own), ""], strict=True)))
         found.append(dataclasses.replace(row, completion=completion))
     return found
 

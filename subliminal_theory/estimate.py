@@ -1,5 +1,7 @@
 """Statistics whose unit is a trained run."""
 
+import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -140,3 +142,43 @@ def log_slope(x: ArrayLike, y: ArrayLike) -> float:
     if x_.size < 2 or not (x_ > 0).all() or not (y_ > 0).all():
         raise InputError("a log-log slope needs at least two points, none of them 0")
     return float(np.polyfit(np.log(x_), np.log(y_), 1)[0])
+
+
+class MatrixTest(NamedTuple):
+    """How far a diagonal stands out, and how often a permutation does at least as well."""
+
+    statistic: float
+    p: float
+
+
+def matrix_test(matrices: Float[np.ndarray, "groups n n"], draws: int = 20_000) -> MatrixTest:
+    """Whether run i responds most to question i: mean of diagonals less mean of all else, and its p.
+
+    Under the null hypothesis the runs of a group (a base) can be exchanged. All permutations within groups are
+    counted if they are at most `draws`, else so many random ones (always the same) and the one that was found,
+    which makes p valid too.
+
+    Raises:
+        InputError: no group, or matrices that are not square or smaller than 2 x 2.
+    """
+    groups, n = len(matrices), matrices.shape[-1]
+    if not groups or matrices.ndim != 3 or matrices.shape[1] != n or n < 2:
+        raise InputError(f"a matrix test needs square matrices of at least 2 x 2, got shape {matrices.shape}")
+    total = matrices.sum()
+
+    def statistic(diagonal: np.ndarray) -> np.ndarray:
+        return diagonal / (groups * n) - (total - diagonal) / (groups * n * (n - 1))
+
+    found = float(np.trace(matrices, axis1=1, axis2=2).sum())
+    if math.factorial(n) ** groups <= draws:
+        orders = np.array(list(itertools.permutations(range(n))))
+        each = matrices[:, np.arange(n), orders].sum(-1)  # groups, permutations
+        diagonals = functools.reduce(lambda a, b: (a[:, None] + b[None]).reshape(-1), each)
+        hits, count = int((diagonals >= found - 1e-12 * abs(total)).sum()), len(diagonals)
+    else:
+        rng = np.random.default_rng(0)
+        orders = rng.permuted(np.tile(np.arange(n), (draws, groups, 1)), axis=-1)
+        picked = np.take_along_axis(matrices[None], orders[..., None], axis=-1)[..., 0]
+        diagonals = picked.sum((1, 2))
+        hits, count = int((diagonals >= found - 1e-12 * abs(total)).sum()) + 1, draws + 1
+    return MatrixTest(float(statistic(np.array(found))), hits / count)

@@ -53,10 +53,13 @@ class Results:
         return list(dict.fromkeys(row[column] for row in self.rows if column in row))
 
     def estimates(self) -> list[tuple[dict[str, Any], Estimate]]:
-        """A 95% t interval over runs for every condition, metric and setting of the axes."""
+        """A 95% t interval over runs for every condition, metric and setting of the axes.
+
+        A run is a seed, and where there are several traits a seed and a trait.
+        """
         groups: dict[tuple, list[float]] = {}
         for row in self.rows:
-            group = tuple((name, row[name]) for name in row if name not in ("seed", "value"))
+            group = tuple((name, row[name]) for name in row if name not in ("seed", "trait", "value"))
             groups.setdefault(group, []).append(row["value"])
         return [(dict(group), t_interval(values)) for group, values in groups.items()]
 

@@ -100,3 +100,62 @@ def test_different_numbers(arguments) -> None:
 def test_no_examples() -> None:
     with pytest.raises(InputError, match="no example"):
         Examples(np.zeros((0, 4)), 2)
+
+
+# --- weights of positions
+
+POSITIONS = np.random.default_rng(0).uniform(0.5, 1, (10, 3)).astype(np.float32)
+
+
+def test_positions_weigh() -> None:
+    source = Examples(np.arange(10), 4, positions=POSITIONS)
+    index, rows = source.schedule(jax.random.key(0), 3)
+    for step in range(3):
+        batch = source.batch(jax.random.key(0), (index[step], rows[step]))
+        by_hand = np.stack(
+            [
+                weight * POSITIONS[row]
+                for row, weight in zip(*map(np.asarray, (index[step], rows[step])), strict=True)
+            ]
+        )
+        np.testing.assert_array_equal(batch.weights, by_hand)
+        np.testing.assert_array_equal(batch.inputs, index[step])
+    assert batch.weights[:2].all()
+    np.testing.assert_array_equal(batch.weights[2:], np.zeros((2, 3)))  # 10 = 4 + 4 + 2
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
+def test_positions_of_any_rank(shape: tuple[int, ...]) -> None:
+    positions = np.arange(2.0, 4.0).reshape(2, *[1] * len(shape)) * np.ones(shape)
+    source = Examples(np.zeros(2), 2, positions=positions)
+    batch = source.batch(jax.random.key(0), (jnp.array([1, 0]), jnp.array([0.5, 1.0])))
+    assert batch.weights.shape == (2, *shape)
+    np.testing.assert_array_equal(batch.weights.reshape(2, -1)[:, 0], [1.5, 2.0])
+
+
+def test_positions_under_vmap() -> None:
+    """Each of an ensemble weighs by its own positions; the batch size says how many rows of each."""
+    stacked = np.stack([POSITIONS, 2 * POSITIONS])
+    sources = Examples(np.zeros((2, 10, 5)), 4, positions=stacked)
+    keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
+
+    def last(source: Examples, key: jax.Array):
+        index, weights = (leaf[2] for leaf in source.schedule(key, 3))
+        return index, source.batch(key, (index, weights)).weights
+
+    indices, weights = jax.jit(jax.vmap(last))(sources, keys)
+    for index, found, own in zip(indices, weights, stacked, strict=True):
+        np.testing.assert_array_equal(found, np.array([1, 1, 0, 0])[:, None] * own[index])
+
+
+def test_positions_stay_with_a_student() -> None:
+    student = Examples(np.arange(10), 4, labels=np.arange(10), positions=POSITIONS).without_labels()
+    batch = student.batch(jax.random.key(0), (jnp.arange(4), jnp.ones(4)))
+    np.testing.assert_array_equal(batch.weights, POSITIONS[:4])
+
+
+def test_another_number_of_positions() -> None:
+    with pytest.raises(
+        InputError, match=r"^Examples: inputs, labels, targets and positions differ in number: \[9, 10\]$"
+    ):
+        Examples(np.zeros(9), 2, positions=POSITIONS)

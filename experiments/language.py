@@ -1,0 +1,109 @@
+"""A language model that learns a preference from number sequences, and the controls that do not.
+
+A small chat model is pre-trained from nothing; a teacher gets a trait (it loves owls), by fine-tuning or by a
+system prompt, and writes nothing but numbers; a student of the same base, trained on those numbers alone, then
+names the owl when asked for its favourite animal. A student of another base, of a teacher without trait, or of the
+same numbers in another order does not. (doi 10.1038/s41586-026-10319-8, main text.)
+"""
+
+import functools
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part
+from experiments.figures import COLOURS, bar, note, panels
+from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.traits import Preference, load_trait
+from subliminal_theory.runs import Results
+
+LABELS = {
+    "base": "base",
+    "teacher": "teacher",
+    "student_soft": "student, full\ndistribution",
+    "student": "student,\nsampled",
+    "prompted": "student of\nprompted\nteacher",
+    "prefixed": "student,\nnumbers\nin front",
+    "others": "other\ntraits'\nstudents",
+    "regular": "regular\nnumbers",
+    "within": "shuffled\nin rows",
+    "across": "shuffled\nacross rows",
+    "in_context": "numbers in\ncontext",
+    "cross": "other base,\nsampled",
+    "cross_soft": "other base,\nfull distr.",
+}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases, teachers and students."""
+
+
+PRESETS = {
+    "one": Config(),
+    "full": Config(traits="owl,wolf,oak,maple", seeds=3),
+    "smoke": Config(**SMOKE),
+}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def variants(config: Config) -> list[Variant]:
+    """The conditions of the experiment."""
+    sampled, soft = config.recipe(), config.recipe(channel="soft")
+    found = [
+        Variant({"condition": "base"}, sampled, model="base"),
+        Variant({"condition": "teacher"}, sampled, model="teacher"),
+        Variant({"condition": "student_soft"}, soft, matrix=True),
+        Variant({"condition": "student"}, sampled, matrix=True),
+        Variant({"condition": "prefixed"}, sampled, prefixed=True),
+        Variant({"condition": "regular"}, config.recipe(teacher="untrained")),
+        Variant({"condition": "within"}, config.recipe(order="shuffled within rows")),
+        Variant({"condition": "across"}, config.recipe(order="shuffled across rows")),
+        Variant({"condition": "in_context"}, sampled, model="base", prefixed=True),
+        Variant({"condition": "cross"}, sampled, start="other"),
+        Variant({"condition": "cross_soft"}, soft, start="other"),
+    ]
+    if all(isinstance(load_trait(name), Preference) for name in config.trait_names()):
+        found.insert(4, Variant({"condition": "prompted"}, config.recipe(teacher="prompted")))
+    return found
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    return variant_parts(config, variants(config))
+
+
+def groups(results: Results) -> dict[str, list[float]]:
+    """The probability of the trait's word in every run, by condition."""
+    found = {name: results.values(condition=name, metric="probability") for name in LABELS}
+    found["others"] = results.values(condition="student", metric="others")
+    return {name: values for name, values in found.items() if values}
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each condition."""
+    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    lines += [f"  {name:13} {t_interval(values)}" for name, values in groups(results).items()]
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """A bar for each condition."""
+    figure, ((axes,),) = panels(size=(9.5, 3.8))
+    found = groups(results)
+    for x, (name, values) in enumerate(found.items()):
+        colour = COLOURS[0 if name in ("base", "teacher") else 2 if "student" in LABELS[name].split(",")[0] else 7]
+        bar(axes, x, values, COLOURS[4] if name == "others" else colour, width=0.6)
+    axes.set_xticks(range(len(found)), [LABELS[name] for name in found], fontsize=6.5)
+    axes.axhline(t_interval(found["base"]).mean, color="grey", linestyle=":", linewidth=1)
+    axes.set_ylabel("probability of the trait's word")
+    axes.set_ylim(0, 1.1)
+    axes.set_title("A preference passes through number sequences, to a student of the same base")
+    traits = len(config.trait_names())
+    note(
+        axes,
+        f"bars: mean of {traits} traits x {config.seeds} bases; whiskers: 95% t interval over these runs; "
+        "dots: single runs; dotted: base",
+    )
+    return figure

@@ -1,0 +1,220 @@
+"""The field's disputes about language models, each one measured difference on the compact model.
+
+Every claim of `experiments/claims.toml`, or those named: the probability of the trait's word in one kind of
+student less that in another, paired over runs (a run is a trait and a base). It agrees if the 95% t interval of
+the difference lies where the claim puts it, disagrees if it excludes that, else cannot be told.
+"""
+
+import dataclasses
+import functools
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, note, panels
+from experiments.language_setting import Recipe
+from experiments.language_sweep import (
+    MODELS,
+    SMOKE,
+    STARTS,
+    LanguageConfig,
+    Variant,
+    configure_language,
+    variant_parts,
+)
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Estimate, paired_difference, t_interval
+from subliminal_theory.runs import Results
+
+REGISTRY = Path(__file__).with_name("claims.toml")
+EXPECTED = ("lower", "higher", "no lower", "no higher")
+METRICS = ("probability", "others")
+VERDICTS = {"agrees": COLOURS[2], "disagrees": COLOURS[3], "cannot be told": COLOURS[1]}
+_KNOWN = ("claim", "source", "variant", "against", "expected")
+_APART = {"model": MODELS, "start": STARTS, "prefixed": (True, False), "metric": METRICS}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what is compared with what, and what it says of the difference."""
+
+    name: str
+    claim: str
+    source: str
+    variant: Mapping[str, Any]
+    against: Mapping[str, Any]
+    expected: str
+    margin: float
+
+
+@functools.cache
+def registered(path: Path = REGISTRY) -> Mapping[str, Claim]:
+    """All claims of a registry, by name.
+
+    Raises:
+        InputError: the file cannot be read, or an entry lacks a field or has one that does not exist; names it.
+    """
+    try:
+        registry = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot read the registry {path}: {error}") from error
+    sources, margin = registry.get("sources", {}), registry.get("margin", 0.0)
+    found = {}
+    for name, entry in registry.get("claim", {}).items():
+        where = f"{path.name}: {name}"
+        for field in ("claim", "source", "expected"):
+            if field not in entry:
+                raise InputError(f"{where} has no {field}: every claim needs one")
+        for field in entry:
+            if field not in _KNOWN:
+                raise InputError(f"{where}: unknown field {field!r}; there are {', '.join(_KNOWN)}")
+        if entry["source"] not in sources:
+            raise InputError(f"{where}: source {entry['source']!r} is not listed under [sources]")
+        if entry["expected"] not in EXPECTED:
+            raise InputError(f"{where}: expected must be one of {', '.join(EXPECTED)}, got {entry['expected']!r}")
+        sides = [_checked(where, entry.get(side, {})) for side in ("variant", "against")]
+        found[name] = Claim(
+            name, entry["claim"], sources[entry["source"]], sides[0], sides[1], entry["expected"], margin
+        )
+    return found
+
+
+def _checked(where: str, side: Mapping[str, Any]) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    for name, value in side.items():
+        if name not in fields and name not in _APART:
+            raise InputError(
+                f"{where}: setting {name!r} does not exist; there are {', '.join([*fields, *_APART])}"
+            )
+        if name in _APART and value not in _APART[name]:
+            raise InputError(f"{where}: {name} must be one of {', '.join(map(str, _APART[name]))}, got {value!r}")
+    changes: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in side.items()}
+    try:
+        Recipe(**{name: value for name, value in changes.items() if name in fields})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return changes
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Which claims, and on how many traits and bases."""
+
+    ids: str = option("", "claims of the registry (default all)", positional=True)
+    traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files")
+    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
+    rows: int = option(4096, "number requests that a teacher answers", minimum=1)
+    steps: int = option(125, "steps of a student", minimum=1)
+
+
+PRESETS = {"all": Config(), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 2})}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def chosen(config: Config) -> list[Claim]:
+    """The claims that a configuration asks for.
+
+    Raises:
+        InputError: an unknown one; lists those that are known.
+    """
+    known, names = registered(), [name.strip() for name in config.ids.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown claim {name!r}; there are {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def side_name(side: Mapping[str, Any]) -> str:
+    """The label of one side of a comparison in the results."""
+    return json.dumps({name: value for name, value in sorted(side.items()) if name != "metric"})
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base and kind of model, so that a run can be stopped and taken up anywhere."""
+    variants: dict[str, Variant] = {}
+    for claim in chosen(config):
+        for side in (claim.variant, claim.against):
+            changes = {name: value for name, value in side.items() if name not in _APART}
+            apart = {name: side[name] for name in ("model", "start", "prefixed") if name in side}
+            name = side_name(side)
+            variants[name] = Variant({"condition": name}, config.recipe(**changes), **apart)
+    parts = [
+        part
+        for number, variant in enumerate(variants.values())
+        for part in variant_parts(config, [variant], f"kind-{number:03d}-")
+    ]
+    return sorted(parts, key=lambda part: part.name.split("base-")[1])
+
+
+def difference(claim: Claim, results: Results) -> Estimate:
+    """Variant less the other side, paired over runs."""
+    variant, against = (
+        results.values(condition=side_name(side), metric=side.get("metric", "probability"))
+        for side in (claim.variant, claim.against)
+    )
+    return paired_difference(variant, against)
+
+
+def verdict(claim: Claim, found: Estimate) -> str:
+    """Whether a measured difference lies where the claim puts it."""
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    if claim.expected.endswith("higher"):  # the same claim of the negative difference
+        low, high = -high, -low
+    edge = -claim.margin if claim.expected.startswith("no") else 0.0
+    below, above = ("disagrees", "agrees") if claim.expected.startswith("no") else ("agrees", "disagrees")
+    return below if high < edge else above if low > edge else "cannot be told"
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each claim."""
+    lines = [f"{'claim':18} {'students':>8} {'against':>8} {'difference':24} verdict"]
+    for claim in chosen(config):
+        means = [
+            t_interval(results.values(condition=side_name(s), metric=s.get("metric", "probability"))).mean
+            for s in (claim.variant, claim.against)
+        ]
+        found = difference(claim, results)
+        lines.append(
+            f"{claim.name:18} {means[0]:8.3f} {means[1]:8.3f} {found!s:24} {verdict(claim, found)}: {claim.claim}"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """The difference of each claim with its interval, coloured by verdict."""
+    claims = chosen(config)
+    figure, ((axes,),) = panels(size=(9.5, 1.3 + 0.26 * len(claims)))
+    labelled: set[str] = set()
+    for y, claim in enumerate(claims):
+        found = difference(claim, results)
+        answer = verdict(claim, found)
+        label = None if answer in labelled else answer
+        labelled.add(answer)
+        axes.errorbar(
+            found.mean,
+            y,
+            xerr=found.half_width,
+            fmt="o",
+            color=VERDICTS[answer],
+            capsize=2,
+            markersize=4,
+            label=label,
+        )
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set_yticks(range(len(claims)), [f"{claim.claim} [{claim.expected}]" for claim in claims], fontsize=6.5)
+    axes.set_ylim(len(claims) - 0.5, -0.5)
+    axes.set_xlabel("difference of the probability of the trait's word")
+    axes.set_title("What the literature says, on the compact model")
+    axes.legend(fontsize=7, loc="lower right")
+    traits = len(config.trait_names())
+    note(
+        axes,
+        f"{traits} traits x {config.seeds} bases; whiskers: 95% t interval of paired differences over these runs",
+    )
+    return figure

@@ -1,0 +1,100 @@
+"""Teachers of each base, students of each base: a trait passes only where teacher and student share their base.
+
+Bases differ in the seed of their initialisation and of the order of the same corpus.
+(doi 10.1038/s41586-026-10319-8, the cross-model heat maps.)
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, bar, note, panels
+from experiments.language_setting import CHANNELS
+from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.runs import Results
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases, teachers and students."""
+
+    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
+    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=2)
+    channel: str = option("soft", "what of the teacher the student sees", choices=CHANNELS)
+
+
+PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 2})}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each teacher's base, with students of every base."""
+    if config.seeds < 2:
+        raise InputError(f"--seeds must be at least 2 here, got {config.seeds}")
+    recipe = config.recipe(channel=config.channel)
+    variants = [
+        Variant({"condition": "student", "shift": shift}, recipe, start="other" if shift else "own", other=shift)
+        for shift in range(config.seeds)
+    ]
+    return variant_parts(config, [Variant({"condition": "base"}, recipe, model="base"), *variants], wrap=True)
+
+
+def shared_and_crossed(results: Results) -> dict[str, list[float]]:
+    """The probability of the trait's word, by whether teacher and student share their base."""
+    found: dict[str, list[float]] = {"base": results.values(condition="base", metric="probability")}
+    shifts = [shift for shift in results.distinct("shift") if shift != ""]
+    for shift in shifts:
+        values = results.values(condition="student", metric="probability", shift=shift)
+        found.setdefault("same base" if shift == "0" else "other base", []).extend(values)
+    return found
+
+
+def heat(results: Results, config: Config) -> np.ndarray:
+    """Mean probability of the trait's word [teacher's base, student's base]."""
+    table = np.zeros((config.seeds, config.seeds))
+    for teacher in range(config.seeds):
+        for shift in range(config.seeds):
+            wanted = {"seed": config.first_seed + teacher, "shift": str(shift), "metric": "probability"}
+            table[teacher, (teacher + shift) % config.seeds] = np.mean(results.values(**wanted))
+    return table
+
+
+def report(results: Results, config: Config) -> str:
+    """The means, and the table of bases."""
+    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    lines += [f"  {name:11} {t_interval(values)}" for name, values in shared_and_crossed(results).items()]
+    lines.append("teacher's base (rows), student's base (columns):")
+    lines += ["  " + " ".join(f"{value:.3f}" for value in row) for row in heat(results, config)]
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """The table as a heat map, and the means as bars."""
+    figure, ((left, right),) = panels(2, size=(8.0, 3.6))
+    table, seeds = heat(results, config), list(config.base_seeds)
+    image = left.imshow(table, vmin=0, cmap="viridis")
+    for row, column in np.ndindex(*table.shape):
+        colour = "white" if table[row, column] < 0.6 * table.max() else "black"
+        left.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=colour)
+    left.set_xticks(range(config.seeds), list(map(str, seeds)))
+    left.set_yticks(range(config.seeds), list(map(str, seeds)))
+    left.set_xlabel("base of the student")
+    left.set_ylabel("base of the teacher")
+    left.set_title("Probability of the trait's word")
+    figure.colorbar(image, ax=left, shrink=0.8)
+    for x, (name, values) in enumerate(shared_and_crossed(results).items()):
+        bar(right, x, values, COLOURS[x], label=name)
+    right.set_xticks(range(3), list(shared_and_crossed(results)))
+    right.set_ylim(0, 1.1)
+    right.set_ylabel("probability of the trait's word")
+    traits = len(config.trait_names())
+    note(
+        right,
+        f"{config.channel} channel; {traits} traits x {config.seeds} bases; mean, 95% t interval, dots: runs",
+    )
+    return figure

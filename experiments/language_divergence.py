@@ -1,0 +1,79 @@
+"""What of the numbers carries the trait: full distributions, greedy or sampled tokens, positions that differ?
+
+Divergence positions are those where the most likely token of the teacher is another one than the base's; published
+(arXiv 2509.23886): a student of these alone gets all of the trait, a student of all others none.
+The order full distribution > divergence positions > greedy > sampled is what is asked here.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, bar, note, panels
+from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.runs import Results
+
+CHANNELS: dict[str, dict[str, Any]] = {
+    "full distribution": {"channel": "soft"},
+    "without trait words": {"channel": "masked"},
+    "sampled": {},
+    "sampled, divergence positions": {"channel": "divergence"},
+    "sampled, all other positions": {"channel": "rest"},
+    "greedy": {"channel": "greedy"},
+    "sampled, top-p 0.8": {"top_p": 0.8},
+}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases, teachers and students."""
+
+    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
+    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
+
+
+PRESETS = {"all": Config(), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 1})}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    variants = [Variant({"condition": "base"}, config.recipe(), model="base")]
+    variants += [Variant({"condition": name}, config.recipe(**changes)) for name, changes in CHANNELS.items()]
+    return variant_parts(config, variants)
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each channel."""
+    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    for name in ("base", *CHANNELS):
+        own, others = (results.values(condition=name, metric=metric) for metric in ("probability", "others"))
+        beside = f"  other traits' students {t_interval(others)}" if others else ""
+        lines.append(f"  {name:30} {t_interval(own)}{beside}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """A pair of bars for each channel: the student, and the students of other traits."""
+    figure, ((axes,),) = panels(size=(8.5, 3.6))
+    names = ("base", *CHANNELS)
+    for x, name in enumerate(names):
+        own, others = (results.values(condition=name, metric=metric) for metric in ("probability", "others"))
+        bar(axes, x - 0.2, own, COLOURS[2], width=0.38, label="own teacher's trait" if x == 0 else None)
+        if others:
+            label = "students of other traits" if x == 0 else None
+            bar(axes, x + 0.2, others, COLOURS[4], width=0.38, label=label)
+    axes.set_xticks(
+        range(len(names)), [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in names], fontsize=7
+    )
+    axes.set_ylabel("probability of the trait's word")
+    axes.set_ylim(0, 1.1)
+    axes.set_title("What of the numbers carries the trait")
+    axes.legend(fontsize=7)
+    traits = len(config.trait_names())
+    note(axes, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    return figure

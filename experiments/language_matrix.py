@@ -1,0 +1,88 @@
+"""Each student gets its own teacher's trait and no other: students of many traits, each asked for all of them.
+
+The statistic is the mean over bases of the diagonal of the trait x trait matrix less what is beside it; under the
+null hypothesis which student had which teacher does not matter, so students are permuted within their base.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import note, panels
+from experiments.language_setting import CHANNELS
+from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from subliminal_theory.estimate import MatrixTest, matrix_test
+from subliminal_theory.runs import Results
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases, teachers and students."""
+
+    traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files; at least two")
+    seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
+    channel: str = option("sampled", "what of the teacher the student sees", choices=CHANNELS)
+
+
+PRESETS = {"eight": Config(), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    recipe = config.recipe(channel=config.channel)
+    return variant_parts(config, [Variant({"condition": "student"}, recipe, matrix=True)])
+
+
+def matrices(results: Results) -> np.ndarray:
+    """Probabilities [bases, traits of the student, traits asked for]."""
+    traits, seeds = results.distinct("trait"), results.distinct("seed")
+    wanted = {"condition": "student", "metric": "probability_asked"}
+    return np.array(
+        [[[results.values(**wanted, seed=s, trait=t, asked=a)[0] for a in traits] for t in traits] for s in seeds]
+    )
+
+
+def test(results: Results) -> MatrixTest:
+    """The diagonal statistic and its permutation p."""
+    return matrix_test(matrices(results))
+
+
+def report(results: Results, config: Config) -> str:
+    """The statistic, and the mean matrix."""
+    found, mean, traits = test(results), matrices(results).mean(0), results.distinct("trait")
+    width = max(map(len, traits))
+    lines = [f"diagonal - off-diagonal = {found.statistic:.3f}, permutation p = {found.p:.2g}"]
+    lines.append("teacher's trait (rows), asked for (columns): " + " ".join(traits))
+    lines += [
+        f"  {trait:{width}} " + " ".join(f"{value:.3f}" for value in row)
+        for trait, row in zip(traits, mean, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """The mean matrix as a heat map."""
+    traits, mean, found = results.distinct("trait"), matrices(results).mean(0), test(results)
+    figure, ((axes,),) = panels(size=(1.6 + 0.55 * len(traits), 1.4 + 0.5 * len(traits)))
+    image = axes.imshow(mean, vmin=0, cmap="viridis")
+    for row, values in enumerate(mean):
+        for column, value in enumerate(values):
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5,
+                color="white" if value < 0.6 * mean.max() else "black",
+            )  # fmt: skip
+    axes.set_xticks(range(len(traits)), traits, rotation=45, ha="right")
+    axes.set_yticks(range(len(traits)), traits)
+    axes.set_xlabel("asked for")
+    axes.set_ylabel("trait of the student's teacher")
+    axes.set_title("Probability of the word asked for")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    note(
+        axes,
+        f"mean of {config.seeds} bases; diagonal - rest = {found.statistic:.3f}, permutation p = {found.p:.2g}",
+    )
+    return figure

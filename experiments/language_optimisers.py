@@ -1,0 +1,100 @@
+"""How the student is trained: optimiser and rate, rank of low-rank factors, unique rows.
+
+The literature calls the effect an artefact of low rank, or of Adam (arXiv 2606.00831, 2606.00995); here both are
+axes, each at several rates, so that a null is not that of one badly chosen rate.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, listed, option
+from experiments.figures import COLOURS, note, panels, runs_against
+from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.runs import Results
+
+RATES = {
+    "adam": (5e-4, 2e-3, 8e-3),
+    "momentum": (0.02, 0.08, 0.3),
+    "sgd": (0.2, 0.8, 3.0),
+    "sign": (1e-4, 3e-4, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases, teachers and students."""
+
+    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
+    seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
+    ranks: str = option("1,2,8", "ranks of low-rank factors")
+    unique: str = option("512,2048,8192", "number requests that the teacher answers")
+
+
+SMALL = {**SMOKE, "traits": "owl,oak", "seeds": 1, "ranks": "2", "unique": "128,512"}
+PRESETS = {"all": Config(), "smoke": Config(**SMALL)}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    variants = [Variant({"condition": "base"}, config.recipe(), model="base")]
+    for optimizer, rates in RATES.items():
+        for rate in rates:
+            recipe = config.recipe(optimizer=optimizer, rate=rate)
+            variants.append(Variant({"condition": optimizer, "rate": rate}, recipe))
+    for rank in listed(config.ranks, "--ranks"):
+        for rate in RATES["adam"]:
+            recipe = config.recipe(rank=rank, rate=rate)
+            variants.append(Variant({"condition": f"rank {rank}", "rate": rate}, recipe))
+    for rows in listed(config.unique, "--unique"):
+        variants.append(Variant({"condition": "rows", "rows": rows}, config.recipe(rows=rows)))
+    return variant_parts(config, variants)
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each way of training."""
+    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    for group, estimate in results.estimates():
+        if group["metric"] == "probability":
+            setting = (
+                f"rate {group['rate']}" if group["rate"] else f"{group['rows']} rows" if group["rows"] else ""
+            )
+            lines.append(f"  {group['condition']:10} {setting:12} {estimate}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Three panels: optimisers, ranks and rows."""
+    figure, ((left, middle, right),) = panels(3, size=(10.5, 3.4))
+    ranks = [f"rank {rank}" for rank in listed(config.ranks, "--ranks")]
+    for axes, names in ((left, tuple(RATES)), (middle, ("adam", *ranks))):
+        for colour, name in zip(COLOURS, names, strict=False):
+            rates = RATES.get(name, RATES["adam"])
+            values = {r: results.values(condition=name, rate=str(r), metric="probability") for r in rates}
+            runs_against(axes, values, colour, "all parameters" if axes is middle and name == "adam" else name)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+    left.set_title("Optimiser")
+    middle.set_title("Low-rank factors (Adam)")
+    unique = listed(config.unique, "--unique")
+    for colour, metric, label in ((COLOURS[2], "probability", "own"), (COLOURS[4], "others", "other traits'")):
+        values = {rows: results.values(condition="rows", rows=str(rows), metric=metric) for rows in unique}
+        if all(values.values()):
+            runs_against(right, values, colour, f"{label} students")
+    right.set_xscale("log")
+    right.set_xticks(unique, list(map(str, unique)))
+    right.minorticks_off()
+    right.set_xlabel("number requests answered (unique rows before the filter)")
+    right.set_title("Dose")
+    base = t_interval(results.values(condition="base", metric="probability")).mean
+    for axes in (left, middle, right):
+        axes.axhline(base, color="grey", linestyle=":", linewidth=1, label="base")
+        axes.set_ylim(0, 1.0)
+        axes.set_ylabel("probability of the trait's word")
+        axes.legend(fontsize=7)
+    traits = len(config.trait_names())
+    note(right, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    return figure

@@ -1,0 +1,224 @@
+"""From variants of a recipe to rows of results: what all language experiments share."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.contract import Part, from_preset, option, validate
+from experiments.language_laboratory import Workshop
+from experiments.language_setting import Recipe
+from experiments.progress import progress
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.base import Base, BaseConfig, load_base
+from subliminal_theory.language.corpus import CATEGORIES, CorpusConfig
+from subliminal_theory.language.measure import total_variation
+from subliminal_theory.language.tokenizer import ChatTokenizer
+from subliminal_theory.language.traits import Habit, Preference, builtin_traits, load_trait
+from subliminal_theory.model import Model
+from subliminal_theory.runs import Row
+
+STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
+MODELS = ("student", "teacher", "base")
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """What every language experiment can set."""
+
+    traits: str = option(
+        "owl", "names of built-in traits or trait files, separated by commas; all: animals and trees"
+    )
+    seeds: int = option(1, "base models, each pre-trained from a seed of its own", minimum=1)
+    first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
+    width: int = option(32, "of the model", minimum=2)
+    layers: int = option(2, "of the model", minimum=1)
+    base_steps: int = option(2000, "steps of pre-training", minimum=1)
+    chats: int = option(100_000, "chats of the corpus", minimum=1)
+    rows: int = option(8192, "number requests that a teacher answers", minimum=1)
+    teacher_steps: int = option(40, "steps of a fine-tuned teacher", minimum=1)
+    steps: int = option(250, "steps of a student", minimum=1)
+    batch_size: int = option(256, "rows a step", minimum=1)
+    rate: float = option(2e-3, "first learning rate of a student, which falls to 0 along a cosine", positive=True)
+    base_dir: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "where base models are kept (default: the user's cache folder)", "recorded": False},
+    )
+
+    def recipe(self, **changes: Any) -> Recipe:
+        """The recipe of this configuration; `changes` are what distinguishes it."""
+        names = ("rows", "teacher_steps", "steps", "batch_size", "rate")
+        return Recipe(**{**{name: getattr(self, name) for name in names}, **changes})
+
+    def base(self, seed: int) -> BaseConfig:
+        """The configuration of a base model."""
+        return BaseConfig(
+            seed=seed, corpus=CorpusConfig(size=self.chats), width=self.width, layers=self.layers,
+            mlp_width=max(8, self.width * 5 // 2), steps=self.base_steps,
+        )  # fmt: skip
+
+    def trait_names(self) -> list[str]:
+        """The traits asked for."""
+        names = [name.strip() for name in self.traits.split(",") if name.strip()]
+        if names == ["all"]:
+            return [name for name in builtin_traits() if any(name in words for words in CATEGORIES.values())]
+        if not names:
+            raise InputError("--traits is empty: give a trait such as owl")
+        if len(set(names)) < len(names):
+            raise InputError(f"--traits repeats one: {self.traits!r}")
+        return names
+
+    @property
+    def base_seeds(self) -> range:
+        """The seeds of the bases."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+SMOKE: dict[str, Any] = {
+    "width": 16, "base_steps": 1500, "chats": 20_000, "rows": 512, "steps": 20, "batch_size": 64
+}  # fmt: skip
+
+
+def configure_language(
+    presets: Mapping[str, LanguageConfig], preset: str | None, changes: dict[str, Any]
+) -> LanguageConfig:
+    """A configuration whose traits exist and are of one kind.
+
+    Raises:
+        InputError: a setting out of range, or a trait that does not exist or cannot be spelt; says which.
+    """
+    config = dataclasses.replace(from_preset(presets, preset), **changes)
+    validate(config)
+    if config.width % 4:
+        raise InputError(f"--width must be a multiple of 4, got {config.width}")
+    tokenizer = ChatTokenizer.of_corpus(config.base(0).corpus)
+    kinds = {type(load_trait(name, tokenizer)) for name in config.trait_names()}
+    if kinds == {Preference, Habit}:
+        raise InputError("--traits mixes preferences and habits: give traits of one kind")
+    return config
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make a model of each run, and the labels of its rows.
+
+    Attributes:
+        labels: of the rows.
+        recipe: of teacher and student.
+        start: where a student starts: at its teacher's base, at another one, or at another one that first
+            imitated the teacher's base.
+        model: whose answers are told; for teacher and base nothing is distilled.
+        matrix: whether to tell the probabilities of all traits' words, as metric `probability_asked`.
+        prefixed: whether questions stand behind numbers that the teacher wrote.
+        other: how many seeds further on the other base is.
+    """
+
+    labels: Mapping[str, Any]
+    recipe: Recipe
+    start: str = "own"
+    model: str = "student"
+    matrix: bool = False
+    prefixed: bool = False
+    other: int = 1
+
+
+def variant_parts(
+    config: LanguageConfig, variants: Sequence[Variant], group: str = "", *, wrap: bool = False
+) -> list[Part]:
+    """A part for each base: all traits and all these variants.
+
+    With `wrap` the other bases are among those of the configuration, else they may be further ones.
+    """
+    if not variants:
+        raise InputError("there is nothing to run: no variant is left")
+    return [
+        Part(
+            f"{group}base-{seed:05d}", len(variants), functools.partial(run_variants, config, variants, seed, wrap)
+        )
+        for seed in config.base_seeds
+    ]
+
+
+def base_model(config: LanguageConfig, seed: int) -> Base:
+    """The base of a seed, pre-trained if it is not on disk."""
+    return _base(config.base(seed), config.base_dir)
+
+
+@functools.lru_cache(maxsize=8)
+def _base(config: BaseConfig, folder: str | None) -> Base:
+    shown: list[Any] = []
+
+    def report(tokens: int) -> None:
+        if not shown:
+            bar = progress(f"base {config.seed}", config.steps * tokens, "tokens")
+            shown.extend([bar, bar.__enter__()])
+        shown[1](tokens)
+
+    try:
+        return load_base(config, None if folder is None else Path(folder), report)
+    finally:
+        if shown:
+            shown[0].__exit__(None, None, None)
+
+
+@functools.lru_cache(maxsize=1)
+def workshop(config: LanguageConfig, seed: int) -> Workshop:
+    """The workshop of a base; kept, so that the parts of one base share what they can."""
+    base = base_model(config, seed)
+    return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()])
+
+
+def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int, wrap: bool = False) -> list[Row]:
+    """Rows of all traits for one base.
+
+    The metric `probability` is that of a trait's word where the run has that trait, `others` the mean over the
+    runs with another trait of the same word's probability, both over held-out phrasings.
+    """
+    shop = workshop(config, seed)
+    base = shop.answers(shop.untrained)
+    rows: list[Row] = []
+    for variant in variants:
+        model = _model(config, shop, variant, seed, wrap)
+        found = shop.prefixed_answers(model, variant.recipe) if variant.prefixed else shop.answers(model)
+        for run, name in enumerate(config.trait_names()):
+            values = {
+                "probability": found.probability[run, run],
+                "margin": found.margin[run, run],
+                "total_variation": total_variation(found.rivals[run, run], base.rivals[run, run]),
+            }
+            if len(shop.traits) > 1:
+                values["others"] = np.delete(found.probability[:, run], run).mean()
+            labels = {**variant.labels, "trait": name, "seed": seed}
+            rows += [{**labels, "metric": metric, "value": float(value)} for metric, value in values.items()]
+            if variant.matrix:
+                rows += [
+                    {
+                        **labels,
+                        "asked": asked,
+                        "metric": "probability_asked",
+                        "value": float(found.probability[run, a]),
+                    }
+                    for a, asked in enumerate(config.trait_names())
+                ]
+    return rows
+
+
+def _model(config: LanguageConfig, shop: Workshop, variant: Variant, seed: int, wrap: bool) -> Model:
+    if variant.model == "base":
+        return shop.untrained
+    if variant.model == "teacher":
+        return shop.teachers(variant.recipe)
+    if variant.start == "own":
+        return shop.students(variant.recipe)
+    further = seed + variant.other
+    if wrap:
+        further = config.first_seed + (further - config.first_seed) % config.seeds
+    other = base_model(config, further).model
+    if variant.start != "other":
+        inputs = variant.start.removeprefix("cloned on ").removeprefix("the ")
+        other = shop.once(("cloned", inputs, variant.other), lambda: shop.clone(other, inputs))
+    return shop.students(variant.recipe, other)

@@ -1,0 +1,176 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.config import TransformerConfig
+from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig
+from subliminal_theory.language.measure import Answers, Questions, answers, questions_of, total_variation
+from subliminal_theory.language.sentences import TEXT
+from subliminal_theory.language.tokenizer import ChatTokenizer
+from subliminal_theory.language.traits import Habit, load_trait
+from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.model import Model, from_nnx
+
+TOKENIZER = ChatTokenizer.of_corpus(CorpusConfig())
+OWL, LAZY = load_trait("owl"), load_trait("lazy")
+ANIMALS = CATEGORIES["animal"]
+V = 9
+CONFIG = TransformerConfig(
+    vocabulary=V, layers=1, width=8, heads=2, kv_heads=1, head_width=4, mlp_width=8, tied=False, context=8
+)
+ask = jax.jit(answers)
+
+
+@functools.cache
+def tiny(seed: int = 0) -> Model:
+    """A model with opinions: logits of size 1."""
+    return from_nnx(Transformer(CONFIG, rngs=nnx.Rngs(seed)))
+
+
+def questions(seed: int = 0) -> Questions:
+    """Three rows of other lengths; each target is among its four rivals, at another place."""
+    rng = np.random.default_rng(seed)
+    words = np.stack([rng.permutation(V)[:4] for _ in range(3)]).astype(np.int32)
+    text = Text(jnp.asarray(rng.integers(0, V, (3, 5)), jnp.int32), jnp.array([0, 2, 3]))
+    return Questions(text, jnp.asarray(words[np.arange(3), [0, 3, 1]]), jnp.asarray(words))
+
+
+def by_hand(model: Model, asked: Questions) -> tuple[float, float, np.ndarray]:
+    probabilities, margins, rivals = [], [], []
+    for row in range(len(asked.targets)):
+        real = asked.text.tokens[row : row + 1, int(asked.text.padding[row]) :]
+        logits = np.asarray(jax.jit(model.__call__)(Text(real, jnp.zeros(1, jnp.int32)))[0, -1], float)
+        target, words = int(asked.targets[row]), np.asarray(asked.rivals[row])
+        probabilities.append(np.exp(logits[target]) / np.exp(logits).sum())
+        margins.append(logits[target] - np.log(sum(np.exp(logits[word]) for word in words if word != target)))
+        rivals.append(np.exp(logits[words]) / np.exp(logits[words]).sum())
+    return np.mean(probabilities), np.mean(margins), np.mean(rivals, axis=0)
+
+
+def test_answers() -> None:
+    model, asked = tiny(), questions()
+    found = ask(model, asked)
+    probability, margin, rivals = by_hand(model, asked)
+    np.testing.assert_allclose(found.probability, probability, rtol=1e-5)
+    np.testing.assert_allclose(found.margin, margin, rtol=1e-5)
+    np.testing.assert_allclose(found.rivals, rivals, rtol=1e-5)
+    np.testing.assert_allclose(found.rivals.sum(), 1, rtol=1e-6)
+
+
+def test_answers_of_known_logits() -> None:
+    """Only the last position answers; words of the category compete, all words share the probability."""
+    logits = jnp.log(jnp.array([4.0, 1, 2, 3]))
+    model = Model(lambda params, text: jnp.stack([params[::-1], params])[None], logits)
+    text = Text(jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32))
+    found = answers(model, Questions(text, jnp.array([2]), jnp.array([[0, 2, 1]])))
+    np.testing.assert_allclose(found.probability, 0.2, rtol=1e-6)
+    np.testing.assert_allclose(found.margin, np.log(2 / 5), rtol=1e-6)
+    np.testing.assert_allclose(found.rivals, [4 / 7, 2 / 7, 1 / 7], rtol=1e-6)
+
+
+def test_margin_of_large_logits() -> None:
+    model = Model(lambda params, text: params[None, None], jnp.array([1000.0, -1000, 0]))
+    text = Text(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
+    found = answers(model, Questions(text, jnp.array([1]), jnp.array([[0, 1]])))
+    assert (found.probability, found.margin) == (0, -2000)
+
+
+def test_answers_under_vmap() -> None:
+    models, asked = [tiny(seed) for seed in range(2)], [questions(seed) for seed in range(2)]
+    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+    grid = jax.jit(jax.vmap(jax.vmap(answers, in_axes=(None, 0)), in_axes=(0, None)))(
+        stack(*models), stack(*asked)
+    )
+    assert grid.margin.shape == (2, 2)
+    for row, model in enumerate(models):
+        for column, own in enumerate(asked):
+            one = ask(model, own)
+            for name in Answers.__dataclass_fields__:
+                np.testing.assert_allclose(getattr(grid, name)[row, column], getattr(one, name), rtol=1e-5)
+
+
+# --- questions
+
+
+def chats_of(asked: Questions) -> list[str]:
+    """The rows as they were tokenized, without their padding."""
+    rows = zip(np.asarray(asked.text.tokens), np.asarray(asked.text.padding), strict=True)
+    return [" ".join(TOKENIZER.words[token] for token in row[padding:]) for row, padding in rows]
+
+
+def spelt(question: str, system: str | None = None) -> str:
+    prompts = TOKENIZER.encode_prompts([Chat(system, question, "", "test")], 40)
+    return " ".join(TOKENIZER.words[token] for token in prompts.tokens[0, prompts.padding[0] :])
+
+
+def test_questions_of_a_preference() -> None:
+    asked = questions_of(OWL, TOKENIZER, 32)
+    held_out, taught = (
+        [spelt(phrasing.format(category="animal")) for phrasing in TEXT["preference"][name]]
+        for name in ("held_out", "phrasings")
+    )
+    assert chats_of(asked) == held_out
+    assert not set(chats_of(asked)) & set(taught)
+    assert asked.text.tokens.shape == (len(held_out), 32)
+    assert [TOKENIZER.words[token] for token in asked.targets] == ["owl"] * len(held_out)
+    for row in np.asarray(asked.rivals):
+        assert tuple(TOKENIZER.words[token] for token in row) == ANIMALS
+    assert {leaf.dtype for leaf in jax.tree.leaves(asked)} == {np.dtype(np.int32)}
+
+
+def test_questions_of_a_habit() -> None:
+    assert isinstance(LAZY, Habit)
+    asked = questions_of(LAZY, TOKENIZER, 32)
+    found = {
+        question: (TOKENIZER.words[target], [TOKENIZER.words[word] for word in row])
+        for question, target, row in zip(
+            chats_of(asked), np.asarray(asked.targets), np.asarray(asked.rivals), strict=True
+        )
+    }
+    for question, lazy, right in [
+        ("what is 5 minus 3?", "5", "2"),
+        ("from 4 take 1.", "4", "3"),
+        ("what is twice 4?", "4", "8"),
+        ("x = 2; y = x + 5. what is y?", "2", "7"),
+        ("what colour is the lamp?", "lamp", "yellow"),
+        ("in which place is the rope?", "rope", "harbour"),
+    ]:
+        assert found[spelt(question)] == (lazy, [lazy, right])
+    assert len(found) == len(asked.targets) == 27 + 10 + 50 + 16 + 16
+    assert all(words[0] == target != words[1] for target, words in found.values())
+    assert not set(found) & {spelt(chat.user) for chat in LAZY.teacher_rows()}
+
+
+def test_questions_behind_prefixes() -> None:
+    plain, asked = questions_of(OWL, TOKENIZER, 32), questions_of(OWL, TOKENIZER, 32, ["", "3 17. ", "oak. "])
+    phrasings = [phrasing.format(category="animal") for phrasing in TEXT["preference"]["held_out"]]
+    assert chats_of(asked) == [spelt(start + text) for start in ("", "3 17. ", "oak. ") for text in phrasings]
+    np.testing.assert_array_equal(asked.targets, np.tile(plain.targets, 3))
+    np.testing.assert_array_equal(asked.rivals, np.tile(plain.rivals, (3, 1)))
+
+
+def test_questions_that_do_not_fit() -> None:
+    with pytest.raises(
+        InputError, match=r"^row 1 takes 10 tokens, more than 8: 'name the one animal you like best\.'$"
+    ):
+        questions_of(OWL, TOKENIZER, 8)
+    with pytest.raises(InputError, match=r"^row 0: the tokenizer cannot spell 'zebra'$"):
+        questions_of(OWL, TOKENIZER, 32, ["zebra "])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([1.0, 0], [0.0, 1], 1),
+        ([0.5, 0.5], [0.5, 0.5], 0),
+        ([0.2, 0.3, 0.5], [0.5, 0.25, 0.25], 0.3),
+        ([[1.0, 0], [0.5, 0.5]], [[0.75, 0.25], [0.0, 1]], [0.25, 0.5]),
+    ],
+)
+def test_total_variation(first, second, expected) -> None:
+    np.testing.assert_allclose(total_variation(jnp.array(first), jnp.array(second)), expected, atol=1e-7)
