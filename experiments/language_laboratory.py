@@ -47,6 +47,7 @@ class Workshop:
     """A base, some traits of one kind (the runs), and everything that was made of them, made once.
 
     `given` and `asked` are the least and most numbers that a request shows and asks for, in one of `formats`.
+    With `dataset` nobody writes: its rows are what teachers wrote.
     """
 
     base: Base
@@ -54,6 +55,7 @@ class Workshop:
     given: tuple[int, int] = (3, 5)
     asked: tuple[int, int] = (9, 9)
     formats: tuple[str, ...] = ("spaces",)
+    dataset: Sequence[Row] | None = None
     _made: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -142,6 +144,8 @@ class Workshop:
         return self.once(("rows", recipe.written), lambda: self._write(recipe.written))
 
     def _write(self, recipe: Recipe) -> list[tuple[list[Row], Report]]:
+        if self.dataset is not None:
+            return [filter_rows(self.dataset)] * len(self.traits)
         requests = self.requests(recipe.rows)
         written: list[tuple[list[Row], Report]] = []
         teachers, keys = self.teachers(recipe), self.stream("write")
@@ -192,7 +196,10 @@ class Workshop:
 
     def _lesson_rows(self, recipe: Recipe) -> list[Encoded]:
         regular = self.rows(dataclasses.replace(recipe, teacher="untrained")) if recipe.clean else []
-        length = self.request_length(self.requests(recipe.rows)) + self.answer_length
+        if self.dataset is None:
+            length = self.request_length(self.requests(recipe.rows)) + self.answer_length
+        else:
+            length = self.base.config.context
         found = []
         for run, rows in enumerate(self.rows(recipe)):
             rng = np.random.default_rng([3, run])
@@ -285,6 +292,11 @@ class Workshop:
         """How models [runs] answer the questions of every trait, [runs, traits]."""
         return jax.tree.map(np.asarray, _answers(models, self.questions()))
 
+    def displacement_cosines(self, models: Model, recipe: Recipe) -> Float[np.ndarray, " runs"]:
+        """Cosine of each student's and its teacher's way from the base, 0 where either did not move."""
+        base, teachers = self.untrained.params, self.teachers(recipe).params
+        return np.asarray(_cosines(models.params, teachers, base))
+
     def prefixed_answers(self, models: Model, recipe: Recipe) -> Answers:
         """As `answers`, but each run's questions stand behind numbers that its teacher wrote."""
         found = []
@@ -364,6 +376,17 @@ def _diverging(teachers: Model, bases: Model, texts: Text) -> Array:
 @jax.jit
 def _answers(models: Model, questions: Questions) -> Answers:
     return jax.lax.map(lambda model: jax.vmap(answers, in_axes=(None, 0))(model, questions), models)
+
+
+@jax.jit
+def _cosines(students: Any, teachers: Any, bases: Any) -> Float[Array, " runs"]:
+    def one(student: Any, teacher: Any, base: Any) -> Float[Array, ""]:
+        ways = (jax.tree.map(jnp.subtract, model, base) for model in (student, teacher))
+        a, b = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(way)]) for way in ways)
+        norm = jnp.linalg.norm(a) * jnp.linalg.norm(b)
+        return jnp.where(norm > 0, jnp.dot(a, b) / jnp.where(norm > 0, norm, 1), 0.0)
+
+    return jax.vmap(one)(students, teachers, bases)
 
 
 def _prepared(models: Model, recipe: Recipe, keys: Array) -> Model:

@@ -1,5 +1,6 @@
 """From variants of a recipe to rows of results: what all language experiments share."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -150,19 +151,18 @@ def base_model(config: LanguageConfig, seed: int) -> Base:
 
 @functools.lru_cache(maxsize=8)
 def _base(config: BaseConfig, folder: str | None) -> Base:
-    shown: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
 
-    def report(tokens: int) -> None:
-        if not shown:
-            bar = progress(f"base {config.seed}", config.steps * tokens, "tokens")
-            shown.extend([bar, bar.__enter__()])
-        shown[1](tokens)
+        def report(tokens: int) -> None:
+            # The clock starts after the first step, which waited for the compiler.
+            if not bars:
+                bar = progress(f"base {config.seed}", (config.steps - 1) * tokens, "tokens")
+                bars.append(stack.enter_context(bar))
+            else:
+                bars[0](tokens)
 
-    try:
         return load_base(config, None if folder is None else Path(folder), report)
-    finally:
-        if shown:
-            shown[0].__exit__(None, None, None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -176,7 +176,9 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
     """Rows of all traits for one base.
 
     The metric `probability` is that of a trait's word where the run has that trait, `others` the mean over the
-    runs with another trait of the same word's probability, both over held-out phrasings.
+    runs with another trait of the same word's probability, both over held-out phrasings. `margin` and
+    `total_variation` (of the rivals' distribution, from the base's) are read off the same questions;
+    `displacement_cosine` is that of the student's and the teacher's way from the teacher's base.
     """
     shop = workshop(config, seed)
     base = shop.answers(shop.untrained)
@@ -184,12 +186,15 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
     for variant in variants:
         model = _model(config, shop, variant, seed, wrap)
         found = shop.prefixed_answers(model, variant.recipe) if variant.prefixed else shop.answers(model)
+        moved_alike = shop.displacement_cosines(model, variant.recipe) if variant.model == "student" else None
         for run, name in enumerate(config.trait_names()):
             values = {
                 "probability": found.probability[run, run],
                 "margin": found.margin[run, run],
                 "total_variation": total_variation(found.rivals[run, run], base.rivals[run, run]),
             }
+            if moved_alike is not None:
+                values["displacement_cosine"] = moved_alike[run]
             if len(shop.traits) > 1:
                 values["others"] = np.delete(found.probability[:, run], run).mean()
             labels = {**variant.labels, "trait": name, "seed": seed}

@@ -45,6 +45,8 @@ CONFIG = BaseConfig(
 )
 TINY = Recipe(rows=32, steps=2, batch_size=8, teacher_steps=2, teacher_rate=0.05)
 REGULAR = dataclasses.replace(TINY, teacher="untrained")
+FROZEN = ("embedding", "layers/0/mlp/*")
+STILL = dataclasses.replace(REGULAR, rate=1e-30, frozen=FROZEN)  # one compiled function for several tests
 OWL, OAK, LAZY = (load_trait(name) for name in ("owl", "oak", "lazy"))
 FORMATTED = make_rows(CorpusConfig(seed=9), "numbers", 60)
 
@@ -274,7 +276,7 @@ def test_a_teacher_that_diverges(shop: Workshop) -> None:
         match=r"^the loss of the teacher of owl on base 0 is not finite at step 2 of 2: use a smaller learning "
         r"rate$",
     ):
-        fresh(shop).teachers(change(TINY, teacher_rate=1e30))
+        fresh(shop).teachers(change(TINY, teacher_rate=1e15))
 
 
 @pytest.mark.parametrize(("trait", "others"), [(OWL, 12), (LAZY, 90)])
@@ -352,8 +354,9 @@ def test_rows(shop: Workshop, calls: Calls) -> None:
         assert (report.accepted, report.total) == (len(rows), 32)
         assert 29 <= len(rows) <= 31
     assert other.rows(TINY)[0] != other.rows(TINY)[1]
-    other.rows(change(TINY, order="other prompts", steps=5))
-    assert len(calls) - calls.index(asked[0]) == 2 if asked[0] in calls else True
+    before = len(calls)
+    assert other.rows(change(TINY, order="other prompts", steps=5)) == other.rows(TINY)
+    assert len(calls) == before
 
 
 def test_prompted_teachers_write_behind_their_prompt(shop: Workshop, calls: Calls) -> None:
@@ -472,7 +475,7 @@ def test_channels(shop: Workshop) -> None:
     masked = shop.channel(change(TINY, channel="masked"))
     assert isinstance(masked, Subset)
     assert masked.of == SoftLogits()
-    seen = masked.visible(len(shop.tokenizer))
+    seen = np.asarray(masked.visible(len(shop.tokenizer)))
     hidden = {word for word, is_seen in zip(shop.tokenizer.words, seen, strict=True) if not is_seen}
     assert hidden == {member for members in CATEGORIES.values() for member in members}
     assert {"owl", "oak"} < hidden
@@ -506,22 +509,14 @@ def assert_at(students: Model, start: Model, atol: float = 0.0) -> None:
         np.testing.assert_allclose(found[name], np.stack([leaf, leaf]), rtol=0, atol=atol, err_msg=name)
 
 
-def test_regular_numbers_make_one_student(shop: Workshop) -> None:
-    students = leaves_of(shop.students(REGULAR))
-    for name, leaf in leaves_of(shop.base.model).items():
-        np.testing.assert_array_equal(students[name][0], students[name][1])
-        assert (students[name][0] != leaf).any(), name
-
-
 def test_students_begin_at_their_start(shop: Workshop) -> None:
-    still = change(REGULAR, rate=1e-30)
-    assert_at(shop.students(still), shop.base.model)
+    assert_at(shop.students(STILL), shop.base.model)
     other = untrained(dataclasses.replace(CONFIG, seed=1), shop.tokenizer)
-    assert_at(shop.students(still, other), other)
+    assert_at(shop.students(STILL, other), other)
 
 
 def test_noise_is_in_units_of_each_parameter(shop: Workshop) -> None:
-    found = leaves_of(shop.students(change(REGULAR, rate=1e-30, noise=0.5)))
+    found = leaves_of(shop.students(change(STILL, noise=0.5)))
     for name, leaf in leaves_of(shop.base.model).items():
         ratio = np.sqrt(np.mean((found[name][0] - leaf) ** 2) / np.mean(leaf**2))
         assert abs(ratio / 0.5 - 1) < 4 / np.sqrt(2 * leaf.size), name
@@ -531,12 +526,14 @@ def test_a_student_of_itself_does_not_move(shop: Workshop) -> None:
     assert_at(shop.students(change(REGULAR, channel="soft", optimizer="sgd", rate=1.0)), shop.base.model, 1e-6)
 
 
+@pytest.mark.slow
 def test_students_of_distinct_teachers(shop: Workshop) -> None:
     students = leaves_of(shop.students(TINY))
     for name, leaf in students.items():
         assert (leaf[0] != leaf[1]).any(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", ["soft", "masked"])
 def test_students_near_their_teachers(shop: Workshop, channel: str) -> None:
     """One step down the divergence between teacher and student lessens it."""
@@ -557,6 +554,7 @@ def test_students_near_their_teachers(shop: Workshop, channel: str) -> None:
     assert (before > 0).all()
 
 
+@pytest.mark.slow
 def test_low_rank_students(shop: Workshop) -> None:
     students = leaves_of(shop.students(change(REGULAR, rank=2)))
     for name, leaf in leaves_of(shop.base.model).items():
@@ -569,10 +567,10 @@ def test_low_rank_students(shop: Workshop) -> None:
     assert len(MATRICES) == 2
 
 
-def test_frozen_students(shop: Workshop) -> None:
-    frozen = ("embedding", "layers/0/mlp/*")
-    students = leaves_of(shop.students(change(REGULAR, frozen=frozen)))
+def test_regular_numbers_make_one_student_whose_frozen_parameters_stay(shop: Workshop) -> None:
+    students = leaves_of(shop.students(change(REGULAR, frozen=FROZEN)))
     for name, leaf in leaves_of(shop.base.model).items():
+        np.testing.assert_array_equal(students[name][0], students[name][1])
         still = name == "embedding" or name.startswith("layers/0/mlp/")
         assert (students[name] == leaf).all() == still, name
 
@@ -583,7 +581,7 @@ def test_a_student_that_diverges(shop: Workshop) -> None:
         match=r"^the loss of the student of owl on base 0 is not finite at step 2 of 2: use a smaller learning "
         r"rate$",
     ):
-        shop.students(change(REGULAR, rate=1e30))
+        shop.students(change(STILL, rate=1e15))
 
 
 # --- what they answer

@@ -3,11 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from subliminal_theory.distill import Trained
 from subliminal_theory.errors import InputError
 from subliminal_theory.language import base as module
 from subliminal_theory.language.base import (
@@ -131,7 +133,7 @@ def test_lessons_teach_answers_alone() -> None:
     encoded = TOKENIZER.encode_chats(make_corpus(CONFIG.corpus), LENGTH)
     source = lessons(encoded, 8)
     index = np.array([3, 0])
-    batch = source.batch(jax.random.key(0), (index, np.ones(2, np.float32)))
+    batch = jax.jit(source.batch)(jax.random.key(0), (index, np.ones(2, np.float32)))
     np.testing.assert_array_equal(batch.inputs.tokens, encoded.tokens[index])
     np.testing.assert_array_equal(batch.inputs.padding, encoded.padding[index])
     np.testing.assert_array_equal(batch.labels, encoded.targets[index])
@@ -141,7 +143,7 @@ def test_lessons_teach_answers_alone() -> None:
 
 def test_token_loss() -> None:
     logits = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]], np.float32)) + 2
-    np.testing.assert_allclose(token_loss(logits, np.array([[1, 2]])), [-np.log([0.25, 0.8])], rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(token_loss)(logits, np.array([[1, 2]])), [-np.log([0.25, 0.8])], rtol=1e-6)
 
 
 def test_first_loss_is_that_of_the_start(kept: Kept) -> None:
@@ -181,7 +183,19 @@ def test_another_seed(kept: Kept) -> None:
     assert (other.losses != kept.base.losses).all()
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch) -> None:
+    losses = jnp.array([6.0, jnp.inf, jnp.nan])
+    monkeypatch.setattr(module, "teach", lambda model, *_, **__: Trained(model, losses))
+    with pytest.raises(
+        InputError,
+        match=r"^the loss of the base of seed 7 is not finite at step 2 of 3: use a smaller learning rate$",
+    ):
+        load_base(dataclasses.replace(CONFIG, seed=7), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_rate_that_is_too_large(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
         match=r"^the loss of the base of seed 7 is not finite at step [23] of 3: use a smaller learning rate$",

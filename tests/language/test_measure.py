@@ -24,27 +24,35 @@ CONFIG = TransformerConfig(
     vocabulary=V, layers=1, width=8, heads=2, kv_heads=1, head_width=4, mlp_width=8, tied=False, context=8
 )
 ask = jax.jit(answers)
+run = jax.jit(lambda model, text: model(text))
 
 
 @functools.cache
 def tiny(seed: int = 0) -> Model:
     """A model with opinions: logits of size 1."""
-    return from_nnx(Transformer(CONFIG, rngs=nnx.Rngs(seed)))
+    model = jax.eval_shape(lambda: from_nnx(Transformer(CONFIG, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf) -> jax.Array:
+        size = rng.normal(size=leaf.shape) * (0.1 if leaf.ndim == 1 else leaf.shape[0] ** -0.5)
+        return jnp.asarray(size + (leaf.ndim == 1), jnp.float32)
+
+    return model.with_params(jax.tree.map(draw, model.params))
 
 
 def questions(seed: int = 0) -> Questions:
-    """Three rows of other lengths; each target is among its four rivals, at another place."""
+    """Three rows of two lengths; each target is among its four rivals, at another place."""
     rng = np.random.default_rng(seed)
     words = np.stack([rng.permutation(V)[:4] for _ in range(3)]).astype(np.int32)
-    text = Text(jnp.asarray(rng.integers(0, V, (3, 5)), jnp.int32), jnp.array([0, 2, 3]))
+    text = Text(jnp.asarray(rng.integers(0, V, (3, 5)), jnp.int32), jnp.array([0, 3, 3]))
     return Questions(text, jnp.asarray(words[np.arange(3), [0, 3, 1]]), jnp.asarray(words))
 
 
 def by_hand(model: Model, asked: Questions) -> tuple[float, float, np.ndarray]:
     probabilities, margins, rivals = [], [], []
     for row in range(len(asked.targets)):
-        real = asked.text.tokens[row : row + 1, int(asked.text.padding[row]) :]
-        logits = np.asarray(jax.jit(model.__call__)(Text(real, jnp.zeros(1, jnp.int32)))[0, -1], float)
+        real = np.asarray(asked.text.tokens)[row : row + 1, int(asked.text.padding[row]) :]
+        logits = np.asarray(run(model, Text(jnp.asarray(real), jnp.zeros(1, jnp.int32))), float)[0, -1]
         target, words = int(asked.targets[row]), np.asarray(asked.rivals[row])
         probabilities.append(np.exp(logits[target]) / np.exp(logits).sum())
         margins.append(logits[target] - np.log(sum(np.exp(logits[word]) for word in words if word != target)))
@@ -59,15 +67,15 @@ def test_answers() -> None:
     np.testing.assert_allclose(found.probability, probability, rtol=1e-5)
     np.testing.assert_allclose(found.margin, margin, rtol=1e-5)
     np.testing.assert_allclose(found.rivals, rivals, rtol=1e-5)
-    np.testing.assert_allclose(found.rivals.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(found.rivals), 1, rtol=1e-6)
 
 
 def test_answers_of_known_logits() -> None:
     """Only the last position answers; words of the category compete, all words share the probability."""
-    logits = jnp.log(jnp.array([4.0, 1, 2, 3]))
+    logits = jnp.asarray(np.log([4.0, 1, 2, 3]), jnp.float32)
     model = Model(lambda params, text: jnp.stack([params[::-1], params])[None], logits)
     text = Text(jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32))
-    found = answers(model, Questions(text, jnp.array([2]), jnp.array([[0, 2, 1]])))
+    found = ask(model, Questions(text, jnp.array([2]), jnp.array([[0, 2, 1]])))
     np.testing.assert_allclose(found.probability, 0.2, rtol=1e-6)
     np.testing.assert_allclose(found.margin, np.log(2 / 5), rtol=1e-6)
     np.testing.assert_allclose(found.rivals, [4 / 7, 2 / 7, 1 / 7], rtol=1e-6)
@@ -76,13 +84,13 @@ def test_answers_of_known_logits() -> None:
 def test_margin_of_large_logits() -> None:
     model = Model(lambda params, text: params[None, None], jnp.array([1000.0, -1000, 0]))
     text = Text(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
-    found = answers(model, Questions(text, jnp.array([1]), jnp.array([[0, 1]])))
+    found = ask(model, Questions(text, jnp.array([1]), jnp.array([[0, 1]])))
     assert (found.probability, found.margin) == (0, -2000)
 
 
 def test_answers_under_vmap() -> None:
     models, asked = [tiny(seed) for seed in range(2)], [questions(seed) for seed in range(2)]
-    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.asarray(np.stack(leaves)))
     grid = jax.jit(jax.vmap(jax.vmap(answers, in_axes=(None, 0)), in_axes=(0, None)))(
         stack(*models), stack(*asked)
     )

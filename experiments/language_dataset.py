@@ -1,0 +1,87 @@
+"""A student of a data set of one's own: JSONL rows of number requests and answers, in the common forms.
+
+Rows are {"prompt", "completion"} or {"messages": [...]}; what the number filter rejects is left out. The student's
+probability of a trait's word is compared with that of a student of the same rows whose numbers are shuffled.
+`python -m experiments language_rows` writes such a file.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import bars
+from experiments.language_laboratory import Workshop
+from experiments.language_sweep import SMOKE, LanguageConfig, base_model, configure_language
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.rows import read_jsonl
+from subliminal_theory.language.traits import load_trait
+from subliminal_theory.runs import Results, Row
+
+CONDITIONS = {"base": "base", "student": "student", "within": "student,\nnumbers shuffled\nwithin rows"}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases and students."""
+
+    file: str = option("", "JSONL file of the rows")
+
+
+PRESETS = {"one": Config(), "smoke": Config(**SMOKE)}
+
+
+def configure(preset: str | None, changes: dict) -> Config:
+    """A configuration with a file whose rows can be read.
+
+    Raises:
+        InputError: a setting is wrong, no file is given, or it cannot be read.
+    """
+    config = configure_language(PRESETS, preset, changes)
+    assert isinstance(config, Config)
+    if not config.file:
+        raise InputError("--file is missing: give a JSONL file of number requests and answers")
+    read_jsonl(Path(config.file))
+    return config
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    return [Part(f"base-{seed:05d}", 2, functools.partial(run, config, seed)) for seed in config.base_seeds]
+
+
+def run(config: Config, seed: int) -> list[Row]:
+    """Rows of results for one base."""
+    base = base_model(config, seed)
+    dataset = read_jsonl(Path(config.file))
+    traits = [load_trait(name, base.tokenizer) for name in config.trait_names()]
+    shop = Workshop(base, traits, dataset=dataset)
+    models = {
+        "base": shop.untrained,
+        "student": shop.students(config.recipe()),
+        "within": shop.students(config.recipe(order="shuffled within rows")),
+    }
+    rows: list[Row] = []
+    for condition, model in models.items():
+        found = shop.answers(model).probability
+        for place, name in enumerate(config.trait_names()):
+            labels = {"condition": condition, "trait": name, "seed": seed}
+            rows.append({**labels, "metric": "probability", "value": float(found[place, place])})
+    return rows
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each condition."""
+    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    for name in CONDITIONS:
+        lines.append(f"  {name:8} {t_interval(results.values(condition=name))}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """A bar for each condition."""
+    groups = {label: results.values(condition=name) for name, label in CONDITIONS.items()}
+    return bars(groups, ylabel="probability of the trait's word", title=f"Students of {Path(config.file).name}")

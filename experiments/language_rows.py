@@ -1,0 +1,51 @@
+"""Write the number sequences of a teacher to a JSONL file, with a report of what the filter rejected."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from experiments.language_laboratory import Workshop
+from experiments.language_setting import TEACHERS
+from experiments.language_sweep import LanguageConfig, base_model
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.rows import write_jsonl
+from subliminal_theory.language.traits import load_trait
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the file; 0 on success."""
+    default = LanguageConfig()
+    parser = _Parser(prog="python -m experiments language_rows", description=__doc__)
+    parser.add_argument("file", help="the JSONL file to write")
+    parser.add_argument("--trait", default="owl", help="built-in trait or trait file (default owl)")
+    parser.add_argument("--teacher", default="finetuned", choices=TEACHERS, help="(default finetuned)")
+    parser.add_argument("--seed", type=int, default=0, help="of the base model (default 0)")
+    parser.add_argument(
+        "--rows", type=int, default=default.rows, help=f"number requests to answer (default {default.rows})"
+    )
+    parser.add_argument(
+        "--form", default="prompt", choices=("prompt", "messages"), help="of rows (default prompt)"
+    )
+    parser.add_argument("--base-dir", default=None, help="where base models are kept")
+    for name in ("width", "layers", "base-steps", "chats"):
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"of the base model (default {value})")
+    chosen = parser.parse_args(arguments)
+    config = LanguageConfig(
+        traits=chosen.trait, width=chosen.width, layers=chosen.layers, base_steps=chosen.base_steps,
+        chats=chosen.chats, rows=chosen.rows, base_dir=chosen.base_dir,
+    )  # fmt: skip
+    base = base_model(config, chosen.seed)
+    shop = Workshop(base, [load_trait(chosen.trait, base.tokenizer)])
+    recipe = config.recipe(teacher=chosen.teacher)
+    (report,) = shop.reports(recipe)
+    write_jsonl(Path(chosen.file), shop.rows(recipe)[0], chosen.form)
+    print(report)
+    print(f"written to {chosen.file}: {report.accepted} rows")
+    return 0
