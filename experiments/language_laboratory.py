@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from experiments.language_setting import LANGUAGE_OPTIMIZERS, Recipe
+from subliminal_theory.alignment import cosine, difference
 from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
 from subliminal_theory.distill import distill, require_finite, teach
 from subliminal_theory.errors import InputError
@@ -381,10 +382,7 @@ def _answers(models: Model, questions: Questions) -> Answers:
 @jax.jit
 def _cosines(students: Any, teachers: Any, bases: Any) -> Float[Array, " runs"]:
     def one(student: Any, teacher: Any, base: Any) -> Float[Array, ""]:
-        ways = (jax.tree.map(jnp.subtract, model, base) for model in (student, teacher))
-        a, b = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(way)]) for way in ways)
-        norm = jnp.linalg.norm(a) * jnp.linalg.norm(b)
-        return jnp.where(norm > 0, jnp.dot(a, b) / jnp.where(norm > 0, norm, 1), 0.0)
+        return cosine(difference(student, base), difference(teacher, base))
 
     return jax.vmap(one)(students, teachers, bases)
 
