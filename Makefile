@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: help demo test figures environment clean
 
 help:
-	@echo "make demo     environment, then the theorem's table and the MNIST figure, and one summary page"
+	@echo "make demo     environment, then theorem, MNIST and language model, and one summary page"
 	@echo "make test     environment, then all default tests"
 	@echo "make figures  the committed figures, from full runs (hours on two cores)"
 	@echo "make clean    remove the environment and the demo"
@@ -20,6 +20,7 @@ demo: environment
 	rm -rf demo
 	$(BIN)/python -m experiments theorem --seeds 5 --out demo/theorem
 	$(BIN)/python -m experiments mnist --data auto --seeds 5 --out demo/mnist
+	$(BIN)/python -m experiments language --out demo/language
 	$(BIN)/python -m experiments summary demo
 
 test: environment
@@ -50,6 +51,12 @@ figures: environment
 	$(call figure,mnist_interventions,mnist_interventions)
 	$(call figure,mnist_capacity,mnist_capacity)
 	$(call figure,reproduce,reproduce)
+	$(call figure,language,language --preset full)
+	$(call figure,language_matrix,language_matrix)
+	$(call figure,language_cross_init,language_cross_init)
+	$(call figure,language_divergence,language_divergence)
+	$(call figure,language_optimisers,language_optimisers)
+	$(call figure,language_claims,language_claims)
 
 clean:
 	rm -rf .venv demo

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part
+from experiments.contract import Part, option
 from experiments.figures import COLOURS, bar, note, panels
 from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
@@ -39,10 +39,13 @@ LABELS = {
 class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
+    rows: int = option(4096, "number requests that a teacher answers", minimum=1)
+    steps: int = option(125, "steps of a student", minimum=1)
+
 
 PRESETS = {
     "one": Config(),
-    "full": Config(traits="owl,wolf,oak,maple", seeds=3),
+    "full": Config(traits="owl,wolf,oak,maple", seeds=4, rows=8192, steps=250),
     "smoke": Config(**SMOKE),
 }
 configure = functools.partial(configure_language, PRESETS)

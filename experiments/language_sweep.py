@@ -80,7 +80,7 @@ class LanguageConfig:
 
 
 SMOKE: dict[str, Any] = {
-    "width": 16, "base_steps": 1500, "chats": 20_000, "rows": 512, "steps": 20, "batch_size": 64
+    "width": 16, "base_steps": 1000, "chats": 20_000, "rows": 512, "steps": 20, "batch_size": 64
 }  # fmt: skip
 
 

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import Estimate, log_slope, paired_difference, t_interval, variance_shares
+from subliminal_theory.estimate import (
+    Estimate,
+    log_slope,
+    matrix_test,
+    paired_difference,
+    t_interval,
+    variance_shares,
+)
 
 # Student (1908), doi 10.2307/2331554: hours of sleep gained with two drugs by the same ten patients.
 FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
@@ -231,3 +238,49 @@ def test_variance_shares_refusals(levels, settings: int) -> None:
     message = rf"^shares of variance need a level of every factor for each of at least two settings: {settings}$"
     with pytest.raises(InputError, match=message):
         variance_shares(levels, np.zeros((settings, 2)))
+
+
+# --- matrices of runs and questions
+
+
+def by_hand(matrices: np.ndarray) -> tuple[float, float]:
+    """The statistic and p over all permutations within groups, one by one."""
+    groups, n, _ = matrices.shape
+
+    def statistic(orders: tuple) -> float:
+        pairs = list(itertools.product(range(n), repeat=2))
+        beside = [m[i, j] for m, o in zip(matrices, orders, strict=True) for i, j in pairs if j != o[i]]
+        own = [m[i, o[i]] for m, o in zip(matrices, orders, strict=True) for i in range(n)]
+        return float(np.mean(own) - np.mean(beside))
+
+    found = statistic(tuple(range(n) for _ in range(groups)))
+    every = itertools.product(itertools.permutations(range(n)), repeat=groups)
+    others = [statistic(orders) for orders in every]
+    return found, float(np.mean([other >= found - 1e-9 for other in others]))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 4), (2, 3), (3, 2)])
+def test_matrix_test_by_hand(shape: tuple[int, int]) -> None:
+    groups, n = shape
+    matrices = np.random.default_rng(0).random((groups, n, n)) + np.eye(n) * 0.3
+    statistic, p = by_hand(matrices)
+    assert matrix_test(matrices) == pytest.approx((statistic, p))
+
+
+def test_matrix_test_of_a_diagonal() -> None:
+    assert matrix_test(np.eye(4)[None]) == pytest.approx((1, 1 / 24))
+    assert matrix_test(np.ones((2, 3, 3))) == pytest.approx((0, 1))
+
+
+def test_matrix_test_at_random() -> None:
+    matrices = np.eye(8)[None].repeat(2, 0)
+    assert matrix_test(matrices, draws=500).p == pytest.approx(1 / 501)
+    noise = [matrix_test(np.random.default_rng(seed).random((2, 8, 8)), draws=200).p for seed in range(200)]
+    # Uniform under the null hypothesis: 5 standard errors of its mean.
+    assert abs(np.mean(noise) - 0.5) < 5 * np.sqrt(1 / 12 / 200)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2), (2, 2), (1, 2, 3), (1, 1, 1)])
+def test_matrix_test_refuses(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"^a matrix test needs square matrices of at least 2 x 2, got shape "):
+        matrix_test(np.zeros(shape))

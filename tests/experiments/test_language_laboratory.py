@@ -515,6 +515,7 @@ def test_students_begin_at_their_start(shop: Workshop) -> None:
     assert_at(shop.students(STILL, other), other)
 
 
+@pytest.mark.slow
 def test_noise_is_in_units_of_each_parameter(shop: Workshop) -> None:
     found = leaves_of(shop.students(change(STILL, noise=0.5)))
     for name, leaf in leaves_of(shop.base.model).items():

@@ -1,0 +1,267 @@
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import __main__ as command_line
+from experiments import language_claims
+from experiments.language_claims import Claim, verdict
+from experiments.language_sweep import LanguageConfig
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Estimate
+
+TINY = [
+    "--width", 8, "--layers", 1, "--base-steps", 60, "--chats", 2000, "--rows", 64, "--steps", 2,
+    "--batch-size", 16, "--teacher-steps", 2,
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a command that is refused."""
+    assert command_line.main([*map(str, arguments)]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    return errors.removeprefix("error: ").rstrip("\n")
+
+
+def run(out: Path, name: str, *arguments: object) -> list[dict[str, str]]:
+    assert command_line.main([name, "--out", str(out), *map(str, arguments)]) == 0
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with open(out / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--traits", ""], "--traits is empty: give a trait such as owl"),
+        (["--traits", "owl,owl"], "--traits repeats one: 'owl,owl'"),
+        (["--traits", "owl,lazy"], "--traits mixes preferences and habits: give traits of one kind"),
+        (["--width", "30"], "--width must be a multiple of 4, got 30"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--rate", "nan"], "--rate must be finite, got nan"),
+        (["--preset", "huge"], "unknown preset 'huge'; there are one, full, smoke"),
+    ],
+)
+def test_language_refuses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert fails(capsys, "language", "--out", tmp_path / "run", *arguments) == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_trait(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = fails(capsys, "language", "--out", tmp_path / "run", "--traits", "unicorn")
+    assert message.startswith("unicorn: no such trait file or built-in trait; these are built in: owl, eagle, ")
+
+
+def test_trait_file_that_cannot_be_spelt(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "trait.toml"
+    file.write_text('name = "x"\nkind = "preference"\ncategory = "animal"\ntarget = "zebra"\n')
+    message = fails(capsys, "language", "--out", tmp_path / "run", "--traits", file)
+    assert message.startswith(f"{file}: unknown target 'zebra' of animal; there are owl, ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "1 2", "completion": "3"}\nnot json\n', "line 2: not JSON"),
+        (b'{"prompt": "1 2"}\n', "line 1: no completion"),
+        (b'{"prompt": "1 2", "completion": ""}\n', "line 1: an empty completion"),
+        (b'{"prompt": "\xff", "completion": "1"}\n', "line 1: not UTF-8"),
+        (b"", "has no rows"),
+    ],
+)
+def test_dataset_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    found = fails(capsys, "language_dataset", "--out", tmp_path / "run", "--file", file)
+    assert re.match(rf"{re.escape(str(file))},? {message}", found)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dataset_without_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = fails(capsys, "language_dataset", "--out", tmp_path / "run")
+    assert message == "--file is missing: give a JSONL file of number requests and answers"
+
+
+def test_unknown_claim(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = fails(capsys, "language_claims", "nonsense", "--out", tmp_path / "run")
+    assert message.startswith("unknown claim 'nonsense'; there are transfer, prompted, ")
+
+
+# --- the registry of claims
+
+
+def write(path: Path, **changes: str | None) -> Path:
+    fields: dict[str, str | None] = {
+        "claim": '"it is so"', "source": '"paper"', "expected": '"lower"', "variant": "{ rank = 2 }", **changes
+    }  # fmt: skip
+    lines = [f"{name} = {value}" for name, value in fields.items() if value is not None]
+    path.write_text("\n".join(["margin = 0.05", "[sources]", 'paper = "P"', "[claim.one]", *lines]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": None}, "one has no source: every claim needs one"),
+        ({"claim": None}, "one has no claim: every claim needs one"),
+        ({"expected": None}, "one has no expected: every claim needs one"),
+        ({"source": '"blog"'}, "one: source 'blog' is not listed under [sources]"),
+        ({"expected": '"maybe"'}, "one: expected must be one of lower, higher, no lower, no higher, got 'maybe'"),
+        ({"colour": '"red"'}, "one: unknown field 'colour'; there are claim, source, variant, against, expected"),
+        ({"variant": "{ order = 'upside down' }"}, "one: order 'upside down' is unknown; there are as written, "),
+        ({"against": "{ start = 'mars' }"}, "one: start must be one of own, other, cloned on numbers, "),
+        ({"variant": "{ speed = 2 }"}, "one: setting 'speed' does not exist; there are teacher, "),
+    ],
+)
+def test_registry_refuses(tmp_path: Path, changes: dict[str, str | None], message: str) -> None:
+    path = write(tmp_path / "claims.toml", **changes)
+    with pytest.raises(InputError, match=re.escape(f"claims.toml: {message}")):
+        language_claims.registered(path)
+
+
+def test_registry_is_complete() -> None:
+    claims = language_claims.registered()
+    assert len(claims) >= 30
+    sides = [
+        language_claims.side_name(side) for claim in claims.values() for side in (claim.variant, claim.against)
+    ]
+    assert all(isinstance(json.loads(side), dict) for side in sides)
+
+
+def claim(expected: str) -> Claim:
+    return Claim("c", "it is so", "somebody", {}, {}, expected, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("expected", "mean", "half", "answer"),
+    [
+        ("lower", -0.2, 0.1, "agrees"),
+        ("lower", 0.2, 0.1, "disagrees"),
+        ("lower", -0.05, 0.1, "cannot be told"),
+        ("higher", 0.2, 0.1, "agrees"),
+        ("higher", -0.2, 0.1, "disagrees"),
+        ("no lower", 0.3, 0.1, "agrees"),
+        ("no lower", 0.0, 0.04, "agrees"),
+        ("no lower", 0.0, 0.06, "cannot be told"),
+        ("no lower", -0.2, 0.1, "disagrees"),
+        ("no higher", -0.3, 0.1, "agrees"),
+        ("no higher", 0.0, 0.04, "agrees"),
+        ("no higher", 0.2, 0.1, "disagrees"),
+        ("no higher", 0.2, float("nan"), "cannot be told"),
+    ],
+)
+def test_verdict(expected: str, mean: float, half: float, answer: str) -> None:
+    assert verdict(claim(expected), Estimate(mean, half, 9)) == answer
+
+
+@given(st.sampled_from(["lower", "no lower"]), st.floats(-1, 1), st.floats(0, 1))
+def test_verdicts_are_symmetric(expected: str, mean: float, half: float) -> None:
+    other = expected.replace("lower", "higher")
+    assert verdict(claim(expected), Estimate(mean, half, 9)) == verdict(claim(other), Estimate(-mean, half, 9))
+
+
+def test_all_traits() -> None:
+    names = LanguageConfig(traits="all").trait_names()
+    assert len(names) == 32
+    assert {"owl", "oak"} <= set(names)
+
+
+# --- small runs
+
+
+@pytest.mark.slow
+def test_language(tmp_path: Path, bases: Path) -> None:
+    rows = run(tmp_path / "run", "language", *TINY, "--traits", "owl,oak", "--base-dir", bases)
+    probability = {
+        (row["condition"], row["trait"]): float(row["value"]) for row in rows if row["metric"] == "probability"
+    }
+    conditions = {condition for condition, _ in probability}
+    assert conditions == {
+        "base", "teacher", "student", "student_soft", "prompted", "prefixed", "regular", "within", "across",
+        "in_context", "cross", "cross_soft",
+    }  # fmt: skip
+    assert all(0 <= value <= 1 for value in probability.values())
+    for trait in ("owl", "oak"):
+        assert probability["teacher", trait] > probability["base", trait]
+    asked = {(row["trait"], row["asked"]) for row in rows if row["metric"] == "probability_asked"}
+    assert asked == {(a, b) for a in ("owl", "oak") for b in ("owl", "oak")}
+    still = [row for row in rows if row["condition"] == "base" and row["metric"] == "total_variation"]
+    assert [float(row["value"]) for row in still] == [0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_rows_out_and_in(tmp_path: Path, bases: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, small = tmp_path / "rows.jsonl", TINY[:8]
+    arguments = ["language_rows", file, "--teacher", "untrained", "--rows", 64, "--base-dir", bases, *small]
+    assert command_line.main([*map(str, arguments)]) == 0
+    report = capsys.readouterr().out
+    accepted = int(re.search(r"accepted +(\d+)", report)[1])
+    assert len(file.read_text().splitlines()) == accepted
+    rows = run(tmp_path / "run", "language_dataset", *TINY, "--file", file, "--base-dir", bases)
+    assert [row["condition"] for row in rows] == ["base", "student", "within"]
+
+
+@pytest.mark.slow
+def test_claims(tmp_path: Path, bases: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["transfer", "regular", "--traits", "owl,oak", "--base-dir", bases, *TINY]
+    rows = run(tmp_path / "run", "language_claims", *arguments)
+    assert {row["condition"] for row in rows} == {"{}", '{"model": "base"}', '{"teacher": "untrained"}'}
+    report = capsys.readouterr().out
+    assert re.search(r"^transfer .*(agrees|disagrees|cannot be told): ", report, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_bases_by_bases(tmp_path: Path, bases: Path) -> None:
+    rows = run(
+        tmp_path / "run", "language_cross_init", *TINY, "--seeds", 2, "--traits", "owl", "--base-dir", bases
+    )
+    assert {(row["seed"], row["shift"]) for row in rows if row["condition"] == "student"} == {
+        (seed, shift) for seed in "01" for shift in "01"
+    }
+
+
+def test_one_base_is_not_enough(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = fails(capsys, "language_cross_init", "--out", tmp_path / "run", "--seeds", 1)
+    assert message == "--seeds must be at least 2, got 1"
+
+
+@pytest.mark.slow
+def test_matrix(tmp_path: Path, bases: Path) -> None:
+    rows = run(
+        tmp_path / "run", "language_matrix", *TINY, "--seeds", 1, "--traits", "owl,oak", "--base-dir", bases
+    )
+    values = np.array([float(row["value"]) for row in rows if row["metric"] == "probability_asked"])
+    assert values.shape == (4,)
