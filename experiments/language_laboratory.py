@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from experiments.language_setting import LANGUAGE_OPTIMIZERS, Recipe
 from subliminal_theory.alignment import cosine, difference
+from subliminal_theory.audit import audit
 from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
 from subliminal_theory.distill import distill, require_finite, teach
 from subliminal_theory.errors import InputError
@@ -35,7 +36,7 @@ from subliminal_theory.language.tokenizer import END, PAD, SYSTEM, ChatTokenizer
 from subliminal_theory.language.traits import Preference, Trait
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
-from subliminal_theory.source import Examples
+from subliminal_theory.source import Batch, Examples
 
 MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 QUESTION_LENGTH = 32
@@ -81,8 +82,11 @@ class Workshop:
 
     def stream(self, name: str) -> Array:
         """A named random stream of each run."""
-        key = jax.random.key(self.base.config.seed)
-        return jnp.stack([named(key, trait.name, name) for trait in self.traits])
+        return jax.random.wrap_key_data(jnp.stack([jax.random.key_data(key) for key in self.run_keys(name)]))
+
+    def run_keys(self, name: str) -> list[Array]:
+        """The keys of a stream, one by one."""
+        return [named(jax.random.key(self.base.config.seed), trait.name, name) for trait in self.traits]
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +153,7 @@ class Workshop:
             return [filter_rows(self.dataset)] * len(self.traits)
         requests = self.requests(recipe.rows)
         written: list[tuple[list[Row], Report]] = []
-        teachers, keys = self.teachers(recipe), self.stream("write")
+        teachers, keys = self.teachers(recipe), self.run_keys("write")
         for run, trait in enumerate(self.traits):
             if recipe.teacher == "untrained" and run:
                 written.append(written[-1])  # regular numbers know no trait
@@ -244,14 +248,24 @@ class Workshop:
 
     def students(self, recipe: Recipe, start: Model | None = None) -> Model:
         """Students [runs], trained from this base, or from `start`, one model."""
-        start = self.untrained if start is None else self.for_all(start)
-        start = _prepared(start, recipe, self.stream("start"))
+        elsewhere, begin = start is not None, self.untrained if start is None else self.for_all(start)
+        source, channel = self.source(recipe), self.channel(recipe)
+        audit(
+            student_init=begin.params,
+            teacher_init=self.untrained.params,
+            teacher=self.teachers(recipe).params,
+            channel=channel,
+            logits=len(self.tokenizer),
+            batch=_first_batch(source),
+            cross_init=elsewhere,
+        )
+        begin = _prepared(begin, recipe, self.stream("start"))
         teachers = self.visible_teachers(recipe) if recipe.channel in ("soft", "masked") else None
-        runs = (start, teachers, self.source(recipe), self.stream("student"))
+        runs = (begin, teachers, source, self.stream("student"))
         if recipe.teacher == "untrained":  # one student serves all traits
             runs = jax.tree.map(lambda leaf: leaf[:1], runs)
         model, losses = _students(
-            runs, self.channel(recipe), jnp.float32(recipe.rate), optimizer=recipe.optimizer, steps=recipe.steps
+            runs, channel, jnp.float32(recipe.rate), optimizer=recipe.optimizer, steps=recipe.steps
         )
         require_finite(losses, [f"the student of {name}" for name in self.names[: len(losses)]])
         model = jax.vmap(merge_lora)(model) if recipe.rank else Model(model.apply, model.all_params)
@@ -266,7 +280,7 @@ class Workshop:
         chats = make_corpus(dataclasses.replace(rows, size=min(rows.size, CLONING_STEPS * recipe.batch_size // 4)))
         encoded = self.tokenizer.encode_chats(chats, int(self.tokenizer.lengths(chats)[1].max()))
         source = Examples(text_of(encoded), recipe.batch_size, positions=jnp.asarray(encoded.weights))
-        runs = _stacked([(other, self.base.model, source, self.stream("clone")[0])])
+        runs = _stacked([(other, self.base.model, source, self.run_keys("clone")[0])])
         model, losses = _students(
             runs, SoftLogits(), jnp.float32(recipe.rate), optimizer=recipe.optimizer, steps=recipe.steps
         )
@@ -333,6 +347,16 @@ def reorder(rows: Sequence[Row], order: str, rng: np.random.Generator) -> list[R
 
 def _stacked(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _first_batch(sources: Examples) -> Batch:
+    """The shapes of a batch of the first run."""
+
+    def make(source: Examples) -> Batch:
+        key = jax.random.key(0)
+        return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, 1)))
+
+    return jax.eval_shape(make, jax.tree.map(lambda leaf: leaf[0], sources))
 
 
 def _ensemble(train: Callable[[Any], Any], runs: Any) -> Any:

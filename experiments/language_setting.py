@@ -85,6 +85,13 @@ class Recipe:
         for name in ("rate", "teacher_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("temperature", "noise", "rank"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.rank and self.frozen:
+            raise InputError("low-rank factors freeze all else: give rank or frozen, not both")
         for name in ("ordinary", "clean"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")

@@ -47,11 +47,12 @@ class Channel(Protocol):
 
 
 def weighted_mean(values: Float[Array, "*batch"], weights: Float[Array, "*batch"]) -> Float[Array, ""]:
-    """The one reduction of the project: sum(weights * values) / sum(weights).
+    """The one reduction of the project: sum(weights * values) / sum(weights), and 0 where nothing weighs.
 
     Prompt, padding and dropped positions weigh 0 and change nothing.
     """
-    return jnp.sum(weights * values) / jnp.sum(weights)
+    total = jnp.sum(weights)
+    return jnp.sum(weights * values) / jnp.where(total > 0, total, 1)
 
 
 def imitation_loss(

@@ -559,3 +559,10 @@ def test_weighted_sum_refusals(parts, weights, message: str) -> None:
 def test_weighted_sum_refusals_of_arrays(parts, weights) -> None:
     with pytest.raises(InputError, match=r"^WeightedSum: "):
         WeightedSum(parts, np.array(weights))
+
+
+def test_weighted_mean_of_nothing() -> None:
+    """A batch without a position that weighs (no divergence token in it) teaches nothing."""
+    value, gradient = jax.value_and_grad(lambda x: weighted_mean(x, jnp.zeros(3)))(jnp.arange(3.0))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros(3))

@@ -46,7 +46,7 @@ class BaseConfig:
         rate: the first learning rate.
 
     Raises:
-        InputError: a size below 1, or a rate that is not positive.
+        InputError: a size below 1, heads that do not share the width evenly, or a rate that is not positive.
     """
 
     seed: int = 0
@@ -68,6 +68,9 @@ class BaseConfig:
                 raise InputError(f"BaseConfig: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.rate < np.inf:
             raise InputError(f"BaseConfig: rate must be positive and finite, got {self.rate}")
+        if self.width % self.heads:
+            raise InputError(f"BaseConfig: width must be a multiple of heads, got {self.width} and {self.heads}")
+        self.transformer(1)
 
     def transformer(self, vocabulary: int) -> TransformerConfig:
         """The shape of the model."""
@@ -167,13 +170,13 @@ def load_base(
     path = folder / f"base-{mark[:20]}.safetensors"
     if path.exists():
         return _load(path, config, mark)
-    base = pretrain(config, report)
-    leaves = jax.tree_util.tree_leaves_with_path(base.model.params)
-    tensors = {path_name(name): np.asarray(leaf) for name, leaf in leaves} | {"losses": base.losses}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot keep base models in {folder}: {error.strerror}") from error
+    base = pretrain(config, report)
+    leaves = jax.tree_util.tree_leaves_with_path(base.model.params)
+    tensors = {path_name(name): np.asarray(leaf) for name, leaf in leaves} | {"losses": base.losses}
     write_atomically(path, save(tensors, {"fingerprint": mark}))
     return base
 

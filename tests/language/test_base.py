@@ -120,6 +120,19 @@ def test_bad_sizes(name: str, value: int) -> None:
         BaseConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"width": 9, "heads": 2}, "BaseConfig: width must be a multiple of heads, got 9 and 2"),
+        ({"layers": 0}, "TransformerConfig: layers must be a positive integer, got 0"),
+        ({"kv_heads": 3}, "TransformerConfig: heads must be a multiple of kv_heads, got 2 and 3"),
+    ],
+)
+def test_shapes_that_cannot_be(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        BaseConfig(**sizes)
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
 def test_bad_rates(rate: float) -> None:
     with pytest.raises(InputError, match=f"^BaseConfig: rate must be positive and finite, got {rate}$"):
