@@ -450,6 +450,7 @@ def test_divergence_and_rest_are_a_partition(shop: Workshop, teacher: str) -> No
     np.testing.assert_array_equal(differing.targets, whole.targets)
 
 
+@pytest.mark.slow
 def test_visible_teachers_have_their_prompt(shop: Workshop) -> None:
     """As functions of the rows without it, they are the base on rows with it, where an answer is."""
     recipe = change(TINY, teacher="prompted")
@@ -522,6 +523,7 @@ def test_noise_is_in_units_of_each_parameter(shop: Workshop) -> None:
         assert abs(ratio / 0.5 - 1) < 4 / np.sqrt(2 * leaf.size), name
 
 
+@pytest.mark.slow
 def test_a_student_of_itself_does_not_move(shop: Workshop) -> None:
     assert_at(shop.students(change(REGULAR, channel="soft", optimizer="sgd", rate=1.0)), shop.base.model, 1e-6)
 
