@@ -13,8 +13,15 @@ from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, bar, note, panels
-from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
-from subliminal_theory.estimate import t_interval
+from experiments.language_sweep import (
+    SMOKE,
+    LanguageConfig,
+    Variant,
+    configure_language,
+    trait_matrices,
+    variant_parts,
+)
+from subliminal_theory.estimate import matrix_test, paired_difference, t_interval
 from subliminal_theory.language.traits import Preference, load_trait
 from subliminal_theory.runs import Results
 
@@ -33,6 +40,8 @@ LABELS = {
     "cross": "other base,\nsampled",
     "cross_soft": "other base,\nfull distr.",
 }
+
+CONTROLS = ("base", "others", "regular", "within", "across", "cross")
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,18 @@ def groups(results: Results) -> dict[str, list[float]]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each condition."""
+    """A line for each condition, the paired differences from the controls, and whether traits are told apart."""
+    found = groups(results)
     lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
-    lines += [f"  {name:13} {t_interval(values)}" for name, values in groups(results).items()]
+    lines += [f"  {name:13} {t_interval(values)}" for name, values in found.items()]
+    lines.append("student less, paired")
+    lines += [
+        f"  {name:13} {paired_difference(found['student'], found[name])}" for name in CONTROLS if name in found
+    ]
+    if len(config.trait_names()) > 1:
+        for condition in ("student", "student_soft"):
+            matrix = matrix_test(trait_matrices(results, condition))
+            lines.append(f"{condition}: diagonal less rest {matrix.statistic:.3f}, permutation p = {matrix.p:.2g}")
     return "\n".join(lines)
 
 

@@ -7,13 +7,19 @@ null hypothesis which student had which teacher does not matter, so students are
 import functools
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
 from experiments.figures import note, panels
 from experiments.language_setting import CHANNELS
-from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from experiments.language_sweep import (
+    SMOKE,
+    LanguageConfig,
+    Variant,
+    configure_language,
+    trait_matrices,
+    variant_parts,
+)
 from subliminal_theory.estimate import MatrixTest, matrix_test
 from subliminal_theory.runs import Results
 
@@ -37,23 +43,14 @@ def plan(config: Config) -> list[Part]:
     return variant_parts(config, [Variant({"condition": "student"}, recipe, matrix=True)])
 
 
-def matrices(results: Results) -> np.ndarray:
-    """Probabilities [bases, traits of the student, traits asked for]."""
-    traits, seeds = results.distinct("trait"), results.distinct("seed")
-    wanted = {"condition": "student", "metric": "probability_asked"}
-    return np.array(
-        [[[results.values(**wanted, seed=s, trait=t, asked=a)[0] for a in traits] for t in traits] for s in seeds]
-    )
-
-
 def test(results: Results) -> MatrixTest:
     """The diagonal statistic and its permutation p."""
-    return matrix_test(matrices(results))
+    return matrix_test(trait_matrices(results, "student"))
 
 
 def report(results: Results, config: Config) -> str:
     """The statistic, and the mean matrix."""
-    found, mean, traits = test(results), matrices(results).mean(0), results.distinct("trait")
+    found, mean, traits = test(results), trait_matrices(results, "student").mean(0), results.distinct("trait")
     width = max(map(len, traits))
     lines = [f"diagonal - off-diagonal = {found.statistic:.3f}, permutation p = {found.p:.2g}"]
     lines.append("teacher's trait (rows), asked for (columns): " + " ".join(traits))
@@ -66,7 +63,7 @@ def report(results: Results, config: Config) -> str:
 
 def plot(results: Results, config: Config) -> Figure:
     """The mean matrix as a heat map."""
-    traits, mean, found = results.distinct("trait"), matrices(results).mean(0), test(results)
+    traits, mean, found = results.distinct("trait"), trait_matrices(results, "student").mean(0), test(results)
     figure, ((axes,),) = panels(size=(1.6 + 0.55 * len(traits), 1.4 + 0.5 * len(traits)))
     image = axes.imshow(mean, vmin=0, cmap="viridis")
     for row, values in enumerate(mean):

@@ -21,7 +21,7 @@ from subliminal_theory.language.measure import total_variation
 from subliminal_theory.language.tokenizer import ChatTokenizer
 from subliminal_theory.language.traits import Habit, Preference, builtin_traits, load_trait
 from subliminal_theory.model import Model
-from subliminal_theory.runs import Row
+from subliminal_theory.runs import Results, Row
 
 STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
 MODELS = ("student", "teacher", "base")
@@ -227,3 +227,11 @@ def _model(config: LanguageConfig, shop: Workshop, variant: Variant, seed: int, 
         inputs = variant.start.removeprefix("cloned on ").removeprefix("the ")
         other = shop.once(("cloned", inputs, variant.other), lambda: shop.clone(other, inputs))
     return shop.students(variant.recipe, other)
+
+
+def trait_matrices(results: Results, condition: str) -> np.ndarray:
+    """Probabilities [bases, traits of the student, traits asked for]."""
+    traits, seeds = results.distinct("trait"), results.distinct("seed")
+    wanted = {"condition": condition, "metric": "probability_asked"}
+    values = [results.values(**wanted, seed=s, trait=t, asked=a) for s in seeds for t in traits for a in traits]
+    return np.array(values).reshape(len(seeds), len(traits), len(traits))
