@@ -111,6 +111,8 @@ def started(*commands: list[object]) -> Iterator[list[Process]]:
     try:
         for command in commands:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            # What a shell starts in the background, and all below it, ignores interrupts.
+            pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
             processes.append(subprocess.Popen([sys.executable, *map(str, command)], **pipes))
         yield processes
     finally:
