@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import os
 import re
