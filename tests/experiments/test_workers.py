@@ -1,5 +1,4 @@
 import contextlib
-import functools
 import json
 import os
 import re
@@ -31,7 +30,7 @@ TRAINING = [
 ]
 # An experiment whose parts take as long as a test wants and can fail; it notes where each was computed.
 TOY = """
-import functools, os, sys, time, types
+import functools, os, signal, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +42,9 @@ from experiments import __main__ as command_line
 from experiments import workers
 from experiments.contract import Part, option
 from subliminal_theory.errors import InputError
+
+# What a shell starts in the background, and all below it, ignores interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,6 @@ def started(*commands: list[object]) -> Iterator[list[Process]]:
     try:
         for command in commands:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            # What a shell starts in the background, and all below it, ignores interrupts.
-            pipes["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
             processes.append(subprocess.Popen([sys.executable, *map(str, command)], **pipes))
         yield processes
     finally:
