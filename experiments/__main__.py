@@ -13,21 +13,16 @@ import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import jax
 import platformdirs
 
 from experiments import workers
-from experiments.contract import Part, configure
+from experiments.contract import Parser, Part, configure
 from experiments.progress import progress
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory, load_results
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,7 +160,7 @@ def _use_compilation_cache() -> None:
 
 
 def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m experiments {name}",
         description=module.__doc__,
         allow_abbrev=False,

@@ -4,15 +4,28 @@ A module of this folder that defines these four is found by the command line. Th
 docstring describes it in the list.
 """
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import Row
+
+
+class Parser(argparse.ArgumentParser):
+    """Command lines that are refused as all bad input is.
+
+    Raises:
+        InputError: the command line is wrong.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)

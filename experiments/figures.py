@@ -75,6 +75,20 @@ def runs_against(axes: Axes, values: Mapping[Any, Sequence[float]], colour: str,
         axes.plot([x] * len(runs), runs, ".", color=colour, markersize=3, alpha=0.35)
 
 
+def heat_map(axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """A table of values from 0 on as colours, with each value written in its field."""
+    image = axes.imshow(table, vmin=0, cmap="viridis")
+    for row, column in np.ndindex(*table.shape):
+        colour = "white" if table[row, column] < 0.6 * table.max() else "black"
+        value = f"{table[row, column]:.2f}"
+        axes.text(column, row, value, ha="center", va="center", fontsize=6.5, color=colour)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.colorbar(image, ax=axes, shrink=0.8)
+
+
 def note(axes: Axes, text: str) -> None:
     """A small line at the foot of the figure that says what is drawn."""
     figure = axes.get_figure(root=True)

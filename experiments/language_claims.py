@@ -8,7 +8,6 @@ the difference lies where the claim puts it, disagrees if it excludes that, else
 import dataclasses
 import functools
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from experiments.language_sweep import (
     configure_language,
     variant_parts,
 )
+from experiments.registry import pick, read_registry
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate, paired_difference, t_interval
 from subliminal_theory.runs import Results
@@ -60,28 +60,14 @@ def registered(path: Path = REGISTRY) -> Mapping[str, Claim]:
     Raises:
         InputError: the file cannot be read, or an entry lacks a field or has one that does not exist; names it.
     """
-    try:
-        registry = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot read the registry {path}: {error}") from error
-    sources, margin = registry.get("sources", {}), registry.get("margin", 0.0)
+    entries, registry = read_registry(path, "claim", "claim", ("claim", "source", "expected"), _KNOWN)
     found = {}
-    for name, entry in registry.get("claim", {}).items():
-        where = f"{path.name}: {name}"
-        for field in ("claim", "source", "expected"):
-            if field not in entry:
-                raise InputError(f"{where} has no {field}: every claim needs one")
-        for field in entry:
-            if field not in _KNOWN:
-                raise InputError(f"{where}: unknown field {field!r}; there are {', '.join(_KNOWN)}")
-        if entry["source"] not in sources:
-            raise InputError(f"{where}: source {entry['source']!r} is not listed under [sources]")
+    for name, (where, entry, source) in entries.items():
         if entry["expected"] not in EXPECTED:
             raise InputError(f"{where}: expected must be one of {', '.join(EXPECTED)}, got {entry['expected']!r}")
         sides = [_checked(where, entry.get(side, {})) for side in ("variant", "against")]
-        found[name] = Claim(
-            name, entry["claim"], sources[entry["source"]], sides[0], sides[1], entry["expected"], margin
-        )
+        margin = registry.get("margin", 0.0)
+        found[name] = Claim(name, entry["claim"], source, sides[0], sides[1], entry["expected"], margin)
     return found
 
 
@@ -123,11 +109,7 @@ def chosen(config: Config) -> list[Claim]:
     Raises:
         InputError: an unknown one; lists those that are known.
     """
-    known, names = registered(), [name.strip() for name in config.ids.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise InputError(f"unknown claim {name!r}; there are {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return pick(registered(), [name.strip() for name in config.ids.split(",") if name.strip()], "claim")
 
 
 def side_name(side: Mapping[str, Any]) -> str:

@@ -11,10 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, note, panels
+from experiments.figures import COLOURS, bar, heat_map, note, panels
 from experiments.language_setting import CHANNELS
 from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
-from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
@@ -34,8 +33,6 @@ configure = functools.partial(configure_language, PRESETS)
 
 def plan(config: Config) -> list[Part]:
     """A part for each teacher's base, with students of every base."""
-    if config.seeds < 2:
-        raise InputError(f"--seeds must be at least 2 here, got {config.seeds}")
     recipe = config.recipe(channel=config.channel)
     variants = [
         Variant({"condition": "student", "shift": shift}, recipe, start="other" if shift else "own", other=shift)
@@ -76,17 +73,11 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """The table as a heat map, and the means as bars."""
     figure, ((left, right),) = panels(2, size=(8.0, 3.6))
-    table, seeds = heat(results, config), list(config.base_seeds)
-    image = left.imshow(table, vmin=0, cmap="viridis")
-    for row, column in np.ndindex(*table.shape):
-        colour = "white" if table[row, column] < 0.6 * table.max() else "black"
-        left.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=colour)
-    left.set_xticks(range(config.seeds), list(map(str, seeds)))
-    left.set_yticks(range(config.seeds), list(map(str, seeds)))
+    seeds = [str(seed) for seed in config.base_seeds]
+    heat_map(left, heat(results, config), seeds, seeds)
     left.set_xlabel("base of the student")
     left.set_ylabel("base of the teacher")
     left.set_title("Probability of the trait's word")
-    figure.colorbar(image, ax=left, shrink=0.8)
     for x, (name, values) in enumerate(shared_and_crossed(results).items()):
         bar(right, x, values, COLOURS[x], label=name)
     right.set_xticks(range(3), list(shared_and_crossed(results)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
-from experiments.figures import note, panels
+from experiments.figures import heat_map, note, panels
 from experiments.language_setting import CHANNELS
 from experiments.language_sweep import (
     SMOKE,
@@ -65,19 +65,11 @@ def plot(results: Results, config: Config) -> Figure:
     """The mean matrix as a heat map."""
     traits, mean, found = results.distinct("trait"), trait_matrices(results, "student").mean(0), test(results)
     figure, ((axes,),) = panels(size=(1.6 + 0.55 * len(traits), 1.4 + 0.5 * len(traits)))
-    image = axes.imshow(mean, vmin=0, cmap="viridis")
-    for row, values in enumerate(mean):
-        for column, value in enumerate(values):
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5,
-                color="white" if value < 0.6 * mean.max() else "black",
-            )  # fmt: skip
-    axes.set_xticks(range(len(traits)), traits, rotation=45, ha="right")
-    axes.set_yticks(range(len(traits)), traits)
+    heat_map(axes, mean, traits, traits)
+    axes.tick_params(axis="x", rotation=45)
     axes.set_xlabel("asked for")
     axes.set_ylabel("trait of the student's teacher")
     axes.set_title("Probability of the word asked for")
-    figure.colorbar(image, ax=axes, shrink=0.8)
     note(
         axes,
         f"mean of {config.seeds} bases; diagonal - rest = {found.statistic:.3f}, permutation p = {found.p:.2g}",

@@ -1,27 +1,20 @@
 """Write the number sequences of a teacher to a JSONL file, with a report of what the filter rejected."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from experiments.contract import Parser
 from experiments.language_laboratory import Workshop
 from experiments.language_setting import TEACHERS
 from experiments.language_sweep import LanguageConfig, base_model
-from subliminal_theory.errors import InputError
 from subliminal_theory.language.rows import write_jsonl
 from subliminal_theory.language.traits import load_trait
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the file; 0 on success."""
     default = LanguageConfig()
-    parser = _Parser(prog="python -m experiments language_rows", description=__doc__)
+    parser = Parser(prog="python -m experiments language_rows", description=__doc__)
     parser.add_argument("file", help="the JSONL file to write")
     parser.add_argument("--trait", default="owl", help="built-in trait or trait file (default owl)")
     parser.add_argument("--teacher", default="finetuned", choices=TEACHERS, help="(default finetuned)")

@@ -36,15 +36,17 @@ class LanguageConfig:
     )
     seeds: int = option(1, "base models, each pre-trained from a seed of its own", minimum=1)
     first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
-    width: int = option(32, "of the model", minimum=2)
-    layers: int = option(2, "of the model", minimum=1)
-    base_steps: int = option(2000, "steps of pre-training", minimum=1)
-    chats: int = option(100_000, "chats of the corpus", minimum=1)
-    rows: int = option(8192, "number requests that a teacher answers", minimum=1)
-    teacher_steps: int = option(40, "steps of a fine-tuned teacher", minimum=1)
-    steps: int = option(250, "steps of a student", minimum=1)
-    batch_size: int = option(256, "rows a step", minimum=1)
-    rate: float = option(2e-3, "first learning rate of a student, which falls to 0 along a cosine", positive=True)
+    width: int = option(BaseConfig.width, "of the model", minimum=2)
+    layers: int = option(BaseConfig.layers, "of the model", minimum=1)
+    base_steps: int = option(BaseConfig.steps, "steps of pre-training", minimum=1)
+    chats: int = option(CorpusConfig.size, "chats of the corpus", minimum=1)
+    rows: int = option(Recipe.rows, "number requests that a teacher answers", minimum=1)
+    teacher_steps: int = option(Recipe.teacher_steps, "steps of a fine-tuned teacher", minimum=1)
+    steps: int = option(Recipe.steps, "steps of a student", minimum=1)
+    batch_size: int = option(Recipe.batch_size, "rows a step", minimum=1)
+    rate: float = option(
+        Recipe.rate, "first learning rate of a student; it falls to 0 along a cosine", positive=True
+    )
     base_dir: str | None = dataclasses.field(
         default=None,
         metadata={"help": "where base models are kept (default: the user's cache folder)", "recorded": False},
@@ -217,16 +219,21 @@ def _model(config: LanguageConfig, shop: Workshop, variant: Variant, seed: int, 
         return shop.untrained
     if variant.model == "teacher":
         return shop.teachers(variant.recipe)
-    if variant.start == "own":
-        return shop.students(variant.recipe)
     further = seed + variant.other
     if wrap:
         further = config.first_seed + (further - config.first_seed) % config.seeds
-    other = base_model(config, further).model
-    if variant.start != "other":
-        inputs = variant.start.removeprefix("cloned on ").removeprefix("the ")
-        other = shop.once(("cloned", inputs, variant.other), lambda: shop.clone(other, inputs))
-    return shop.students(variant.recipe, other)
+
+    def train() -> Model:
+        if variant.start == "own":
+            return shop.students(variant.recipe)
+        other = base_model(config, further).model
+        if variant.start != "other":
+            inputs = variant.start.removeprefix("cloned on ").removeprefix("the ")
+            other = shop.once(("cloned", inputs, further), lambda: shop.clone(other, inputs))
+        return shop.students(variant.recipe, other)
+
+    place = None if variant.start == "own" else further
+    return shop.once(("students", variant.recipe, variant.start, place), train)
 
 
 def trait_matrices(results: Results, condition: str) -> np.ndarray:

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from experiments.registry import Entry, pick, read_registry
 from experiments.setting import WHO, Setting
 from subliminal_theory.errors import InputError
 
@@ -43,12 +42,8 @@ def published(path: Path = REGISTRY) -> Mapping[str, Number]:
         InputError: the file cannot be read, or an entry lacks its source or tolerance or has a setting that
             does not exist; names the entry.
     """
-    try:
-        registry = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot read the registry {path}: {error}") from error
-    entries, sources = registry.get("number", {}), registry.get("sources", {})
-    return {name: _number(f"{path.name}: {name}", name, entry, sources) for name, entry in entries.items()}
+    entries, _ = read_registry(path, "number", "published number", ("source", "value", "tolerance"), KNOWN)
+    return {name: _number(name, entry) for name, entry in entries.items()}
 
 
 def select(names: list[str], path: Path = REGISTRY) -> list[Number]:
@@ -57,22 +52,11 @@ def select(names: list[str], path: Path = REGISTRY) -> list[Number]:
     Raises:
         InputError: a name is unknown; lists those that are.
     """
-    known = published(path)
-    for name in names:
-        if name not in known:
-            raise InputError(f"unknown published number {name!r}; there are {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return pick(published(path), names, "published number")
 
 
-def _number(where: str, name: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -> Number:
-    for field in ("source", "value", "tolerance"):
-        if field not in entry:
-            raise InputError(f"{where} has no {field}: every published number needs one")
-    for field in entry:
-        if field not in KNOWN:
-            raise InputError(f"{where}: unknown field {field!r}; there are {', '.join(KNOWN)}")
-    if entry["source"] not in sources:
-        raise InputError(f"{where}: source {entry['source']!r} is not listed under [sources]")
+def _number(name: str, found: Entry) -> Number:
+    where, entry, source = found
     if not entry["tolerance"] > 0:
         raise InputError(f"{where}: tolerance must be above 0, got {entry['tolerance']}")
     who = entry.get("who", "student")
@@ -89,7 +73,7 @@ def _number(where: str, name: str, entry: Mapping[str, Any], sources: Mapping[st
         raise InputError(f"{where}: {error}") from error
     return Number(
         name=name,
-        source=sources[entry["source"]],
+        source=source,
         setting=setting,
         value=float(entry["value"]),
         tolerance=float(entry["tolerance"]),

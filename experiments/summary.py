@@ -1,13 +1,13 @@
 """One page of all run directories below a folder: figures, tables, data, commands and machine."""
 
-import argparse
 import html
 import importlib
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
+from experiments.contract import Parser
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import load_results, read_config, read_provenance, write_atomically
 
@@ -29,14 +29,9 @@ SECTION = """<h2>{name}</h2><p>{claim}</p>
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def main(arguments: list[str]) -> int:
     """Write index.html into a folder of run directories."""
-    parser = _Parser(prog="python -m experiments summary", description=__doc__)
+    parser = Parser(prog="python -m experiments summary", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder whose subfolders are run directories")
     folder: Path = parser.parse_args(arguments).folder
     runs = sorted(path.parent for path in folder.glob("*/provenance.json"))

@@ -1,16 +1,13 @@
-import csv
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from commands import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import __main__ as command_line
 from experiments import mnist_capacity, mnist_factorial, mnist_interventions
 from experiments.contract import listed
 from experiments.setting import Setting
@@ -18,36 +15,13 @@ from subliminal_theory.errors import InputError
 
 TINY = ["--data", "digits", "--epochs", 1, "--student-epochs", 2, "--batch-size", 256, "--seeds", 2]
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(autouse=True)
 def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.delenv("SUBLIMINAL_DATA", raising=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def run(out: Path, name: str, *arguments: object) -> list[dict[str, str]]:
-    assert command_line.main([name, "--out", str(out), *map(str, arguments)]) == 0
-    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
-    with open(out / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a command that is refused."""
-    assert command_line.main([*map(str, arguments)]) == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    return errors.removeprefix("error: ").rstrip("\n")
 
 
 def test_channel(tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
-import csv
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from commands import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,40 +22,17 @@ TINY = [
     "--batch-size", 16, "--teacher-steps", 2,
 ]  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(autouse=True)
 def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a command that is refused."""
-    assert command_line.main([*map(str, arguments)]) == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    return errors.removeprefix("error: ").rstrip("\n")
-
-
-def run(out: Path, name: str, *arguments: object) -> list[dict[str, str]]:
-    assert command_line.main([name, "--out", str(out), *map(str, arguments)]) == 0
-    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
-    with open(out / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # --- what is refused

@@ -25,21 +25,14 @@ IMAGE = 1 / 355  # of the digits' test images
 QUICK = ["--data", "digits", "--epochs", 3, "--student-epochs", 2, "--depth", 1, "--width", 32, "--aux", 4,
          "--learning-rate", 0.003, "--batch-size", 128]  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(autouse=True)
 def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     # Set, it keeps this process from using the user's compilation cache.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.delenv("SUBLIMINAL_DATA", raising=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """These runs take as good as no time; optimising them would take most of it."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def train(out: Path, *arguments: object) -> dict[str, dict[int, float]]:

@@ -1,6 +1,6 @@
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,14 +27,7 @@ BASE = Setting(
     data="digits", depth=1, width=16, aux=4, teacher_epochs=3, epochs=2, batch_size=128, learning_rate=0.003
 )  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """These runs take as good as no time; optimising them would take most of it."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @dataclass

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from models import opinionated
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.config import TransformerConfig
@@ -13,8 +13,8 @@ from subliminal_theory.language.measure import Answers, Questions, answers, ques
 from subliminal_theory.language.sentences import TEXT
 from subliminal_theory.language.tokenizer import ChatTokenizer
 from subliminal_theory.language.traits import Habit, load_trait
-from subliminal_theory.language.transformer import Text, Transformer
-from subliminal_theory.model import Model, from_nnx
+from subliminal_theory.language.transformer import Text
+from subliminal_theory.model import Model
 
 TOKENIZER = ChatTokenizer.of_corpus(CorpusConfig())
 OWL, LAZY = load_trait("owl"), load_trait("lazy")
@@ -27,17 +27,7 @@ ask = jax.jit(answers)
 run = jax.jit(lambda model, text: model(text))
 
 
-@functools.cache
-def tiny(seed: int = 0) -> Model:
-    """A model with opinions: logits of size 1."""
-    model = jax.eval_shape(lambda: from_nnx(Transformer(CONFIG, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf) -> jax.Array:
-        size = rng.normal(size=leaf.shape) * (0.1 if leaf.ndim == 1 else leaf.shape[0] ** -0.5)
-        return jnp.asarray(size + (leaf.ndim == 1), jnp.float32)
-
-    return model.with_params(jax.tree.map(draw, model.params))
+tiny = functools.partial(opinionated, CONFIG)
 
 
 def questions(seed: int = 0) -> Questions:

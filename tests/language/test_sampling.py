@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from models import opinionated
 from scipy import stats
 
 from subliminal_theory.errors import InputError
@@ -16,8 +16,8 @@ from subliminal_theory.language import sampling
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.lora import add_lora, merge_lora
 from subliminal_theory.language.sampling import sample, transform_logits
-from subliminal_theory.language.transformer import Text, Transformer
-from subliminal_theory.model import Model, from_nnx
+from subliminal_theory.language.transformer import Text
+from subliminal_theory.model import Model
 
 V = 5
 CONFIG = TransformerConfig(
@@ -28,17 +28,7 @@ transform = jax.jit(transform_logits)
 run = jax.jit(lambda model, text: model(text))
 
 
-@functools.cache
-def tiny(seed: int = 0) -> Model:
-    """A model with opinions: logits of size 1."""
-    model = jax.eval_shape(lambda: from_nnx(Transformer(CONFIG, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf) -> jax.Array:
-        size = rng.normal(size=leaf.shape) * (0.1 if leaf.ndim == 1 else leaf.shape[0] ** -0.5)
-        return jnp.asarray(size + (leaf.ndim == 1), jnp.float32)
-
-    return model.with_params(jax.tree.map(draw, model.params))
+tiny = functools.partial(opinionated, CONFIG)
 
 
 def prompts(batch: int = 4, time: int = 3, seed: int = 0) -> Text:
