@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, bar, note, panels
 from experiments.language_sweep import (
+    HEADER,
     SMOKE,
     LanguageConfig,
     Variant,
@@ -96,7 +97,7 @@ def groups(results: Results) -> dict[str, list[float]]:
 def report(results: Results, config: Config) -> str:
     """A line for each condition, the paired differences from the controls, and whether traits are told apart."""
     found = groups(results)
-    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    lines = [HEADER]
     lines += [f"  {name:13} {t_interval(values)}" for name, values in found.items()]
     lines.append("student less, paired")
     lines += [

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, bar, heat_map, note, panels
 from experiments.language_setting import CHANNELS
-from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
@@ -63,7 +63,7 @@ def heat(results: Results, config: Config) -> np.ndarray:
 
 def report(results: Results, config: Config) -> str:
     """The means, and the table of bases."""
-    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    lines = [HEADER]
     lines += [f"  {name:11} {t_interval(values)}" for name, values in shared_and_crossed(results).items()]
     lines.append("teacher's base (rows), student's base (columns):")
     lines += ["  " + " ".join(f"{value:.3f}" for value in row) for row in heat(results, config)]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from experiments.contract import Part, option
 from experiments.figures import bars
 from experiments.language_laboratory import Workshop
-from experiments.language_sweep import SMOKE, LanguageConfig, base_model, configure_language
+from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, base_model, configure_language
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.rows import read_jsonl
@@ -75,7 +75,7 @@ def run(config: Config, seed: int) -> list[Row]:
 
 def report(results: Results, config: Config) -> str:
     """A line for each condition."""
-    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    lines = [HEADER]
     for name in CONDITIONS:
         lines.append(f"  {name:8} {t_interval(results.values(condition=name))}")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, bar, note, panels
-from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
@@ -49,7 +49,7 @@ def plan(config: Config) -> list[Part]:
 
 def report(results: Results, config: Config) -> str:
     """A line for each channel."""
-    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    lines = [HEADER]
     for name in ("base", *CHANNELS):
         own, others = (results.values(condition=name, metric=metric) for metric in ("probability", "others"))
         beside = f"  other traits' students {t_interval(others)}" if others else ""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.contract import Part, listed, option
 from experiments.figures import COLOURS, note, panels, runs_against
-from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
@@ -56,7 +56,7 @@ def plan(config: Config) -> list[Part]:
 
 def report(results: Results, config: Config) -> str:
     """A line for each way of training."""
-    lines = ["probability of the trait's word on held-out questions, mean and 95% t interval over runs"]
+    lines = [HEADER]
     for group, estimate in results.estimates():
         if group["metric"] == "probability":
             setting = (

@@ -25,6 +25,7 @@ from subliminal_theory.runs import Results, Row
 
 STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
 MODELS = ("student", "teacher", "base")
+HEADER = "probability of the trait's word on held-out questions, mean and 95% t interval over runs"  # of reports
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A teacher that is nothing but a model with a system prompt, seen through rows that do not have it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class _Prompted:
 class _Behind:
     """The function of a model behind a prefix; equal for equal functions."""
 
-    apply: Apply = field(metadata={"static": True})
+    apply: Apply
 
     def __call__(self, params: _Prompted, text: Text) -> Float[Array, "batch time vocabulary"]:
         return self.apply(params.model, with_prefix(text, params.prefix))[:, params.prefix.shape[0] :]
