@@ -78,6 +78,7 @@ command_line.discover = lambda: {"toy": "A toy."}
 workers.TICK, workers.SILENCE, workers.ABSENCE = 0.1, int(os.environ.get("TOY_SILENCE", 40)), 60
 workers.MEETING = 60
 if __name__ == "__main__":
+    Path(os.environ["TOY_LOG"] + f".{os.getpid()}").touch()
     workers.leave(command_line.main(["toy", *sys.argv[1:]]))
 """
 
@@ -318,7 +319,8 @@ def test_meeting_that_nobody_comes_to(tmp_path: Path) -> None:
 def test_interrupt_of_a_meeting(tmp_path: Path, toy: list[object]) -> None:
     for command in together(2, *toy, "--out", tmp_path / "run"):
         with started(command) as (process,):
-            time.sleep(5)
+            wait_for((tmp_path / f"log.{process.pid}").exists, process)
+            time.sleep(3)
             process.send_signal(signal.SIGINT)
             assert end(process, 5)[0] == 130
 
