@@ -1,4 +1,4 @@
-"""Strict settings for every test, and one table of tolerances."""
+"""Strict settings for every test."""
 
 import os
 
@@ -16,9 +16,6 @@ jax.config.update("jax_debug_key_reuse", True)
 
 settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
-
-# Relative errors allowed to a computation of some hundred operations in a format.
-TOLERANCE = {"float32": 2e-5, "float64": 1e-10}
 
 
 @pytest.fixture

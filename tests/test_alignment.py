@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TOLERANCE
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,7 @@ from subliminal_theory.keys import named
 from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.source import Examples
 from subliminal_theory.vision.mlp import MLP
+from tests.tolerances import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(7)

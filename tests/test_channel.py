@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -20,6 +19,7 @@ from subliminal_theory.channel import (
     weighted_mean,
 )
 from subliminal_theory.errors import InputError
+from tests.tolerances import TOLERANCE
 
 N = 5
 RNG = np.random.default_rng(0)

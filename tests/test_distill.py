@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TOLERANCE
 from flax import nnx
 
 from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, weighted_mean
@@ -19,6 +18,7 @@ from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.source import Batch, Examples
 from subliminal_theory.vision.mlp import MLP
 from subliminal_theory.vision.noise import NoiseImages
+from tests.tolerances import TOLERANCE
 
 INPUTS = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
 KEY = jax.random.key(7)

@@ -17,7 +17,7 @@ from subliminal_theory.estimate import log_slope
 from subliminal_theory.model import from_nnx
 from subliminal_theory.theorem import check, how_small
 from subliminal_theory.vision.mlp import MLP
-from tests.conftest import TOLERANCE
+from tests.tolerances import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("x64")
 AUXILIARY = tuple(range(CLASSES, OUTPUTS))

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,10 +11,9 @@ from experiments import mnist_capacity, mnist_factorial, mnist_interventions
 from experiments.contract import listed
 from experiments.setting import Setting
 from subliminal_theory.errors import InputError
+from tests.experiments.commands import fails, run
 
 TINY = ["--data", "digits", "--epochs", 1, "--student-epochs", 2, "--batch-size", 256, "--seeds", 2]
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

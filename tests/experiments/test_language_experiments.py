@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import fails, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,13 +15,12 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate
 from subliminal_theory.language.numbers import Report
 from subliminal_theory.language.rows import Row as JsonlRow
+from tests.experiments.commands import fails, run
 
 TINY = [
     "--width", 8, "--layers", 1, "--base-steps", 60, "--chats", 2000, "--rows", 64, "--steps", 2,
     "--batch-size", 16, "--teacher-steps", 2,
 ]  # fmt: skip
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

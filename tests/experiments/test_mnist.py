@@ -25,8 +25,6 @@ IMAGE = 1 / 355  # of the digits' test images
 QUICK = ["--data", "digits", "--epochs", 3, "--student-epochs", 2, "--depth", 1, "--width", 32, "--aux", 4,
          "--learning-rate", 0.003, "--batch-size", 128]  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(autouse=True)
 def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:

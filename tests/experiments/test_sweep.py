@@ -27,8 +27,6 @@ BASE = Setting(
     data="digits", depth=1, width=16, aux=4, teacher_epochs=3, epochs=2, batch_size=128, learning_rate=0.003
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @dataclass
 class Watched:
@@ -111,7 +109,7 @@ SETTING = {one.labels["condition"]: one.setting for one in CELLS}
 
 
 @pytest.fixture(scope="module")
-def together(_quick_compilation: None) -> Watched:
+def together() -> Watched:
     return watch(CELLS)
 
 

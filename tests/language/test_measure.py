@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import opinionated
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.config import TransformerConfig
@@ -15,6 +14,7 @@ from subliminal_theory.language.tokenizer import ChatTokenizer
 from subliminal_theory.language.traits import Habit, load_trait
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
+from tests.language.models import opinionated
 
 TOKENIZER = ChatTokenizer.of_corpus(CorpusConfig())
 OWL, LAZY = load_trait("owl"), load_trait("lazy")

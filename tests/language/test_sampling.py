@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import opinionated
 from scipy import stats
 
 from subliminal_theory.errors import InputError
@@ -18,6 +17,7 @@ from subliminal_theory.language.lora import add_lora, merge_lora
 from subliminal_theory.language.sampling import sample, transform_logits
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
+from tests.language.models import opinionated
 
 V = 5
 CONFIG = TransformerConfig(
