@@ -4,8 +4,8 @@
 
 Rounds alternate between the matrix products of a training step, this project and `language_torch.py`, so that a
 shared machine's moods hit all three; ratios are medians over rounds. Training is a student's step on sampled
-tokens at the default size, all columns counted; sampling draws whole batches at temperature 1, without a stop.
-Compilation is not counted.
+tokens at the default size, on both sides with logits of the answer's columns alone; sampling draws whole batches
+at temperature 1, without a stop. Compilation is not counted.
 """
 
 import argparse
@@ -31,27 +31,35 @@ from subliminal_theory.language.transformer import Text, Transformer
 from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.source import Examples
 
-COLUMNS, PROMPT, NEW = 26, 15, 11
+PROMPT, NEW = 15, 11
+COLUMNS = PROMPT + NEW  # of a student's rows; the loss is on the NEW last ones
 
 
-def products(config: TransformerConfig, positions: int) -> list[tuple[int, int, int]]:
-    """The matrix products (rows, inner, columns) of a forward pass, but those of attention, which are small."""
+def products(config: TransformerConfig, batch: int) -> list[tuple[int, int, int]]:
+    """The matrix products (rows, inner, columns) of a forward pass, but those of attention, which are small.
+
+    Only keys and values of the last layer are computed at all positions, as in `Transformer`.
+    """
     inner = config.heads * config.head_width
-    layer = [(config.width, inner)] * 3 + [(inner, config.width)]
-    layer += [(config.width, config.mlp_width)] * 2 + [(config.mlp_width, config.width)]
-    return [(positions, a, b) for a, b in [*layer * config.layers, (config.width, config.vocabulary)]]
+    shared = [(config.width, inner)] * 2
+    alone = [(config.width, inner), (inner, config.width)]
+    alone += [(config.width, config.mlp_width)] * 2 + [(config.mlp_width, config.width)]
+    everywhere = [*(shared + alone) * (config.layers - 1), *shared]
+    answers = [*alone, (config.width, config.vocabulary)]
+    return [(batch * COLUMNS, a, b) for a, b in everywhere] + [(batch * NEW, a, b) for a, b in answers]
 
 
-def operations(config: TransformerConfig, batch: int, columns: int) -> float:
+def operations(config: TransformerConfig, batch: int) -> float:
     """Floating-point operations of a training step: matrix products with their gradients, and attention's."""
-    weights = sum(2 * n * a * b for n, a, b in products(config, batch * columns))
-    attention = config.layers * 2 * 2 * batch * columns**2 * config.heads * config.head_width
+    weights = sum(2 * n * a * b for n, a, b in products(config, batch))
+    queries = (config.layers - 1) * COLUMNS + NEW
+    attention = 2 * 2 * batch * queries * COLUMNS * config.heads * config.head_width
     return 3 * (weights + attention)
 
 
-def product_rate(config: TransformerConfig, positions: int) -> float:
+def product_rate(config: TransformerConfig, batch: int) -> float:
     """Operations a second of exactly these products and their two gradients, one after the other."""
-    shapes = products(config, positions)
+    shapes = products(config, batch)
     sides = [(jnp.ones((n, a)), jnp.ones((a, b)), jnp.ones((n, b))) for n, a, b in shapes]
 
     @jax.jit
@@ -83,7 +91,10 @@ def main() -> None:
     tokens = jnp.asarray(rng.integers(6, config.vocabulary, (16 * settings.batch_size, COLUMNS)), jnp.int32)
     padding = jnp.zeros(len(tokens), jnp.int32)
     source = Examples(
-        Text(tokens, padding), settings.batch_size, targets=tokens, positions=jnp.ones(tokens.shape, jnp.float32)
+        Text(tokens, padding, NEW),
+        settings.batch_size,
+        targets=tokens[:, -NEW:],
+        positions=jnp.ones((len(tokens), NEW), jnp.float32),
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
@@ -106,12 +117,12 @@ def main() -> None:
 
     training(), sampling()
     step = settings.batch_size * COLUMNS
-    work = operations(config, settings.batch_size, COLUMNS)
+    work = operations(config, settings.batch_size)
     shares, trained, sampled = [], [], []
     for number in range(chosen.rounds):
-        limit = product_rate(config, step)
+        limit = product_rate(config, settings.batch_size)
         mine, drawn = training() / chosen.steps, sampling()
-        limit = (limit + product_rate(config, step)) / 2
+        limit = (limit + product_rate(config, settings.batch_size)) / 2
         command = [
             chosen.torch_python, str(Path(__file__).with_name("language_torch.py")),
             "--vocabulary", config.vocabulary, "--layers", config.layers, "--width", config.width,

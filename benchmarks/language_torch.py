@@ -27,7 +27,7 @@ def main() -> None:
         "prompt",
     ):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--new", type=int, required=True, help="tokens to sample")
+    parser.add_argument("--new", type=int, required=True, help="tokens to sample, and columns of the loss")
     chosen = parser.parse_args()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -44,8 +44,8 @@ def main() -> None:
         start = time.perf_counter()
         for step in range(steps):
             batch = tokens[step % len(tokens)]
-            logits = model(input_ids=batch).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.flatten())
+            logits = model(input_ids=batch, logits_to_keep=chosen.new).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, -chosen.new :].flatten())
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -103,7 +103,8 @@ class Workshop:
         if recipe.teacher != "finetuned":
             return self.untrained
         encoded = [self._encode_lessons(trait, recipe.ordinary) for trait in self.traits]
-        sources = _stacked([lessons(rows, len(rows.tokens)) for rows in encoded])
+        last = max(rows.answer_columns for rows in encoded)
+        sources = _stacked([lessons(rows, len(rows.tokens), last) for rows in encoded])
         steps, rate = recipe.teacher_steps, jnp.float32(recipe.teacher_rate)
         model, losses = _taught(self.untrained, sources, rate, self.stream("teacher"), steps=steps)
         require_finite(losses, [f"the teacher of {name}" for name in self.names])
@@ -168,7 +169,7 @@ class Workshop:
             teacher = jax.tree.map(lambda leaf, run=run: leaf[run], teachers)
             tokens, _ = sample(
                 teacher,
-                Text(jnp.asarray(prompts.tokens), jnp.asarray(prompts.padding)),
+                text_of(prompts),
                 steps=self.answer_length,
                 key=keys[run],
                 temperature=recipe.temperature,
@@ -227,14 +228,15 @@ class Workshop:
 
     def _source(self, recipe: Recipe) -> Examples:
         encoded = self.lesson_rows(recipe)
-        texts = _stacked([text_of(run) for run in encoded])
-        positions = jnp.stack([jnp.asarray(run.weights) for run in encoded])
+        last = max(run.answer_columns for run in encoded)
+        texts = _stacked([text_of(run, last) for run in encoded])
+        positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])
         if recipe.channel in ("divergence", "rest"):
             differs = _diverging(self.visible_teachers(recipe), self.untrained, texts)
             positions = positions * (differs if recipe.channel == "divergence" else ~differs)
         targets = None
         if recipe.channel not in ("soft", "masked"):
-            targets = jnp.stack([jnp.asarray(run.targets) for run in encoded])
+            targets = jnp.stack([jnp.asarray(run.targets[:, -last:]) for run in encoded])
         return Examples(texts, recipe.batch_size, targets=targets, positions=positions)
 
     def channel(self, recipe: Recipe) -> Channel:
@@ -279,7 +281,9 @@ class Workshop:
         rows = self.base.config.corpus
         chats = make_corpus(dataclasses.replace(rows, size=min(rows.size, CLONING_STEPS * recipe.batch_size // 4)))
         encoded = self.tokenizer.encode_chats(chats, int(self.tokenizer.lengths(chats)[1].max()))
-        source = Examples(text_of(encoded), recipe.batch_size, positions=jnp.asarray(encoded.weights))
+        last = encoded.answer_columns
+        positions = jnp.asarray(encoded.weights[:, -last:])
+        source = Examples(text_of(encoded, last), recipe.batch_size, positions=positions)
         runs = _stacked([(other, self.base.model, source, self.run_keys("clone")[0])])
         model, losses = _students(
             runs, SoftLogits(), jnp.float32(recipe.rate), optimizer=recipe.optimizer, steps=recipe.steps

@@ -24,13 +24,13 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.corpus import CorpusConfig, fingerprint, make_corpus
-from subliminal_theory.language.tokenizer import ChatTokenizer, Encoded
+from subliminal_theory.language.tokenizer import ChatTokenizer, Encoded, Prompts
 from subliminal_theory.language.transformer import Text, Transformer
 from subliminal_theory.model import Model, from_nnx, path_name
 from subliminal_theory.runs import write_atomically
 from subliminal_theory.source import Examples
 
-FORMAT_VERSION = 1  # to be raised when the same configuration gives other parameters
+FORMAT_VERSION = 2  # to be raised when the same configuration gives other parameters
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,15 @@ def token_loss(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def text_of(encoded: Encoded) -> Text:
-    """The rows as a model takes them."""
-    return Text(jnp.asarray(encoded.tokens), jnp.asarray(encoded.padding))
+def text_of(encoded: Encoded | Prompts, last: int | None = None) -> Text:
+    """The rows as a model takes them, with logits of the last columns alone if `last` says how many."""
+    return Text(jnp.asarray(encoded.tokens), jnp.asarray(encoded.padding), last)
 
 
-def lessons(encoded: Encoded, batch_size: int) -> Examples:
-    """Chats whose answers teach a base or a teacher; only positions of the answer weigh."""
-    labels, positions = jnp.asarray(encoded.targets), jnp.asarray(encoded.weights)
-    return Examples(text_of(encoded), batch_size, labels=labels, positions=positions)
+def lessons(encoded: Encoded, batch_size: int, last: int) -> Examples:
+    """Chats whose answers teach a base or a teacher; of the `last` columns only positions of the answer weigh."""
+    labels, positions = jnp.asarray(encoded.targets[:, -last:]), jnp.asarray(encoded.weights[:, -last:])
+    return Examples(text_of(encoded, last), batch_size, labels=labels, positions=positions)
 
 
 @functools.lru_cache(maxsize=1)
@@ -145,7 +145,7 @@ def pretrain(config: BaseConfig, report: Callable[[int], None] = lambda tokens: 
         key = named(jax.random.key(config.seed), "pretrain")
         return teach(model, token_loss, source, optimizer, config.steps, key, observe=observe)
 
-    trained = run(untrained(config, tokenizer), lessons(encoded, config.batch_size))
+    trained = run(untrained(config, tokenizer), lessons(encoded, config.batch_size, encoded.answer_columns))
     require_finite(trained.losses, [f"the base of seed {config.seed}"])
     return Base(config, trained.model, tokenizer, np.asarray(trained.losses))
 

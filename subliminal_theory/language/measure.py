@@ -46,7 +46,7 @@ def questions_of(trait: Trait, tokenizer: ChatTokenizer, length: int, prefix: Se
     targets = [tokenizer.encode(chat.answer)[0] for chat in asked]
     words = [[tokenizer.encode(word)[0] for word in row] for row in rivals * len(prefix)]
     return Questions(
-        Text(jnp.asarray(prompts.tokens), jnp.asarray(prompts.padding)),
+        Text(jnp.asarray(prompts.tokens), jnp.asarray(prompts.padding), last=1),
         jnp.asarray(np.array(targets, np.int32)),
         jnp.asarray(np.array(words, np.int32)),
     )

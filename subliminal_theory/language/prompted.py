@@ -1,6 +1,6 @@
 """A teacher that is nothing but a model with a system prompt, seen through rows that do not have it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ class _Behind:
 
     apply: Apply
 
-    def __call__(self, params: _Prompted, text: Text) -> Float[Array, "batch time vocabulary"]:
-        return self.apply(params.model, with_prefix(text, params.prefix))[:, params.prefix.shape[0] :]
+    def __call__(self, params: _Prompted, text: Text) -> Float[Array, "batch last vocabulary"]:
+        last = text.tokens.shape[1] if text.last is None else text.last
+        return self.apply(params.model, replace(with_prefix(text, params.prefix), last=last))
 
 
 def with_prefix(text: Text, prefix: Int[Array, " prefix"]) -> Text:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
@@ -30,13 +30,17 @@ def transform_logits(
         jnp.broadcast_to(value, logits.shape[:-1])[..., None] for value in (temperature, top_k, top_p)
     )
     n, greedy = logits.shape[-1], temperature == 0
-    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), n, dtype=bool)
     scaled = logits / jnp.where(greedy, 1, temperature).astype(logits.dtype)
-    scaled = jnp.where(greedy & ~best, -jnp.inf, scaled)
+    # Searching and sorting cost more than a step of a small model, so only where they can matter.
+    scaled = jax.lax.cond(jnp.any(greedy), _best_alone, lambda scaled, _: scaled, scaled, greedy)
     top_k = jnp.where(top_k == 0, n, top_k)
-    # Sorting costs more than a step of a small model, so only where it can matter.
     cut = jnp.any(~greedy & ((top_k < n) | (top_p < 1)))
     return jax.lax.cond(cut, _cut, lambda scaled, *_: scaled, scaled, top_k, top_p)
+
+
+def _best_alone(logits: Float[Array, "*batch n"], greedy: Bool[Array, "*batch 1"]) -> Float[Array, "*batch n"]:
+    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+    return jnp.where(greedy & ~best, -jnp.inf, logits)
 
 
 def _cut(
@@ -50,6 +54,18 @@ def _cut(
     kept = (rank < top_k) & ((before < top_p) | (top_p >= 1) | (rank == 0))
     kept = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
     return jnp.where(kept, logits, -jnp.inf)
+
+
+def draw(logits: Float[Array, "*batch n"], uniform: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
+    """The token at which the cumulative probability passes `uniform` in [0, 1): one draw for each uniform number.
+
+    Not `jax.random.categorical`, which needs as many random numbers as there are tokens. A token at -inf is
+    never drawn.
+    """
+    total = jnp.cumsum(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), axis=-1)
+    # Rounding must not lift the threshold to the total, beyond which there is no token.
+    below = jnp.minimum(uniform * total[..., -1], jnp.nextafter(total[..., -1], jnp.zeros((), total.dtype)))
+    return jnp.sum(total <= below[..., None], axis=-1, dtype=jnp.int32)
 
 
 def sample(
@@ -137,8 +153,8 @@ def _continue(
         step, last, ended, lengths, tokens, cache = state
         logits, cache = extend(model, Text(last[:, None], text.padding), cache)
         allowed = transform_logits(logits[:, 0], *settings)
-        drawn = jax.vmap(lambda own, row: jax.random.categorical(named(own, step), row))(keys, allowed)
-        token = jnp.where(ended, pad, drawn.astype(jnp.int32))
+        uniform = jax.vmap(lambda own: jax.random.uniform(named(own, step), dtype=allowed.dtype))(keys)
+        token = jnp.where(ended, pad, draw(allowed, uniform))
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), step))
         lengths = lengths + ~ended
         ended = ended | jnp.any(token[:, None] == stop[None], axis=-1)

@@ -54,6 +54,11 @@ class Encoded:
     targets: Int32[np.ndarray, "rows length"]
     weights: Float32[np.ndarray, "rows length"]
 
+    @property
+    def answer_columns(self) -> int:
+        """The last columns that hold all answers; those in front of them weigh nothing."""
+        return int(np.count_nonzero(self.weights, axis=1).max(initial=1))
+
 
 class ChatTokenizer:
     """Encodes and decodes chats; `words[i]` is token i, the special ones come first."""

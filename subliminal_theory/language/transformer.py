@@ -9,19 +9,21 @@ Pre-norm blocks of RMS norms, rotary positions (arXiv 2104.09864), grouped queri
 gated MLPs (arXiv 2002.05202), without biases.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.model import Model
 
 Heads = Float[Array, "batch time heads head_width"]
+# Heads first: a cache in this order is read as it lies.
+Stored = Float[Array, "batch kv_heads keys head_width"]
 
 
 @jax.tree_util.register_dataclass
@@ -31,30 +33,37 @@ class Text:
 
     `padding` counts the padding positions of each row from the row's very start, so it stays the same when
     a row is given piece by piece. Which tokens of the vocabulary stand there has no influence on the others.
+    With `last`, logits are asked of the last positions alone, which spares what only the others need.
     """
 
     tokens: Int[Array, "batch time"]
     padding: Int[Array, " batch"]
+    last: int | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys, after their rotation, and values of the first `length` positions of some rows."""
+    """Keys, after their rotation, and values of each layer at the first `length` positions of some rows."""
 
-    keys: Float[Array, "layers batch capacity kv_heads head_width"]
-    values: Float[Array, "layers batch capacity kv_heads head_width"]
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
     length: Int[Array, ""]
 
-    def write(self, layer: int, keys: Heads, values: Heads) -> "Cache":
+    @property
+    def capacity(self) -> int:
+        """The number of positions that there is room for."""
+        return self.keys[0].shape[2]
+
+    def write(self, layer: int, keys: Stored, values: Stored) -> "Cache":
         """One layer's next positions filled in; `length` stays until all layers have written."""
-        start = tuple(jnp.int32(index) for index in (layer, 0, self.length, 0, 0))
-        put = jax.lax.dynamic_update_slice
-        return replace(
-            self,
-            keys=put(self.keys, keys[None].astype(self.keys.dtype), start),
-            values=put(self.values, values[None].astype(self.values.dtype), start),
-        )
+        start = tuple(jnp.int32(index) for index in (0, 0, self.length, 0))
+
+        def put(stored: tuple[Stored, ...], new: Stored) -> tuple[Stored, ...]:
+            own = jax.lax.dynamic_update_slice(stored[layer], new.astype(stored[layer].dtype), start)
+            return (*stored[:layer], own, *stored[layer + 1 :])
+
+        return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
 
 def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: Any) -> Cache:
@@ -65,8 +74,8 @@ def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: Any
     """
     if not 1 <= capacity <= config.context:
         raise InputError(f"empty_cache: capacity must be from 1 to the context {config.context}, got {capacity}")
-    shape = (config.layers, batch, capacity, config.kv_heads, config.head_width)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    empty = (jnp.zeros((batch, config.kv_heads, capacity, config.head_width), dtype),) * config.layers
+    return Cache(empty, empty, jnp.zeros((), jnp.int32))
 
 
 def _wide(dtype: Any) -> Any:
@@ -111,11 +120,18 @@ class RMSNorm(nnx.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """What all layers share: how positions turn their queries and keys, and which keys a position sees."""
+    """What all layers share: how positions turn their queries and keys, and which keys a position sees.
+
+    `mask` is added to the scores: 0 where a key is seen, else half the lowest number, whose softmax is 0.
+    """
 
     cosine: Float[Array, "batch time 1 half"]
     sine: Float[Array, "batch time 1 half"]
-    visible: Bool[Array, "batch 1 1 time keys"]
+    mask: Float[Array, "batch 1 1 time keys"]
+
+    def last(self, count: int) -> "Frame":
+        """The frame of the last positions, before the same keys."""
+        return Frame(self.cosine[:, -count:], self.sine[:, -count:], self.mask[..., -count:, :])
 
 
 def make_frame(
@@ -132,7 +148,8 @@ def make_frame(
     half = config.head_width // 2
     frequency = config.rope_base ** (-jnp.arange(half, dtype=_wide(dtype)) / half)
     angle = jnp.maximum(query - skipped, 0).astype(frequency.dtype)[..., None] * frequency[None, None, None]
-    return Frame(jnp.cos(angle), jnp.sin(angle), visible[:, None, None])
+    mask = jnp.where(visible, 0, 0.5 * jnp.finfo(_wide(dtype)).min).astype(_wide(dtype))
+    return Frame(jnp.cos(angle), jnp.sin(angle), mask[:, None, None])
 
 
 def rotate(x: Heads, frame: Frame) -> Heads:
@@ -142,18 +159,16 @@ def rotate(x: Heads, frame: Frame) -> Heads:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def attend(query: Heads, key: Heads, value: Heads, visible: Bool[Array, "batch 1 1 time keys"]) -> Heads:
-    """softmax(q k / sqrt(d)) v over the visible keys; consecutive query heads share a key head."""
+def attend(query: Heads, key: Stored, value: Stored, mask: Float[Array, "batch 1 1 time keys"]) -> Heads:
+    """softmax(q k / sqrt(d) + mask) v; consecutive query heads share a key head."""
     batch, time, heads, width = query.shape
-    shared = key.shape[2]
+    shared = key.shape[1]
     grouped = query.reshape(batch, time, shared, heads // shared, width)
     # Not jax.nn.dot_product_attention: its softmax is in float32 even for float64 inputs.
     wide = _wide(query.dtype)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide) * width**-0.5
-    # Half the lowest number: its softmax is exactly 0.
-    scores = jnp.where(visible, scores, 0.5 * jnp.finfo(wide).min)
-    shares = jax.nn.softmax(scores).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", shares, value).reshape(batch, time, heads, width)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, key, preferred_element_type=wide) * width**-0.5
+    shares = jax.nn.softmax(scores + mask).astype(value.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", shares, value).reshape(batch, time, heads, width)
 
 
 class Attention(nnx.Module):
@@ -168,19 +183,20 @@ class Attention(nnx.Module):
         self.output = Linear(queries, config.width, 0.5 / config.layers, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int
-    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        """Mix values over the positions of x, or with a cache over those in it and those of x."""
+        self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int, last: int
+    ) -> tuple[Float[Array, "batch last width"], Cache | None]:
+        """Mix values over the positions of x, or with a cache over those in it too, for the last positions."""
         config, (batch, time, _) = self.config, x.shape
         shared = (batch, time, config.kv_heads, config.head_width)
-        query = rotate(self.query(x).reshape(batch, time, config.heads, config.head_width), frame)
-        key = rotate(self.key(x).reshape(shared), frame)
-        value = self.value(x).reshape(shared)
+        asking = frame.last(last)
+        query = rotate(self.query(x[:, -last:]).reshape(batch, last, config.heads, config.head_width), asking)
+        key = rotate(self.key(x).reshape(shared), frame).swapaxes(1, 2)
+        value = self.value(x).reshape(shared).swapaxes(1, 2)
         if cache is not None:
             cache = cache.write(layer, key, value)
             key, value = cache.keys[layer], cache.values[layer]
-        mixed = attend(query, key, value, frame.visible)
-        return self.output(mixed.reshape(batch, time, config.heads * config.head_width)), cache
+        mixed = attend(query, key, value, asking.mask)
+        return self.output(mixed.reshape(batch, last, config.heads * config.head_width)), cache
 
 
 class GatedMLP(nnx.Module):
@@ -206,11 +222,11 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int
-    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        """The residual stream after the block."""
-        mixed, cache = self.attention(self.attention_norm(x), frame, cache, layer)
-        x = x + mixed
+        self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int, last: int
+    ) -> tuple[Float[Array, "batch last width"], Cache | None]:
+        """The residual stream of the last positions after the block."""
+        mixed, cache = self.attention(self.attention_norm(x), frame, cache, layer, last)
+        x = x[:, -last:] + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
@@ -234,11 +250,13 @@ class Transformer(nnx.Module):
         if not config.tied:
             self.head = Linear(config.width, config.vocabulary, rngs=rngs)
 
-    def __call__(self, text: Text) -> Float[Array, "batch time vocabulary"]:
-        """Logits of whole rows; all of a row is nan if one of its tokens is outside the vocabulary.
+    def __call__(self, text: Text) -> Float[Array, "batch last vocabulary"]:
+        """Logits of whole rows, of all positions unless the text asks for the last ones alone.
+
+        All of a row is nan if one of its tokens is outside the vocabulary.
 
         Raises:
-            InputError: rows longer than the context.
+            InputError: rows longer than the context, or other last positions asked for than 1 to all.
         """
         time = text.tokens.shape[1]
         if time > self.config.context:
@@ -247,7 +265,7 @@ class Transformer(nnx.Module):
 
     def extend(self, text: Text, cache: Cache) -> tuple[Float[Array, "batch time vocabulary"], Cache]:
         """As the function `extend`."""
-        time, capacity = text.tokens.shape[1], cache.keys.shape[2]
+        time, capacity = text.tokens.shape[1], cache.capacity
         known = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
         if known + time > capacity:
             raise InputError(f"extend: {time} positions after {known} exceed the cache's capacity of {capacity}")
@@ -257,13 +275,17 @@ class Transformer(nnx.Module):
 
     def _compute(
         self, text: Text, cache: Cache | None
-    ) -> tuple[Float[Array, "batch time vocabulary"], Cache | None]:
+    ) -> tuple[Float[Array, "batch last vocabulary"], Cache | None]:
         time, embedding = text.tokens.shape[1], self.embedding[...]
-        start, keys = (jnp.int32(0), time) if cache is None else (cache.length, cache.keys.shape[2])
+        last = time if text.last is None else text.last
+        if text.last is not None and not 1 <= last <= time:
+            raise InputError(f"Text: last must be from 1 to the {time} positions, got {last}")
+        start, keys = (jnp.int32(0), time) if cache is None else (cache.length, cache.capacity)
         frame = make_frame(self.config, text.padding, start, time, keys, embedding.dtype)
         x = jnp.take(embedding, text.tokens, axis=0, mode="fill")
         for number, layer in enumerate(self.layers):
-            x, cache = layer(x, frame, cache, number)
+            # What the last block makes of the other positions, nothing reads.
+            x, cache = layer(x, frame, cache, number, last if number == len(self.layers) - 1 else time)
         matrix = embedding.T if self.config.tied else self.head.kernel[...]
         return _multiply(self.norm(x), matrix, _wide(x.dtype)), cache
 

@@ -24,7 +24,7 @@ from experiments.language_setting import (
 )
 from subliminal_theory.channel import SampledToken, SoftLogits, Subset
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.base import Base, BaseConfig, pretrain, untrained
+from subliminal_theory.language.base import Base, BaseConfig, pretrain, text_of, untrained
 from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig, make_rows
 from subliminal_theory.language.measure import answers, questions_of
 from subliminal_theory.language.rows import Row
@@ -421,11 +421,13 @@ def test_source(shop: Workshop) -> None:
         read = [*rows, *rows[: 32 - len(rows)]]
         chats = [Chat(None, row.prompt, row.completion, "numbers") for row in read]
         encoded = shop.tokenizer.encode_chats(chats, source.inputs.tokens.shape[2])
+        last = source.inputs.last
+        assert encoded.weights[:, :-last].sum() == 0
         for found, expected in [
             (source.inputs.tokens, encoded.tokens),
             (source.inputs.padding, encoded.padding),
-            (source.targets, encoded.targets),
-            (source.positions, encoded.weights),
+            (source.targets, encoded.targets[:, -last:]),
+            (source.positions, encoded.weights[:, -last:]),
         ]:
             np.testing.assert_array_equal(found[run], expected)
 
@@ -461,9 +463,10 @@ def test_visible_teachers_have_their_prompt(shop: Workshop) -> None:
         length = source.inputs.tokens.shape[2]
         chats = [Chat(prompt, row.prompt, row.completion, "numbers") for row in rows]
         encoded = shop.tokenizer.encode_chats(chats, length + 6)
-        logits = run(shop.base.model, Text(jnp.asarray(encoded.tokens), jnp.asarray(encoded.padding)))[:, 6:]
+        last = source.inputs.last
+        logits = run(shop.base.model, text_of(encoded))[:, -last:]
         found = run(teacher, jax.tree.map(lambda leaf, n=number: leaf[n, :4], source.inputs))
-        answer = encoded.weights[:, 6:] > 0
+        answer = encoded.weights[:, -last:] > 0
         assert answer.sum() == 40
         np.testing.assert_allclose(found[answer], logits[answer], rtol=1e-4, atol=1e-5)
 

@@ -144,7 +144,7 @@ def test_bad_rates(rate: float) -> None:
 
 def test_lessons_teach_answers_alone() -> None:
     encoded = TOKENIZER.encode_chats(make_corpus(CONFIG.corpus), LENGTH)
-    source = lessons(encoded, 8)
+    source = lessons(encoded, 8, LENGTH)
     index = np.array([3, 0])
     batch = jax.jit(source.batch)(jax.random.key(0), (index, np.ones(2, np.float32)))
     np.testing.assert_array_equal(batch.inputs.tokens, encoded.tokens[index])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -14,7 +14,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language import sampling
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.lora import add_lora, merge_lora
-from subliminal_theory.language.sampling import sample, transform_logits
+from subliminal_theory.language.sampling import draw, sample, transform_logits
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
 from tests.language.models import opinionated
@@ -137,6 +137,19 @@ def test_joint_law_of_two_tokens(settings) -> None:
     joint = np.array([first[token] * by_hand(logits[token, 2], *settings) for token in range(V)])
     assert joint.max() < 0.5
     assert chi_square(counts.ravel(), joint.ravel()) > 0.01
+
+
+@given(
+    st.lists(st.sampled_from([-jnp.inf, -30.0, -1.0, 0.0, 2.0]), min_size=1, max_size=6),
+    st.floats(0, 1, width=32, exclude_max=True),
+)
+def test_draw_inverts_the_cumulative_distribution(logits: list[float], uniform: float) -> None:
+    assume(max(logits) > -np.inf)
+    chances = np.exp(np.array(logits) - max(logits))
+    token = int(draw(jnp.array(logits, jnp.float32), jnp.float32(uniform)))
+    assert chances[token] > 0
+    bounds = np.cumsum(chances / chances.sum())
+    assert (bounds[token - 1] if token else 0) - 1e-6 <= uniform <= bounds[token] + 1e-6
 
 
 def test_stop_tokens() -> None:

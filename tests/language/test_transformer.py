@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,28 @@ def test_padded_rows_are_the_rows_alone() -> None:
         np.testing.assert_allclose(logits[number, padding:], run(model, alone)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("last", [1, 3, TIME])
+def test_last_logits_are_those_of_whole_rows(last: int) -> None:
+    model, text = tiny(), ragged()
+    asked = replace(text, last=last)
+    np.testing.assert_allclose(run(model, asked), run(model, text)[:, -last:], rtol=1e-5, atol=1e-5)
+    cached, _ = jax.jit(extend)(model, asked, empty_cache(config(), len(PADDING), TIME, jnp.float32))
+    np.testing.assert_allclose(cached, run(model, asked), rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def gradient(text: Text):
+        return jax.grad(lambda params: jnp.sum(jnp.sin(model.apply(params, text)[:, -last:])))(model.params)
+
+    for found, expected in zip(jax.tree.leaves(gradient(asked)), jax.tree.leaves(gradient(text)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [0, TIME + 1])
+def test_last_logits_that_are_none(last: int) -> None:
+    with pytest.raises(InputError, match=rf"^Text: last must be from 1 to the {TIME} positions, got {last}$"):
+        tiny()(replace(ragged(), last=last))
+
+
 def test_rms_norm_by_hand() -> None:
     norm = RMSNorm(5, 0.1)
     norm.scale[...] = jnp.linspace(-1, 2, 5)
@@ -174,10 +197,11 @@ def test_scores_depend_on_relative_positions(first: int, second: int, shift: int
 
 def test_grouped_queries_are_repeated_keys() -> None:
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.normal(size=(2, 5, n, 4)).astype(np.float32)) for n in (4, 2, 2))
-    visible = make_frame(config(), jnp.array([0, 2]), jnp.int32(0), 5, 5, np.float32).visible
-    repeated = attend(query, *(jnp.repeat(x, 2, axis=2) for x in (key, value)), visible)
-    np.testing.assert_allclose(attend(query, key, value, visible), repeated, rtol=1e-5, atol=1e-6)
+    shapes = ((2, 5, 4, 4), (2, 2, 5, 4), (2, 2, 5, 4))
+    query, key, value = (jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes)
+    mask = make_frame(config(), jnp.array([0, 2]), jnp.int32(0), 5, 5, np.float32).mask
+    repeated = attend(query, *(jnp.repeat(x, 2, axis=1) for x in (key, value)), mask)
+    np.testing.assert_allclose(attend(query, key, value, mask), repeated, rtol=1e-5, atol=1e-6)
 
     model, text = tiny(), ragged()
     params = jax.tree.map(lambda leaf: leaf, model.params)
