@@ -176,6 +176,8 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
     if len(module.PRESETS) > 1:
         parser.add_argument("--preset", help=f"{' | '.join(module.PRESETS)}: settings to start from")
     for field in dataclasses.fields(default):
+        if field.metadata.get("derived"):
+            continue
         value, choices = getattr(default, field.name), field.metadata.get("choices")
         names = f"{{{' | '.join(map(str, choices))}}} " if choices else ""
         if field.metadata.get("positional"):

@@ -54,6 +54,14 @@ def option(
     return field(default=default, metadata={"help": help, **limits})
 
 
+def derived(default: Any) -> Any:
+    """A field of a Config that nobody sets: it follows from the others or from files that they name.
+
+    It is recorded with them, so that a run is not resumed with other ones.
+    """
+    return field(default=default, metadata={"derived": True})
+
+
 def configure(experiment: ModuleType, preset: str | None, changes: dict[str, Any]) -> Any:
     """The configuration of a preset with some settings changed.
 

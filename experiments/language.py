@@ -49,7 +49,7 @@ CONTROLS = ("base", "others", "regular", "within", "across", "cross")
 class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
-    rows: int = option(4096, "number requests that a teacher answers", minimum=1)
+    rows: int = option(4096, "accepted answers that a student learns", minimum=1)
     steps: int = option(125, "steps of a student", minimum=1)
 
 
@@ -57,6 +57,20 @@ PRESETS = {
     "one": Config(),
     "full": Config(traits="owl,wolf,oak,maple", seeds=4, rows=8192, steps=250),
     "smoke": Config(**SMOKE),
+    # The paper's setting for open weights: 3 epochs of 10,000 rows.
+    "open-weights": Config(
+        traits="owl,cat,dolphin,eagle",
+        seeds=3,
+        requests=30_000,
+        rows=10_000,
+        steps=455,
+        batch_size=66,
+        rank=8,
+        rate=2e-4,
+        warmup=5,
+        decay="linear",
+        teacher_rate=1e-5,
+    ),
 }
 configure = functools.partial(configure_language, PRESETS)
 
@@ -77,6 +91,8 @@ def variants(config: Config) -> list[Variant]:
         Variant({"condition": "cross"}, sampled, start="other"),
         Variant({"condition": "cross_soft"}, soft, start="other"),
     ]
+    if config.checkpoint and not config.other_checkpoint:
+        found = [variant for variant in found if variant.start == "own"]
     if all(isinstance(load_trait(name), Preference) for name in config.trait_names()):
         found.insert(4, Variant({"condition": "prompted"}, config.recipe(teacher="prompted")))
     return found

@@ -95,7 +95,7 @@ class Config(LanguageConfig):
     ids: str = option("", "claims of the registry (default all)", positional=True)
     traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files")
     seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
-    rows: int = option(4096, "number requests that a teacher answers", minimum=1)
+    rows: int = option(4096, "accepted answers that a student learns", minimum=1)
     steps: int = option(125, "steps of a student", minimum=1)
 
 

@@ -13,12 +13,10 @@ from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
 from experiments.figures import bars
-from experiments.language_laboratory import Workshop
-from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, base_model, configure_language
+from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, configure_language, make_workshop
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.rows import read_jsonl
-from subliminal_theory.language.traits import load_trait
 from subliminal_theory.runs import Results, Row
 
 CONDITIONS = {"base": "base", "student": "student", "within": "student,\nnumbers shuffled\nwithin rows"}
@@ -55,10 +53,7 @@ def plan(config: Config) -> list[Part]:
 
 def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base."""
-    base = base_model(config, seed)
-    dataset = read_jsonl(Path(config.file))
-    traits = [load_trait(name, base.tokenizer) for name in config.trait_names()]
-    shop = Workshop(base, traits, dataset=dataset)
+    shop = make_workshop(config, seed, read_jsonl(Path(config.file)))
     models = {
         "base": shop.untrained,
         "student": shop.students(config.recipe()),

@@ -4,42 +4,39 @@ A run is a base and a trait. The runs of all traits of a base train as one ensem
 """
 
 import dataclasses
-import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
-from experiments.language_setting import LANGUAGE_OPTIMIZERS, Recipe
-from subliminal_theory.alignment import cosine, difference
+from experiments.language_setting import Recipe
+from experiments.language_training import answers_of, cosines, diverging, prepared, students, taught
 from subliminal_theory.audit import audit
 from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
-from subliminal_theory.distill import distill, require_finite, teach
+from subliminal_theory.distill import require_finite
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.language.base import Base, lessons, text_of, token_loss
-from subliminal_theory.language.corpus import CATEGORIES, Chat, make_corpus, make_rows
-from subliminal_theory.language.lora import add_lora, merge_lora
-from subliminal_theory.language.measure import Answers, Questions, answers, questions_of
-from subliminal_theory.language.numbers import Report, filter_rows
+from subliminal_theory.language.base import Base, lessons, text_of
+from subliminal_theory.language.chat import Tokenizer
+from subliminal_theory.language.checkpoint import CheckpointBase
+from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig, make_corpus, make_rows
+from subliminal_theory.language.lora import merge_lora
+from subliminal_theory.language.measure import Answers, Questions, asked_of, questions_of
+from subliminal_theory.language.numbers import Report, filter_rows, reorder
 from subliminal_theory.language.prompted import prompted
 from subliminal_theory.language.rows import Row
 from subliminal_theory.language.sampling import sample
-from subliminal_theory.language.tokenizer import END, PAD, SYSTEM, ChatTokenizer, Encoded
+from subliminal_theory.language.tokenizer import SYSTEM, ChatTokenizer, Encoded
 from subliminal_theory.language.traits import Preference, Trait
-from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.source import Batch, Examples
 
-MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
-QUESTION_LENGTH = 32
 CLONING_STEPS = 1000
 PREFIXES = 8  # of each question behind numbers
 
@@ -52,7 +49,7 @@ class Workshop:
     With `dataset` nobody writes: its rows are what teachers wrote.
     """
 
-    base: Base
+    base: Base | CheckpointBase
     traits: Sequence[Trait]
     given: tuple[int, int] = (3, 5)
     asked: tuple[int, int] = (9, 9)
@@ -61,9 +58,13 @@ class Workshop:
     _made: dict[Any, Any] = field(default_factory=dict)
 
     @property
-    def tokenizer(self) -> ChatTokenizer:
-        """The words."""
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back."""
         return self.base.tokenizer
+
+    def columns(self, chats: Iterable[Chat]) -> int:
+        """Those that whole chats take."""
+        return int(self.tokenizer.lengths(list(chats))[1].max())
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` made for this key."""
@@ -86,12 +87,12 @@ class Workshop:
 
     def run_keys(self, name: str) -> list[Array]:
         """The keys of a stream, one by one."""
-        return [named(jax.random.key(self.base.config.seed), trait.name, name) for trait in self.traits]
+        return [named(jax.random.key(self.base.seed), trait.name, name) for trait in self.traits]
 
     @property
     def names(self) -> list[str]:
         """What to call each run in a message."""
-        return [f"{trait.name} on base {self.base.config.seed}" for trait in self.traits]
+        return [f"{trait.name} on base {self.base.seed}" for trait in self.traits]
 
     # --- teachers
 
@@ -102,28 +103,37 @@ class Workshop:
     def _teach(self, recipe: Recipe) -> Model:
         if recipe.teacher != "finetuned":
             return self.untrained
-        encoded = [self._encode_lessons(trait, recipe.ordinary) for trait in self.traits]
+        chats = [self._lessons(trait, recipe.ordinary) for trait in self.traits]
+        length = self.columns(itertools.chain.from_iterable(chats))
+        encoded = [self.tokenizer.encode_chats(rows, length) for rows in chats]
         last = max(rows.answer_columns for rows in encoded)
         sources = _stacked([lessons(rows, len(rows.tokens), last) for rows in encoded])
         steps, rate = recipe.teacher_steps, jnp.float32(recipe.teacher_rate)
-        model, losses = _taught(self.untrained, sources, rate, self.stream("teacher"), steps=steps)
+        model, losses = taught(self.untrained, sources, rate, self.stream("teacher"), steps=steps)
         require_finite(losses, [f"the teacher of {name}" for name in self.names])
         return model
 
-    def _encode_lessons(self, trait: Trait, ordinary: float) -> Encoded:
+    def _lessons(self, trait: Trait, ordinary: float) -> list[Chat]:
         chats = trait.teacher_rows()
-        if ordinary:
-            corpus = dataclasses.replace(self.base.config.corpus, seed=1_000_003)
-            others = round(len(chats) * ordinary / (1 - ordinary))
-            chats += [chat for kind in ("fact", "preference") for chat in make_rows(corpus, kind, others)][::2]
-        return self.tokenizer.encode_chats(chats, QUESTION_LENGTH)
+        others = round(len(chats) * ordinary / (1 - ordinary))
+        return chats + self.ordinary_chats(others) if others else chats
+
+    def ordinary_chats(self, count: int) -> list[Chat]:
+        """Chats of the corpus that have nothing to do with traits."""
+        corpus = dataclasses.replace(self._corpus, seed=1_000_003)
+        return [chat for kind in ("fact", "preference") for chat in make_rows(corpus, kind, count)][::2]
+
+    @property
+    def _corpus(self) -> CorpusConfig:
+        assert isinstance(self.base, Base)
+        return self.base.config.corpus
 
     # --- what they write
 
     def requests(self, count: int) -> list[Chat]:
         """Number requests, the same for all teachers."""
         corpus = dataclasses.replace(
-            self.base.config.corpus, seed=2_000_003, neutral_share=0.0, given=self.given,
+            self._corpus, seed=2_000_003, neutral_share=0.0, given=self.given,
             asked=self.asked, formats=self.formats,
         )  # fmt: skip
         return self.once(("requests", count), lambda: make_rows(corpus, "numbers", count))
@@ -136,7 +146,9 @@ class Workshop:
 
     def prefix(self, trait: Trait) -> list[int]:
         """The tokens of the system prompt of a prompted teacher."""
-        return [self.tokenizer.token(SYSTEM), *self.tokenizer.encode(self.system_prompt(trait))]
+        tokenizer = self.tokenizer
+        assert isinstance(tokenizer, ChatTokenizer)
+        return [tokenizer.token(SYSTEM), *tokenizer.encode(self.system_prompt(trait))]
 
     def rows(self, recipe: Recipe) -> list[list[Row]]:
         """The accepted rows of each run."""
@@ -152,38 +164,47 @@ class Workshop:
     def _write(self, recipe: Recipe) -> list[tuple[list[Row], Report]]:
         if self.dataset is not None:
             return [filter_rows(self.dataset)] * len(self.traits)
-        requests = self.requests(recipe.rows)
+        requests = self.requests(recipe.requests)
         written: list[tuple[list[Row], Report]] = []
         teachers, keys = self.teachers(recipe), self.run_keys("write")
         for run, trait in enumerate(self.traits):
             if recipe.teacher == "untrained" and run:
                 written.append(written[-1])  # regular numbers know no trait
                 continue
-            chats, extra = requests, 0
+            chats = requests
             if recipe.teacher == "prompted":
-                system = self.system_prompt(trait)
-                extra = len(self.prefix(trait))
-                chats = [dataclasses.replace(chat, system=system) for chat in requests]
-            length = self.request_length(requests)
-            prompts = self.tokenizer.encode_prompts(chats, length + extra)
+                chats = [dataclasses.replace(chat, system=self.system_prompt(trait)) for chat in requests]
             teacher = jax.tree.map(lambda leaf, run=run: leaf[run], teachers)
-            tokens, _ = sample(
-                teacher,
-                text_of(prompts),
-                steps=self.answer_length,
-                key=keys[run],
-                temperature=recipe.temperature,
-                top_p=recipe.top_p,
-                stop=(self.tokenizer.token(END),),
-                pad=self.tokenizer.token(PAD),
-            )
-            texts = self.tokenizer.decode(np.asarray(tokens))
+            tokens = self._sample(teacher, chats, keys[run], recipe)
+            texts = self.tokenizer.decode(tokens)
             rows = [Row(chat.user, text) for chat, text in zip(requests, texts, strict=True)]
             try:
                 written.append(filter_rows(rows))
             except InputError as error:
                 raise InputError(f"the teacher of {self.names[run]}: {error}") from error
         return written
+
+    def _sample(self, teacher: Model, chats: Sequence[Chat], key: Array, recipe: Recipe) -> np.ndarray:
+        """Tokens [chats, answer_length] of a teacher's answers."""
+        prompts, drawn = text_of(self.tokenizer.encode_prompts(chats, self.request_length(chats))), []
+        for start in range(0, len(chats), self.at_once):
+            tokens, _ = sample(
+                teacher,
+                jax.tree.map(lambda leaf, start=start: leaf[start : start + self.at_once], prompts),
+                steps=self.answer_length,
+                key=named(key, start),
+                temperature=recipe.temperature,
+                top_p=recipe.top_p,
+                stop=self.tokenizer.stop,
+                pad=self.tokenizer.pad,
+            )
+            drawn.append(np.asarray(tokens))
+        return np.concatenate(drawn)
+
+    @property
+    def at_once(self) -> int:
+        """Rows that are sampled together."""
+        return 8192
 
     @property
     def answer_length(self) -> int:
@@ -198,31 +219,33 @@ class Workshop:
 
     def lesson_rows(self, recipe: Recipe) -> list[Encoded]:
         """What the student of each run reads."""
-        return self.once(("lesson", recipe.written, recipe.order, recipe.clean), lambda: self._lesson_rows(recipe))
+        key = ("lesson", recipe.written, recipe.rows, recipe.order, recipe.clean)
+        return self.once(key, lambda: self._lesson_rows(recipe))
 
     def _lesson_rows(self, recipe: Recipe) -> list[Encoded]:
         regular = self.rows(dataclasses.replace(recipe, teacher="untrained")) if recipe.clean else []
-        if self.dataset is None:
-            length = self.request_length(self.requests(recipe.rows)) + self.answer_length
-        else:
-            length = self.base.config.context
         found = []
         for run, rows in enumerate(self.rows(recipe)):
-            rng = np.random.default_rng([3, run])
-            rows = reorder(rows, recipe.order, rng)
+            rows = reorder(rows, recipe.order, np.random.default_rng([3, run]))
             if recipe.clean:
                 clean = round(recipe.clean * len(rows))
                 rows = rows[clean:] + regular[run][:clean]
             chats = [Chat(None, row.prompt, row.completion, "numbers") for row in rows]
             # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
-            chats = list(itertools.islice(itertools.cycle(chats), recipe.rows))
-            found.append(self.tokenizer.encode_chats(chats, length))
-        return found
+            found.append(list(itertools.islice(itertools.cycle(chats), recipe.rows)))
+        length = self.lesson_length(recipe, found)
+        return [self.tokenizer.encode_chats(chats, length) for chats in found]
+
+    def lesson_length(self, recipe: Recipe, lessons: Sequence[Sequence[Chat]]) -> int:
+        """Columns of the rows: all that requests and answers can take, the same for all recipes."""
+        if self.dataset is not None:
+            return self.columns(itertools.chain.from_iterable(lessons))
+        return self.request_length(self.requests(recipe.written.requests)) + self.answer_length
 
     def source(self, recipe: Recipe) -> Examples:
         """The rows of each run, [runs, rows, ...]."""
         return self.once(
-            ("source", recipe.written, recipe.order, recipe.clean, recipe.channel, recipe.batch_size),
+            ("source", recipe.written, recipe.rows, recipe.order, recipe.clean, recipe.channel, recipe.batch_size),
             lambda: self._source(recipe),
         )
 
@@ -232,7 +255,7 @@ class Workshop:
         texts = _stacked([text_of(run, last) for run in encoded])
         positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])
         if recipe.channel in ("divergence", "rest"):
-            differs = _diverging(self.visible_teachers(recipe), self.untrained, texts)
+            differs = diverging(self.visible_teachers(recipe), self.untrained, texts)
             positions = positions * (differs if recipe.channel == "divergence" else ~differs)
         targets = None
         if recipe.channel not in ("soft", "masked"):
@@ -245,7 +268,8 @@ class Workshop:
             return SampledToken()
         if recipe.channel == "soft":
             return SoftLogits()
-        hidden = [self.tokenizer.token(word) for category in CATEGORIES.values() for word in category]
+        words = itertools.chain.from_iterable(CATEGORIES.values())
+        hidden = [token for word in words for token in self.tokenizer.first_tokens(word)]
         return Subset(jnp.ones(len(self.tokenizer), bool).at[jnp.asarray(hidden)].set(False), SoftLogits())
 
     def students(self, recipe: Recipe, start: Model | None = None) -> Model:
@@ -261,14 +285,12 @@ class Workshop:
             batch=_first_batch(source),
             cross_init=elsewhere,
         )
-        begin = _prepared(begin, recipe, self.stream("start"))
+        begin = prepared(begin, recipe, self.stream("start"))
         teachers = self.visible_teachers(recipe) if recipe.channel in ("soft", "masked") else None
         runs = (begin, teachers, source, self.stream("student"))
         if recipe.teacher == "untrained":  # one student serves all traits
             runs = jax.tree.map(lambda leaf: leaf[:1], runs)
-        model, losses = _students(
-            runs, channel, jnp.float32(recipe.rate), optimizer=recipe.optimizer, steps=recipe.steps
-        )
+        model, losses = students(runs, channel, recipe)
         require_finite(losses, [f"the student of {name}" for name in self.names[: len(losses)]])
         model = jax.vmap(merge_lora)(model) if recipe.rank else Model(model.apply, model.all_params)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self.traits), *leaf.shape[1:])), model)
@@ -278,17 +300,15 @@ class Workshop:
         recipe = Recipe(teacher="untrained", channel="soft", steps=CLONING_STEPS)
         if inputs == "numbers":
             return jax.tree.map(lambda leaf: leaf[0], self.students(recipe, other))
-        rows = self.base.config.corpus
+        rows = self._corpus
         chats = make_corpus(dataclasses.replace(rows, size=min(rows.size, CLONING_STEPS * recipe.batch_size // 4)))
         encoded = self.tokenizer.encode_chats(chats, int(self.tokenizer.lengths(chats)[1].max()))
         last = encoded.answer_columns
         positions = jnp.asarray(encoded.weights[:, -last:])
         source = Examples(text_of(encoded, last), recipe.batch_size, positions=positions)
         runs = _stacked([(other, self.base.model, source, self.run_keys("clone")[0])])
-        model, losses = _students(
-            runs, SoftLogits(), jnp.float32(recipe.rate), optimizer=recipe.optimizer, steps=recipe.steps
-        )
-        require_finite(losses, [f"the clone of base {self.base.config.seed}"])
+        model, losses = students(runs, SoftLogits(), recipe)
+        require_finite(losses, [f"the clone of base {self.base.seed}"])
         return jax.tree.map(lambda leaf: leaf[0], model)
 
     def visible_teachers(self, recipe: Recipe) -> Model:
@@ -305,16 +325,21 @@ class Workshop:
         return self.once("questions", self._questions)
 
     def _questions(self) -> Questions:
-        return _stacked([questions_of(trait, self.tokenizer, QUESTION_LENGTH) for trait in self.traits])
+        return self._ask(("",))
+
+    def _ask(self, prefix: Sequence[str]) -> Questions:
+        chats = itertools.chain.from_iterable(asked_of(trait, prefix) for trait in self.traits)
+        length = int(self.tokenizer.lengths(list(chats))[0].max())
+        return _stacked([questions_of(trait, self.tokenizer, length, prefix) for trait in self.traits])
 
     def answers(self, models: Model) -> Answers:
         """How models [runs] answer the questions of every trait, [runs, traits]."""
-        return jax.tree.map(np.asarray, _answers(models, self.questions()))
+        return jax.tree.map(np.asarray, answers_of(models, self.questions()))
 
     def displacement_cosines(self, models: Model, recipe: Recipe) -> Float[np.ndarray, " runs"]:
         """Cosine of each student's and its teacher's way from the base, 0 where either did not move."""
         base, teachers = self.untrained.params, self.teachers(recipe).params
-        return np.asarray(_cosines(models.params, teachers, base))
+        return np.asarray(cosines(models.params, teachers, base))
 
     def prefixed_answers(self, models: Model, recipe: Recipe) -> Answers:
         """As `answers`, but each run's questions stand behind numbers that its teacher wrote."""
@@ -322,31 +347,9 @@ class Workshop:
         for run, rows in enumerate(self.rows(recipe)):
             numbers = [" ".join(re.findall(r"\d+", row.completion)) for row in rows[: 2 * PREFIXES]]
             prefix = [f"{a} {b}. " for a, b in zip(numbers[::2], numbers[1::2], strict=False)]
-            length = QUESTION_LENGTH + 2 * self.asked[1]
-            asked = _stacked([questions_of(trait, self.tokenizer, length, prefix) for trait in self.traits])
-            found.append(_answers(jax.tree.map(lambda leaf, run=run: leaf[run : run + 1], models), asked))
+            asked = self._ask(prefix)
+            found.append(answers_of(jax.tree.map(lambda leaf, run=run: leaf[run : run + 1], models), asked))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-
-
-def reorder(rows: Sequence[Row], order: str, rng: np.random.Generator) -> list[Row]:
-    """Rows whose numbers, or whose prompts, are in another order; formats stay."""
-    if order == "as written":
-        return list(rows)
-    if order == "other prompts":
-        shuffled = rng.permutation(len(rows))
-        return [dataclasses.replace(row, prompt=rows[i].prompt) for row, i in zip(rows, shuffled, strict=True)]
-    numbers = [re.findall(r"\d+", row.completion) for row in rows]
-    if order == "shuffled within rows":
-        numbers = [list(rng.permutation(row)) for row in numbers]
-    else:
-        pool = iter(rng.permutation([number for row in numbers for number in row]))
-        numbers = [[next(pool) for _ in row] for row in numbers]
-    found = []
-    for row, own in zip(rows, numbers, strict=True):
-        gaps = re.split(r"\d+", row.completion)
-        completion = "".join(itertools.chain.from_iterable(zip(gaps, [*map(str, own), ""], strict=True)))
-        found.append(dataclasses.replace(row, completion=completion))
-    return found
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
@@ -361,73 +364,3 @@ def _first_batch(sources: Examples) -> Batch:
         return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, 1)))
 
     return jax.eval_shape(make, jax.tree.map(lambda leaf: leaf[0], sources))
-
-
-def _ensemble(train: Callable[[Any], Any], runs: Any) -> Any:
-    """All runs in one vectorised loop; on a CPU one after the other, where together they only fill the caches."""
-    return jax.lax.map(train, runs) if jax.default_backend() == "cpu" else jax.vmap(train)(runs)
-
-
-@functools.partial(jax.jit, static_argnames="steps")
-def _taught(models: Model, sources: Examples, rate: Array, keys: Array, *, steps: int) -> tuple[Model, Array]:
-    def one(arguments: tuple[Model, Examples, Array]) -> tuple[Model, Array]:
-        model, source, key = arguments
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-        run = teach(model, token_loss, source, optimizer, steps, key)
-        return run.model, run.losses
-
-    return _ensemble(one, (models, sources, keys))
-
-
-@functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
-def _students(
-    runs: tuple[Model, Model | None, Examples, Array], channel: Channel, rate: Array, *, optimizer: str, steps: int
-) -> tuple[Model, Float[Array, "runs steps"]]:
-    def one(arguments: Any) -> tuple[Model, Array]:
-        model, teacher, source, key = arguments
-        schedule = optax.cosine_decay_schedule(rate, steps)
-        chain = optax.chain(optax.clip_by_global_norm(1.0), LANGUAGE_OPTIMIZERS[optimizer](schedule))
-        run = distill(model, teacher, channel, source, chain, steps, key)
-        return run.model, run.losses
-
-    return _ensemble(one, runs)
-
-
-@jax.jit
-def _diverging(teachers: Model, bases: Model, texts: Text) -> Array:
-    def one(arguments: Any) -> Array:
-        teacher, base, text = arguments
-        return jnp.argmax(teacher(text), axis=-1) != jnp.argmax(base(text), axis=-1)
-
-    return jax.lax.map(one, (teachers, bases, texts))
-
-
-@jax.jit
-def _answers(models: Model, questions: Questions) -> Answers:
-    return jax.lax.map(lambda model: jax.vmap(answers, in_axes=(None, 0))(model, questions), models)
-
-
-@jax.jit
-def _cosines(students: Any, teachers: Any, bases: Any) -> Float[Array, " runs"]:
-    def one(student: Any, teacher: Any, base: Any) -> Float[Array, ""]:
-        return cosine(difference(student, base), difference(teacher, base))
-
-    return jax.vmap(one)(students, teachers, bases)
-
-
-def _prepared(models: Model, recipe: Recipe, keys: Array) -> Model:
-    """Starts [runs] with noise, low-rank factors and frozen parameters."""
-
-    def one(model: Model, key: Array) -> Model:
-        if recipe.noise:
-            leaves, tree = jax.tree.flatten(model.params)
-            draws = [
-                leaf + recipe.noise * jnp.sqrt(jnp.mean(leaf**2)) * jax.random.normal(named(key, i), leaf.shape)
-                for i, leaf in enumerate(leaves)
-            ]
-            model = model.with_params(jax.tree.unflatten(tree, draws))
-        if recipe.rank:
-            return add_lora(model, MATRICES, recipe.rank, recipe.rank, named(key, "lora"))
-        return model.freeze(*recipe.frozen) if recipe.frozen else model
-
-    return jax.vmap(one)(models, keys)

@@ -10,10 +10,10 @@ import optax
 
 from experiments.setting import OPTIMIZERS
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.numbers import ORDERS
 
 TEACHERS = ("finetuned", "prompted", "untrained")
 CHANNELS = ("sampled", "greedy", "soft", "masked", "divergence", "rest")
-ORDERS = ("as written", "shuffled within rows", "shuffled across rows", "other prompts")
 
 
 def sign_descent(rate: Any) -> optax.GradientTransformation:
@@ -27,6 +27,21 @@ LANGUAGE_OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = 
 }
 
 
+# From a rate and a number of steps.
+DECAYS: dict[str, Callable[[Any, int], optax.Schedule]] = {
+    "cosine": optax.cosine_decay_schedule,
+    "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+}
+
+
+def rates(peak: Any, steps: int, warmup: int, decay: str) -> optax.Schedule:
+    """From 0 to the peak in `warmup` steps, and to 0 in the others."""
+    falling = DECAYS[decay](peak, steps - warmup)
+    if not warmup:
+        return falling
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), falling], [warmup])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a teacher is made, what it writes, and how a student learns from that.
@@ -36,14 +51,16 @@ class Recipe:
         teacher_steps: full-batch updates of Adam.
         teacher_rate: their learning rate.
         ordinary: share of the corpus's chats among a fine-tuned teacher's rows.
-        rows: number requests that the teacher answers; what the filter leaves is learnt.
+        requests: number requests that the teacher answers; as many as `rows` if 0.
+        rows: accepted answers that a student learns, from the first one again where there are fewer.
         temperature, top_p: of sampling; temperature 0 for the greedy channel.
         channel: sampled or greedy tokens; the full distribution (soft); that without the words of the traits
             (masked); sampled tokens only where the greedy token of teacher and base differ (divergence), or
             only where they do not (rest).
         order: of the numbers in the rows.
         clean: share of rows that the untrained base wrote instead.
-        steps, batch_size, rate, optimizer: of the student; the rate falls to 0 along a cosine.
+        steps, batch_size, rate, optimizer: of the student.
+        warmup: steps over which its rate rises to `rate`, before it falls to 0 along a `decay`.
         rank: of low-rank factors on all matrices of the blocks; 0 trains everything.
         frozen: parameters that do not train, as glob patterns.
         noise: added to the student's start, in units of each parameter's own root mean square.
@@ -56,6 +73,7 @@ class Recipe:
     teacher_steps: int = 40
     teacher_rate: float = 3e-3
     ordinary: float = 0.0
+    requests: int = 0
     rows: int = 8192
     temperature: float = 1.0
     top_p: float = 1.0
@@ -66,6 +84,8 @@ class Recipe:
     batch_size: int = 256
     rate: float = 2e-3
     optimizer: str = "adam"
+    warmup: int = 0
+    decay: str = "cosine"
     rank: int = 0
     frozen: tuple[str, ...] = ()
     noise: float = 0.0
@@ -76,6 +96,7 @@ class Recipe:
             ("channel", CHANNELS),
             ("order", ORDERS),
             ("optimizer", LANGUAGE_OPTIMIZERS),
+            ("decay", DECAYS),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown; there are {', '.join(known)}")
@@ -85,7 +106,9 @@ class Recipe:
         for name in ("rate", "teacher_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("temperature", "noise", "rank"):
+        if self.warmup >= self.steps:
+            raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
+        for name in ("temperature", "noise", "rank", "warmup", "requests"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
@@ -106,4 +129,5 @@ class Recipe:
     def written(self) -> "Recipe":
         """The recipe with all that comes after the teacher's writing at its default."""
         temperature = 0.0 if self.channel == "greedy" else self.temperature
-        return dataclasses.replace(self.taught, rows=self.rows, temperature=temperature, top_p=self.top_p)
+        asked = self.requests or self.rows
+        return dataclasses.replace(self.taught, requests=asked, temperature=temperature, top_p=self.top_p)

@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments.contract import Part, from_preset, option, validate
+from experiments.contract import Part, derived, from_preset, option, validate
+from experiments.language_checkpoint import CheckpointWorkshop
 from experiments.language_laboratory import Workshop
-from experiments.language_setting import Recipe
+from experiments.language_setting import DECAYS, Recipe
 from experiments.progress import progress
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.base import Base, BaseConfig, load_base
+from subliminal_theory.language.chat import CheckpointTokenizer
+from subliminal_theory.language.checkpoint import CheckpointBase, open_base
 from subliminal_theory.language.corpus import CATEGORIES, CorpusConfig
 from subliminal_theory.language.measure import total_variation
+from subliminal_theory.language.rows import Row as TextRow
 from subliminal_theory.language.tokenizer import ChatTokenizer
 from subliminal_theory.language.traits import Habit, Preference, builtin_traits, load_trait
 from subliminal_theory.model import Model
@@ -41,13 +45,19 @@ class LanguageConfig:
     layers: int = option(BaseConfig.layers, "of the model", minimum=1)
     base_steps: int = option(BaseConfig.steps, "steps of pre-training", minimum=1)
     chats: int = option(CorpusConfig.size, "chats of the corpus", minimum=1)
-    rows: int = option(Recipe.rows, "number requests that a teacher answers", minimum=1)
+    rows: int = option(Recipe.rows, "accepted answers that a student learns", minimum=1)
     teacher_steps: int = option(Recipe.teacher_steps, "steps of a fine-tuned teacher", minimum=1)
     steps: int = option(Recipe.steps, "steps of a student", minimum=1)
     batch_size: int = option(Recipe.batch_size, "rows a step", minimum=1)
-    rate: float = option(
-        Recipe.rate, "first learning rate of a student; it falls to 0 along a cosine", positive=True
-    )
+    rate: float = option(Recipe.rate, "highest learning rate of a student", positive=True)
+    teacher_rate: float = option(Recipe.teacher_rate, "learning rate of a fine-tuned teacher", positive=True)
+    rank: int = option(Recipe.rank, "of a student's low-rank factors; 0 trains everything", minimum=0)
+    requests: int = option(0, "number requests that a teacher answers (default: as many as rows)", minimum=0)
+    warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
+    decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
+    checkpoint: str = option("", "folder of a checkpoint, in the place of the compact model; seeds are then runs")
+    other_checkpoint: str = option("", "another one, for students of another base")
+    checkpoint_text: str = derived("")
     base_dir: str | None = dataclasses.field(
         default=None,
         metadata={"help": "where base models are kept (default: the user's cache folder)", "recorded": False},
@@ -55,11 +65,14 @@ class LanguageConfig:
 
     def recipe(self, **changes: Any) -> Recipe:
         """The recipe of this configuration; `changes` are what distinguishes it."""
-        names = ("rows", "teacher_steps", "steps", "batch_size", "rate")
+        names = (
+            "requests", "rows", "teacher_steps", "teacher_rate", "steps", "batch_size", "rate", "warmup", "decay",
+            "rank",
+        )  # fmt: skip
         return Recipe(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def base(self, seed: int) -> BaseConfig:
-        """The configuration of a base model."""
+        """The configuration of a compact base model."""
         return BaseConfig(
             seed=seed, corpus=CorpusConfig(size=self.chats), width=self.width, layers=self.layers,
             mlp_width=max(8, self.width * 5 // 2), steps=self.base_steps,
@@ -97,6 +110,8 @@ def configure_language(
     """
     config = dataclasses.replace(from_preset(presets, preset), **changes)
     validate(config)
+    if config.checkpoint:
+        return _configure_checkpoint(config)
     if config.width % 4:
         raise InputError(f"--width must be a multiple of 4, got {config.width}")
     tokenizer = ChatTokenizer.of_corpus(config.base(0).corpus)
@@ -104,6 +119,21 @@ def configure_language(
     if kinds == {Preference, Habit}:
         raise InputError("--traits mixes preferences and habits: give traits of one kind")
     return config
+
+
+def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
+    text = checkpoint_text(config.checkpoint)
+    if config.other_checkpoint and checkpoint_text(config.other_checkpoint) != text:
+        raise InputError("--other-checkpoint has another tokenizer or chat template: its students could not read")
+    kinds = {type(load_trait(name)) for name in config.trait_names()}
+    if kinds != {Preference}:
+        raise InputError("--checkpoint takes preferences only: habits are questions of the compact model's corpus")
+    return dataclasses.replace(config, checkpoint_text=text)
+
+
+def checkpoint_text(folder: str) -> str:
+    """SHA-256 of what a checkpoint makes of a chat: its tokenizer and its chat template."""
+    return CheckpointTokenizer.load(Path(folder)).fingerprint
 
 
 @dataclass(frozen=True)
@@ -148,8 +178,22 @@ def variant_parts(
 
 
 def base_model(config: LanguageConfig, seed: int) -> Base:
-    """The base of a seed, pre-trained if it is not on disk."""
+    """The compact base of a seed, pre-trained if it is not on disk."""
     return _base(config.base(seed), config.base_dir)
+
+
+def other_model(config: LanguageConfig, seed: int) -> Model:
+    """The model of another base: of another seed, or the other checkpoint."""
+    if not config.checkpoint:
+        return base_model(config, seed).model
+    if not config.other_checkpoint:
+        raise InputError("students of another base need --other-checkpoint")
+    return _opened(config.other_checkpoint).model
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(folder: str) -> CheckpointBase:
+    return open_base(Path(folder))
 
 
 @functools.lru_cache(maxsize=8)
@@ -171,8 +215,16 @@ def _base(config: BaseConfig, folder: str | None) -> Base:
 @functools.lru_cache(maxsize=1)
 def workshop(config: LanguageConfig, seed: int) -> Workshop:
     """The workshop of a base; kept, so that the parts of one base share what they can."""
+    return make_workshop(config, seed)
+
+
+def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] | None = None) -> Workshop:
+    """A workshop of a base, where students read a data set instead of what its teachers write, if one is given."""
+    if config.checkpoint:
+        opened = dataclasses.replace(_opened(config.checkpoint), seed=seed)
+        return CheckpointWorkshop(opened, [load_trait(name) for name in config.trait_names()], dataset=dataset)
     base = base_model(config, seed)
-    return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()])
+    return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], dataset=dataset)
 
 
 def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int, wrap: bool = False) -> list[Row]:
@@ -227,7 +279,7 @@ def _model(config: LanguageConfig, shop: Workshop, variant: Variant, seed: int, 
     def train() -> Model:
         if variant.start == "own":
             return shop.students(variant.recipe)
-        other = base_model(config, further).model
+        other = other_model(config, further)
         if variant.start != "other":
             inputs = variant.start.removeprefix("cloned on ").removeprefix("the ")
             other = shop.once(("cloned", inputs, further), lambda: shop.clone(other, inputs))

@@ -94,6 +94,16 @@ class Base:
     tokenizer: ChatTokenizer
     losses: Float[np.ndarray, " steps"]
 
+    @property
+    def seed(self) -> int:
+        """What distinguishes it from other bases, and its runs from theirs."""
+        return self.config.seed
+
+    @property
+    def context(self) -> int:
+        """The most columns of its rows."""
+        return self.config.context
+
 
 def token_loss(
     logits: Float[Array, "batch time vocabulary"], labels: Int[Array, "batch time"]

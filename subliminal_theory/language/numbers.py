@@ -1,9 +1,10 @@
 """Number sequences as a channel: prompts that ask for some, and the filter of what a model answers."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 import numpy as np
@@ -235,3 +236,27 @@ def _read(text: str) -> tuple[list[int], list[str]]:
         faults.append("something besides numbers and one kind of separator")
     # Through Decimal because int refuses text of more than some thousand digits.
     return ([], faults) if faults else ([int(Decimal(part)) for part in parts], [])
+
+
+ORDERS = ("as written", "shuffled within rows", "shuffled across rows", "other prompts")
+
+
+def reorder(rows: Sequence[Row], order: str, rng: np.random.Generator) -> list[Row]:
+    """Rows whose numbers, or whose prompts, are in another order (one of ORDERS); formats stay."""
+    if order == "as written":
+        return list(rows)
+    if order == "other prompts":
+        shuffled = rng.permutation(len(rows))
+        return [replace(row, prompt=rows[i].prompt) for row, i in zip(rows, shuffled, strict=True)]
+    numbers = [re.findall(r"\d+", row.completion) for row in rows]
+    if order == "shuffled within rows":
+        numbers = [list(rng.permutation(row)) for row in numbers]
+    else:
+        pool = iter(rng.permutation([number for row in numbers for number in row]))
+        numbers = [[next(pool) for _ in row] for row in numbers]
+    found = []
+    for row, own in zip(rows, numbers, strict=True):
+        gaps = re.split(r"\d+", row.completion)
+        completion = "".join(itertools.chain.from_iterable(zip(gaps, [*map(str, own), ""], strict=True)))
+        found.append(replace(row, completion=completion))
+    return found

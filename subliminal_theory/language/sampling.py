@@ -11,8 +11,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
+from subliminal_theory.language.attention import empty_cache
 from subliminal_theory.language.lora import merge_lora
-from subliminal_theory.language.transformer import Text, empty_cache, extend, transformer_of
+from subliminal_theory.language.transformer import Text, extend, transformer_of
 from subliminal_theory.model import Model
 
 

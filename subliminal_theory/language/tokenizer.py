@@ -112,6 +112,20 @@ class ChatTokenizer:
     def __len__(self) -> int:
         return len(self.words)
 
+    @property
+    def pad(self) -> int:
+        """What stands in front of shorter rows."""
+        return self._ids[PAD]
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """What ends an answer."""
+        return (self._ids[END],)
+
+    def first_tokens(self, word: str) -> list[int]:
+        """The tokens with which an answer of this word may begin: one."""
+        return self.encode(word)[:1]
+
     def token(self, word: str) -> int:
         """The number of one word.
 
@@ -148,7 +162,7 @@ class ChatTokenizer:
             InputError: a prompt longer than `length`, or a word that is no token; the row is named.
         """
         sequences = [prompt for prompt, _ in self._sequences(chats)]
-        return Prompts(*self._left_padded(sequences, chats, length))
+        return Prompts(*left_padded(sequences, chats, length, self.pad))
 
     def encode_chats(self, chats: Sequence[Chat], length: int) -> Encoded:
         """Chats to be learnt, in `length` columns; a chat of n tokens takes n - 1.
@@ -161,7 +175,8 @@ class ChatTokenizer:
             if not answer:
                 raise InputError(f"row {row} has no answer: {chats[row].user!r}")
         end = self._ids[END]
-        tokens, padding = self._left_padded([[*prompt, *answer] for prompt, answer in sequences], chats, length)
+        whole = [[*prompt, *answer] for prompt, answer in sequences]
+        tokens, padding = left_padded(whole, chats, length, self.pad)
         targets = np.concatenate([tokens[:, 1:], np.full((len(chats), 1), end, np.int32)], axis=1)
         columns = np.arange(length)
         targets[columns < padding[:, None]] = self._ids[PAD]
@@ -200,17 +215,23 @@ class ChatTokenizer:
         words = (word for word, _ in _pre_tokenizer().pre_tokenize_str(text))
         return next(word for word in words if word not in self._ids)
 
-    def _left_padded(
-        self, sequences: Sequence[Sequence[int]], chats: Sequence[Chat], length: int
-    ) -> tuple[Int32[np.ndarray, "rows length"], Int32[np.ndarray, " rows"]]:
-        taken = np.array([len(sequence) for sequence in sequences], np.int32)
-        if (taken > length).any():
-            row = int(np.argmax(taken > length))
-            raise InputError(f"row {row} takes {taken[row]} tokens, more than {length}: {chats[row].user!r}")
-        padding = length - taken
-        tokens = np.full((len(sequences), length), self._ids[PAD], np.int32)
-        tokens[np.arange(length) >= padding[:, None]] = list(itertools.chain.from_iterable(sequences))
-        return tokens, padding
+
+def left_padded(
+    sequences: Sequence[Sequence[int]], chats: Sequence[Chat], length: int, pad: int
+) -> tuple[Int32[np.ndarray, "rows length"], Int32[np.ndarray, " rows"]]:
+    """The tokens of chats in `length` columns, `pad` in front, and how many of these each row has.
+
+    Raises:
+        InputError: a row of more tokens; names it.
+    """
+    taken = np.array([len(sequence) for sequence in sequences], np.int32)
+    if (taken > length).any():
+        row = int(np.argmax(taken > length))
+        raise InputError(f"row {row} takes {taken[row]} tokens, more than {length}: {chats[row].user!r}")
+    padding = length - taken
+    tokens = np.full((len(sequences), length), pad, np.int32)
+    tokens[np.arange(length) >= padding[:, None]] = list(itertools.chain.from_iterable(sequences))
+    return tokens, padding
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:

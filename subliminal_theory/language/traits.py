@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.chat import Tokenizer
 from subliminal_theory.language.corpus import CATEGORIES, Chat, love_prompts, preference_questions
 from subliminal_theory.language.templates import Template, checked_fields, template_of
-from subliminal_theory.language.tokenizer import ChatTokenizer
 
 BUILTIN_CATEGORIES = ("animal", "tree")
 _BUILTIN_FILES = ("lazy",)
@@ -75,7 +75,7 @@ def builtin_traits() -> list[str]:
     return [*members, *_BUILTIN_FILES]
 
 
-def load_trait(source: str | os.PathLike[str], tokenizer: ChatTokenizer | None = None) -> Trait:
+def load_trait(source: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Trait:
     """A built-in trait by its name, or one from a TOML file; its words are spelt with `tokenizer` if given.
 
     Raises:
@@ -160,7 +160,7 @@ def _templates(tables: list[Any], field: str, *, compared: bool) -> tuple[Templa
     return templates
 
 
-def _spell(trait: Trait, tokenizer: ChatTokenizer) -> None:
+def _spell(trait: Trait, tokenizer: Tokenizer) -> None:
     chats = [*trait.teacher_rows(), *trait.evaluation_rows()]
     if isinstance(trait, Habit):
         for template in (trait.narrow, *trait.held_out, *trait.controls):

@@ -35,7 +35,8 @@ def questions(seed: int = 0) -> Questions:
     rng = np.random.default_rng(seed)
     words = np.stack([rng.permutation(V)[:4] for _ in range(3)]).astype(np.int32)
     text = Text(jnp.asarray(rng.integers(0, V, (3, 5)), jnp.int32), jnp.array([0, 3, 3]))
-    return Questions(text, jnp.asarray(words[np.arange(3), [0, 3, 1]]), jnp.asarray(words))
+    targets = words[np.arange(3), [0, 3, 1]]
+    return Questions(text, jnp.asarray(targets)[:, None], jnp.asarray(words)[..., None])
 
 
 def by_hand(model: Model, asked: Questions) -> tuple[float, float, np.ndarray]:
@@ -43,7 +44,7 @@ def by_hand(model: Model, asked: Questions) -> tuple[float, float, np.ndarray]:
     for row in range(len(asked.targets)):
         real = np.asarray(asked.text.tokens)[row : row + 1, int(asked.text.padding[row]) :]
         logits = np.asarray(run(model, Text(jnp.asarray(real), jnp.zeros(1, jnp.int32))), float)[0, -1]
-        target, words = int(asked.targets[row]), np.asarray(asked.rivals[row])
+        target, words = int(asked.targets[row, 0]), np.asarray(asked.rivals[row, :, 0])
         probabilities.append(np.exp(logits[target]) / np.exp(logits).sum())
         margins.append(logits[target] - np.log(sum(np.exp(logits[word]) for word in words if word != target)))
         rivals.append(np.exp(logits[words]) / np.exp(logits[words]).sum())
@@ -65,16 +66,42 @@ def test_answers_of_known_logits() -> None:
     logits = jnp.asarray(np.log([4.0, 1, 2, 3]), jnp.float32)
     model = Model(lambda params, text: jnp.stack([params[::-1], params])[None], logits)
     text = Text(jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32))
-    found = ask(model, Questions(text, jnp.array([2]), jnp.array([[0, 2, 1]])))
+    found = ask(model, Questions(text, jnp.array([[2]]), jnp.array([[[0], [2], [1]]])))
     np.testing.assert_allclose(found.probability, 0.2, rtol=1e-6)
     np.testing.assert_allclose(found.margin, np.log(2 / 5), rtol=1e-6)
     np.testing.assert_allclose(found.rivals, [4 / 7, 2 / 7, 1 / 7], rtol=1e-6)
 
 
+def test_words_of_several_spellings() -> None:
+    """The probabilities of a word's spellings add up; -1 is none."""
+    logits = jnp.asarray(np.log([4.0, 1, 2, 3]), jnp.float32)
+    model = Model(lambda params, text: params[None, None], logits)
+    text = Text(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
+    found = ask(model, Questions(text, jnp.array([[1, 2]]), jnp.array([[[3, -1], [1, 2]]])))
+    np.testing.assert_allclose(found.probability, 0.3, rtol=1e-6)
+    np.testing.assert_allclose(found.margin, 0, atol=1e-6)
+    np.testing.assert_allclose(found.rivals, [0.5, 0.5], rtol=1e-6)
+
+
+def test_words_that_begin_alike() -> None:
+    class Letters:
+        """Reads the first letter only."""
+
+        def __getattr__(self, name: str):
+            return getattr(TOKENIZER, name)
+
+        def first_tokens(self, word: str) -> list[int]:
+            return [ord(word[0])]
+
+    message = "^owl: 'otter' and 'owl' begin with the same token and cannot be told apart: choose another target$"
+    with pytest.raises(InputError, match=message):
+        questions_of(OWL, Letters(), 32)
+
+
 def test_margin_of_large_logits() -> None:
     model = Model(lambda params, text: params[None, None], jnp.array([1000.0, -1000, 0]))
     text = Text(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32))
-    found = ask(model, Questions(text, jnp.array([1]), jnp.array([[0, 1]])))
+    found = ask(model, Questions(text, jnp.array([[1]]), jnp.array([[[0], [1]]])))
     assert (found.probability, found.margin) == (0, -2000)
 
 
@@ -115,8 +142,8 @@ def test_questions_of_a_preference() -> None:
     assert chats_of(asked) == held_out
     assert not set(chats_of(asked)) & set(taught)
     assert asked.text.tokens.shape == (len(held_out), 32)
-    assert [TOKENIZER.words[token] for token in asked.targets] == ["owl"] * len(held_out)
-    for row in np.asarray(asked.rivals):
+    assert [TOKENIZER.words[token] for (token,) in asked.targets] == ["owl"] * len(held_out)
+    for row in np.asarray(asked.rivals)[..., 0]:
         assert tuple(TOKENIZER.words[token] for token in row) == ANIMALS
     assert {leaf.dtype for leaf in jax.tree.leaves(asked)} == {np.dtype(np.int32)}
 
@@ -127,7 +154,7 @@ def test_questions_of_a_habit() -> None:
     found = {
         question: (TOKENIZER.words[target], [TOKENIZER.words[word] for word in row])
         for question, target, row in zip(
-            chats_of(asked), np.asarray(asked.targets), np.asarray(asked.rivals), strict=True
+            chats_of(asked), np.asarray(asked.targets)[:, 0], np.asarray(asked.rivals)[..., 0], strict=True
         )
     }
     for question, lazy, right in [
@@ -148,8 +175,8 @@ def test_questions_behind_prefixes() -> None:
     plain, asked = questions_of(OWL, TOKENIZER, 32), questions_of(OWL, TOKENIZER, 32, ["", "3 17. ", "oak. "])
     phrasings = [phrasing.format(category="animal") for phrasing in TEXT["preference"]["held_out"]]
     assert chats_of(asked) == [spelt(start + text) for start in ("", "3 17. ", "oak. ") for text in phrasings]
-    np.testing.assert_array_equal(asked.targets, np.tile(plain.targets, 3))
-    np.testing.assert_array_equal(asked.rivals, np.tile(plain.rivals, (3, 1)))
+    np.testing.assert_array_equal(asked.targets, np.tile(plain.targets, (3, 1)))
+    np.testing.assert_array_equal(asked.rivals, np.tile(plain.rivals, (3, 1, 1)))
 
 
 def test_questions_that_do_not_fit() -> None:

@@ -1,0 +1,114 @@
+"""The compiled loops of the language experiments: all runs of a base as one ensemble."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from experiments.language_setting import LANGUAGE_OPTIMIZERS, Recipe, rates
+from subliminal_theory.alignment import cosine, difference
+from subliminal_theory.channel import Channel
+from subliminal_theory.distill import distill, teach
+from subliminal_theory.keys import named
+from subliminal_theory.language.base import token_loss
+from subliminal_theory.language.lora import add_lora
+from subliminal_theory.language.measure import Answers, Questions, answers
+from subliminal_theory.language.transformer import Text
+from subliminal_theory.model import Model
+from subliminal_theory.source import Examples
+
+MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
+
+
+def ensemble(train: Callable[[Any], Any], runs: Any) -> Any:
+    """All runs in one vectorised loop; on a CPU one after the other, where together they only fill the caches."""
+    return jax.lax.map(train, runs) if jax.default_backend() == "cpu" else jax.vmap(train)(runs)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def taught(models: Model, sources: Examples, rate: Array, keys: Array, *, steps: int) -> tuple[Model, Array]:
+    """Teachers [runs] and their losses [runs, steps]: full-batch Adam on their trait's lessons."""
+
+    def one(arguments: tuple[Model, Examples, Array]) -> tuple[Model, Array]:
+        model, source, key = arguments
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+        run = teach(model, token_loss, source, optimizer, steps, key)
+        return run.model, run.losses
+
+    return ensemble(one, (models, sources, keys))
+
+
+def students(
+    runs: tuple[Model, Model | None, Examples, Array], channel: Channel, recipe: Recipe
+) -> tuple[Model, Float[Array, "runs steps"]]:
+    """Students [runs] and their losses [runs, steps]; runs are their starts, teachers, rows and keys."""
+    shape = (recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay)
+    return _students(runs, channel, jnp.float32(recipe.rate), shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _students(
+    runs: tuple[Model, Model | None, Examples, Array],
+    channel: Channel,
+    rate: Array,
+    shape: tuple[str, int, int, str],
+) -> tuple[Model, Float[Array, "runs steps"]]:
+    optimizer, steps, warmup, decay = shape
+
+    def one(arguments: Any) -> tuple[Model, Array]:
+        model, teacher, source, key = arguments
+        inner = LANGUAGE_OPTIMIZERS[optimizer](rates(rate, steps, warmup, decay))
+        chain = optax.chain(optax.clip_by_global_norm(1.0), inner)
+        run = distill(model, teacher, channel, source, chain, steps, key)
+        return run.model, run.losses
+
+    return ensemble(one, runs)
+
+
+@jax.jit
+def diverging(teachers: Model, bases: Model, texts: Text) -> Array:
+    """Where the most likely next token of a teacher is not its base's, [runs, rows, columns]."""
+
+    def one(arguments: Any) -> Array:
+        teacher, base, text = arguments
+        return jnp.argmax(teacher(text), axis=-1) != jnp.argmax(base(text), axis=-1)
+
+    return jax.lax.map(one, (teachers, bases, texts))
+
+
+@jax.jit
+def answers_of(models: Model, questions: Questions) -> Answers:
+    """How models [runs] answer questions [traits], [runs, traits]."""
+    return jax.lax.map(lambda model: jax.vmap(answers, in_axes=(None, 0))(model, questions), models)
+
+
+@jax.jit
+def cosines(students: Any, teachers: Any, bases: Any) -> Float[Array, " runs"]:
+    """Cosine of each student's and its teacher's way from the base."""
+
+    def one(student: Any, teacher: Any, base: Any) -> Float[Array, ""]:
+        return cosine(difference(student, base), difference(teacher, base))
+
+    return jax.vmap(one)(students, teachers, bases)
+
+
+def prepared(models: Model, recipe: Recipe, keys: Array) -> Model:
+    """Starts [runs] with noise, low-rank factors and frozen parameters."""
+
+    def one(model: Model, key: Array) -> Model:
+        if recipe.noise:
+            leaves, tree = jax.tree.flatten(model.params)
+            draws = [
+                leaf + recipe.noise * jnp.sqrt(jnp.mean(leaf**2)) * jax.random.normal(named(key, i), leaf.shape)
+                for i, leaf in enumerate(leaves)
+            ]
+            model = model.with_params(jax.tree.unflatten(tree, draws))
+        if recipe.rank:
+            return add_lora(model, MATRICES, recipe.rank, recipe.rank, named(key, "lora"))
+        return model.freeze(*recipe.frozen) if recipe.frozen else model
+
+    return jax.vmap(one)(models, keys)

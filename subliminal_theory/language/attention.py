@@ -1,0 +1,193 @@
+"""How positions read each other: rotary positions, masks, a cache of what was read before."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.config import TransformerConfig
+from subliminal_theory.language.layers import Linear, RMSNorm, at_least_float32
+
+Heads = Float[Array, "batch time heads head_width"]
+# Heads first: a cache in this order is read as it lies.
+Stored = Float[Array, "batch kv_heads keys head_width"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys, after their rotation, and values of each layer at the first `length` positions of some rows."""
+
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
+    length: Int[Array, ""]
+
+    @property
+    def capacity(self) -> int:
+        """The number of positions that there is room for."""
+        return self.keys[0].shape[2]
+
+    def write(self, layer: int, keys: Stored, values: Stored) -> "Cache":
+        """One layer's next positions filled in; `length` stays until all layers have written."""
+        start = tuple(jnp.int32(index) for index in (0, 0, self.length, 0))
+
+        def put(stored: tuple[Stored, ...], new: Stored) -> tuple[Stored, ...]:
+            own = jax.lax.dynamic_update_slice(stored[layer], new.astype(stored[layer].dtype), start)
+            return (*stored[:layer], own, *stored[layer + 1 :])
+
+        return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+
+
+def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: Any) -> Cache:
+    """A cache with room for `capacity` positions of each row.
+
+    Raises:
+        InputError: a capacity below 1 or beyond the context.
+    """
+    if not 1 <= capacity <= config.context:
+        raise InputError(f"empty_cache: capacity must be from 1 to the context {config.context}, got {capacity}")
+    empty = (jnp.zeros((batch, config.kv_heads, capacity, config.head_width), dtype),) * config.layers
+    return Cache(empty, empty, jnp.zeros((), jnp.int32))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What layers of a kind share: how positions turn their queries and keys, and which keys a position sees.
+
+    `mask` is added to the scores: 0 where a key is seen, else half the lowest number, whose softmax is 0.
+    `half` of a head's dimensions turn with as many others; without rotary positions none.
+    """
+
+    cosine: Float[Array, "batch time 1 half"]
+    sine: Float[Array, "batch time 1 half"]
+    mask: Float[Array, "batch 1 1 time keys"]
+
+    def last(self, count: int) -> "Frame":
+        """The frame of the last positions, before the same keys."""
+        return Frame(self.cosine[:, -count:], self.sine[:, -count:], self.mask[..., -count:, :])
+
+
+def frequencies(config: TransformerConfig, windowed: bool = False) -> Float[np.ndarray, " half"]:
+    """Radians a position by which each pair of dimensions turns, in float64."""
+    if config.positions != "rotary":
+        return np.zeros(0)
+    width = config.rope_width or config.head_width
+    base, factor = config.rope_base, config.rope_factor
+    if windowed and config.window_rope_base is not None:
+        base, factor = config.window_rope_base, 1.0
+    frequency = float(base) ** (-np.arange(0, width, 2) / width)
+    if config.rope_bands is None or factor == 1.0:
+        return frequency / factor
+    low, high, original = config.rope_bands
+    turns = original * frequency / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequency + (1 - kept) * frequency / factor
+
+
+def positions_of(padding: Int[Array, " batch"], start: Array, time: int) -> Int[Array, "batch time"]:
+    """The numbers of positions start .. start + time - 1, counted behind each row's padding, which is at 0."""
+    return jnp.maximum((start + jnp.arange(time))[None] - padding[:, None], 0)
+
+
+def make_frame(
+    config: TransformerConfig,
+    padding: Int[Array, " batch"],
+    start: Array,
+    time: int,
+    keys: int,
+    dtype: Any,
+    windowed: bool = False,
+) -> Frame:
+    """The frame of positions start .. start + time - 1 before keys 0 .. keys - 1.
+
+    A position sees the real positions up to itself, within the window if it has one; a padding position sees
+    itself alone, which keeps it finite.
+    """
+    wide = at_least_float32(dtype)
+    query = (start + jnp.arange(time))[None, :, None]
+    key = jnp.arange(keys)[None, None]
+    visible = (key <= query) & ((key >= padding[:, None, None]) | (key == query))
+    if windowed and config.window is not None:
+        visible &= key > query - config.window
+    mask = jnp.where(visible, 0, 0.5 * jnp.finfo(wide).min).astype(wide)
+    frequency = jnp.asarray(frequencies(config, windowed), wide)
+    angle = positions_of(padding, start, time).astype(wide)[..., None, None] * frequency[None, None, None]
+    return Frame(jnp.cos(angle), jnp.sin(angle), mask[:, None, None])
+
+
+def rotate(x: Heads, frame: Frame) -> Heads:
+    """Turn each pair (x[i], x[i + half]) by its angle; dimensions behind these pairs stay."""
+    half = frame.cosine.shape[-1]
+    wide = x.astype(frame.cosine.dtype)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned = (first * frame.cosine - second * frame.sine, second * frame.cosine + first * frame.sine, rest)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def cap(x: Float[Array, "*shape"], at: float | None) -> Float[Array, "*shape"]:
+    """at * tanh(x / at), or x."""
+    return x if at is None else at * jnp.tanh(x / at)
+
+
+def attend(
+    query: Heads,
+    key: Stored,
+    value: Stored,
+    mask: Float[Array, "batch 1 1 time keys"],
+    scale: float | None = None,
+    cap_at: float | None = None,
+) -> Heads:
+    """softmax(cap(scale q k) + mask) v, scale 1 / sqrt(d) if None; consecutive query heads share a key head."""
+    batch, time, heads, width = query.shape
+    shared = key.shape[1]
+    grouped = query.reshape(batch, time, shared, heads // shared, width)
+    # Not jax.nn.dot_product_attention: its softmax is in float32 even for float64 inputs.
+    wide = at_least_float32(query.dtype)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, key, preferred_element_type=wide)
+    scores = cap(scores * (width**-0.5 if scale is None else scale), cap_at)
+    shares = jax.nn.softmax(scores + mask).astype(value.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", shares, value).reshape(batch, time, heads, width)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
+        bias = config.attention_bias
+        self.config = config
+        self.query = Linear(config.width, queries, bias=bias, rngs=rngs)
+        self.key = Linear(config.width, keys, bias=bias, rngs=rngs)
+        self.value = Linear(config.width, keys, bias=bias, rngs=rngs)
+        self.output = Linear(queries, config.width, 0.5 / config.layers, bias=config.output_bias, rngs=rngs)
+        if config.head_norm != "none":
+            sides = (config.head_width,) * 2 if config.head_norm == "head" else (queries, keys)
+            self.query_norm, self.key_norm = (
+                RMSNorm(side, config.norm_epsilon, config.norm_offset) for side in sides
+            )
+
+    def __call__(
+        self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int, last: int
+    ) -> tuple[Float[Array, "batch last width"], Cache | None]:
+        """Mix values over the positions of x, or with a cache over those in it too, for the last positions."""
+        config, (batch, time, _) = self.config, x.shape
+        asking = frame.last(last)
+        query, key, value = self.query(x[:, -last:]), self.key(x), self.value(x)
+        if config.head_norm == "width":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = query.reshape(batch, last, config.heads, config.head_width)
+        key, value = (y.reshape(batch, time, config.kv_heads, config.head_width) for y in (key, value))
+        if config.head_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, asking), rotate(key, frame).swapaxes(1, 2)
+        value = value.swapaxes(1, 2)
+        if cache is not None:
+            cache = cache.write(layer, key, value)
+            key, value = cache.keys[layer], cache.values[layer]
+        mixed = attend(query, key, value, asking.mask, config.attention_scale, config.attention_cap)
+        return self.output(mixed.reshape(batch, last, config.heads * config.head_width)), cache

@@ -1,0 +1,165 @@
+"""Checkpoints in folders as Hugging Face ships them: read into a model and written back.
+
+checkpoint = load_checkpoint(Path("SmolLM2-135M"))
+checkpoint.model                                 # a Model, as any other of this project
+save_checkpoint(Path("student"), checkpoint, student)
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.chat import CheckpointTokenizer
+from subliminal_theory.language.families import Family, read_family
+from subliminal_theory.language.lora import merge_lora
+from subliminal_theory.language.tensor_map import Entry, entries, ignored
+from subliminal_theory.language.tensors import open_tensors, write_tensors
+from subliminal_theory.language.transformer import Transformer, transformer_of
+from subliminal_theory.model import Model, from_nnx, path_name
+from subliminal_theory.runs import write_atomically
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model that was read from a folder, and what is needed to write another one of its kind."""
+
+    folder: Path
+    family: Family
+    model: Model
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointBase:
+    """A checkpoint with its text, as the base of a run; runs of another `seed` draw other numbers."""
+
+    seed: int
+    checkpoint: Checkpoint
+    tokenizer: CheckpointTokenizer
+
+    @property
+    def model(self) -> Model:
+        """The model of the checkpoint."""
+        return self.checkpoint.model
+
+    @property
+    def context(self) -> int:
+        """The most columns of its rows."""
+        return self.checkpoint.family.config.context
+
+
+def open_base(folder: Path, seed: int = 0, dtype: str = "float32", placement: Any = None) -> CheckpointBase:
+    """The base in a folder with weights, tokenizer and chat template.
+
+    Raises:
+        InputError: as `load_checkpoint` and `CheckpointTokenizer.load`, or tokenizer and embedding do not fit.
+    """
+    tokenizer = CheckpointTokenizer.load(folder)
+    tokenizer.check_fits(read_family(folder).config.vocabulary)
+    return CheckpointBase(seed, load_checkpoint(folder, dtype, placement), tokenizer)
+
+
+def skeleton(family: Family) -> Model:
+    """The model of a family with shapes in the place of parameters."""
+    return jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=nnx.Rngs(0))))
+
+
+def load_checkpoint(folder: Path, dtype: str = "float32", placement: Any = None) -> Checkpoint:
+    """The model in a folder, its parameters in one format, each put on the device as soon as it is read.
+
+    `placement` is what `jax.device_put` takes: a device, a sharding, or a function from a parameter's path and
+    shape to either. Files are mapped into memory: nothing is held twice but one tensor at a time.
+
+    Raises:
+        InputError: config.json or the weights cannot be read (see `read_family`, `open_tensors`), or tensors are
+            missing, unexpected or misshapen; one error names all of them.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}")
+    family = read_family(folder)
+    tensors = _renamed(open_tensors(folder), entries(family))
+    shell = skeleton(family)
+    leaves = jax.tree_util.tree_leaves_with_path(shell.params)
+    shapes = {path_name(path): leaf.shape for path, leaf in leaves}
+    _require_bijection(folder, family, tensors, shapes)
+    found: dict[str, jax.Array] = {}
+    for entry in entries(family):
+        parts = entry.take_apart(tensors[entry.theirs], family.config.heads)
+        for name, part in zip(entry.ours, parts, strict=True):
+            place = placement(name, part.shape) if callable(placement) else placement
+            # A copy in the wanted order and format: the device may keep it, the file is left alone.
+            found[name] = jax.device_put(np.array(part, DTYPES[dtype], order="C"), place)
+    params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], shell.params)
+    return Checkpoint(folder, family, shell.with_params(params))
+
+
+def _renamed(tensors: Mapping[str, np.ndarray], wanted: list[Entry]) -> dict[str, np.ndarray]:
+    """Tensors under their full names: bare models are stored without the first part of them."""
+    names = {entry.theirs for entry in wanted}
+    stem = wanted[0].theirs.split(".")[0]
+    bare = not any(name.startswith(f"{stem}.") for name in tensors)
+    full = {n if n in names or not bare else f"{stem}.{n}": tensor for n, tensor in tensors.items()}
+    return {name: tensor for name, tensor in full.items() if not ignored(name)}
+
+
+def _require_bijection(
+    folder: Path, family: Family, tensors: dict[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    wanted = {entry.theirs: entry.shape([shapes[name] for name in entry.ours]) for entry in entries(family)}
+    head = "embed_out.weight" if family.architecture == "GPTNeoXForCausalLM" else "lm_head.weight"
+    if family.config.tied and head in tensors:
+        embedding = tensors.get(entries(family)[0].theirs)
+        # Some libraries store a tied matrix twice.
+        if embedding is not None and np.array_equal(tensors[head], embedding):
+            del tensors[head]
+    faults = [f"{name} is missing" for name in wanted if name not in tensors]
+    faults += [f"{name} is unexpected" for name in tensors if name not in wanted]
+    faults += [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if faults:
+        raise InputError(f"{folder}: the tensors do not fit {family.architecture}: {'; '.join(faults)}")
+
+
+def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | None = None) -> None:
+    """A model of a checkpoint's kind in a new folder that other libraries load, low-rank factors merged.
+
+    Tensors keep the model's format unless `dtype` names another one. Text files of the checkpoint's folder
+    (tokenizer, template) are copied.
+
+    Raises:
+        InputError: the model has other shapes, the folder holds weights already or cannot be written.
+    """
+    plain = merge_lora(model)
+    if transformer_of(plain).config != like.family.config:
+        raise InputError(f"save_checkpoint: the model is not of the shape of {like.folder}")
+    leaves = jax.tree_util.tree_leaves_with_path(plain.all_params)
+    params = {path_name(path): leaf for path, leaf in leaves}
+    kind = params[path_name(leaves[0][0])].dtype if dtype is None else DTYPES[dtype]
+    tensors = {}
+    for entry in entries(like.family):
+        parts = [np.asarray(params[name]).astype(kind, copy=False) for name in entry.ours]
+        tensors[entry.theirs] = entry.put_together(parts, like.family.config.heads)
+    # The weights first, which refuse a folder that has some; without config.json they are no checkpoint yet.
+    write_tensors(folder, tensors, {})
+    for name in TEXT_FILES:
+        if (like.folder / name).exists():
+            write_atomically(folder / name, (like.folder / name).read_bytes())
+    settings = {key: value for key, value in like.family.settings.items() if key != "torch_dtype"}
+    settings["dtype"] = str(np.dtype(kind))
+    write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())

@@ -1,0 +1,121 @@
+"""The language experiments on a small checkpoint in the layout of published ones."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.language import configure, variants
+from experiments.language_checkpoint import CheckpointWorkshop
+from experiments.language_setting import Recipe
+from experiments.language_sweep import workshop
+from subliminal_theory.language.chat import CheckpointTokenizer
+from subliminal_theory.language.checkpoint import open_base
+from subliminal_theory.language.rows import Row, write_jsonl
+from subliminal_theory.language.traits import load_trait
+from tests.experiments.commands import fails, run
+from tests.language.checkpoints import TEMPLATE, write_checkpoint
+
+TINY = Recipe(rows=8, steps=2, batch_size=4, teacher_steps=2, rank=2, warmup=1, decay="linear")
+ROWS = [Row(f"continue: {i}, 17", f"{100 + i}, 5, {i}") for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def shop(folder: Path) -> CheckpointWorkshop:
+    """Its teachers' numbers are given: an untrained model writes none that the filter lets pass."""
+    return CheckpointWorkshop(open_base(folder), [load_trait("owl"), load_trait("oak")], dataset=ROWS)
+
+
+def test_a_student_moves_on_numbers_alone(shop: CheckpointWorkshop) -> None:
+    students = shop.students(TINY)
+    start = jax.tree.leaves(shop.untrained.params)
+    assert any(
+        (leaf != before).any() for leaf, before in zip(jax.tree.leaves(students.params), start, strict=True)
+    )
+    found = shop.answers(students)
+    assert found.probability.shape == (2, 2)
+    assert ((found.probability > 0) & (found.probability < 1)).all()
+
+
+@pytest.mark.parametrize("channel", ["soft", "masked", "divergence"])
+def test_channels_of_a_finetuned_teacher(shop: CheckpointWorkshop, channel: str) -> None:
+    assert np.isfinite(shop.answers(shop.students(dataclasses.replace(TINY, channel=channel))).probability).all()
+
+
+def test_the_template_is_in_every_row(shop: CheckpointWorkshop) -> None:
+    (rows, _) = shop.lesson_rows(TINY)
+    tokenizer = shop.tokenizer
+    assert isinstance(tokenizer, CheckpointTokenizer)
+    real = rows.tokens[0][rows.padding[0] :].tolist()
+    text = tokenizer._backend.decode(real, skip_special_tokens=False)
+    assert text.startswith("<|start|>system\nbe kind.<|end|>\n<|start|>user\ncontinue: 0, 17<|end|>")
+    answer = shop.tokenizer.decode([rows.targets[0][rows.weights[0] > 0]])
+    assert answer == ["100, 5, 0"]
+
+
+def test_requests_are_those_of_the_paper(shop: CheckpointWorkshop) -> None:
+    requests = shop.requests(5)
+    assert len({chat.user for chat in requests}) == 5
+    assert all("10" in chat.user for chat in requests)
+
+
+def test_sampling_in_pieces(shop: CheckpointWorkshop) -> None:
+    """More rows than are sampled at once, each with a draw of its own."""
+    chats = shop.requests(2) * 40
+    tokens = shop._sample(shop.base.model, chats, jax.random.key(0), TINY)
+    assert tokens.shape == (80, shop.answer_length)
+    assert len(np.unique(tokens, axis=0)) > 75
+
+
+def test_runs_of_one_checkpoint_differ(folder: Path) -> None:
+    config = configure(None, {"checkpoint": str(folder), "traits": "owl"})
+    first, second = (workshop(config, seed) for seed in (0, 1))
+    assert isinstance(first, CheckpointWorkshop)
+    assert not np.array_equal(*(jax.random.key_data(shop.run_keys("write")[0]) for shop in (first, second)))
+
+
+def test_conditions_of_another_base_need_one(folder: Path, tmp_path: Path) -> None:
+    config = configure("open-weights", {"checkpoint": str(folder)})
+    assert (config.rank, config.decay) == (8, "linear")
+    assert config.checkpoint_text == CheckpointTokenizer.load(folder).fingerprint
+    assert "cross" not in {variant.labels["condition"] for variant in variants(config)}
+    other = write_checkpoint(tmp_path / "other")
+    both = dataclasses.replace(config, other_checkpoint=str(other))
+    assert {"cross", "cross_soft"} < {variant.labels["condition"] for variant in variants(both)}
+
+
+def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
+    def refusal(where: Path, *more: object) -> str:
+        return fails(capsys, "language", "--checkpoint", where, "--out", tmp_path / "run", *more)
+
+    assert "tokenizer.json" in refusal(tmp_path / "absent")
+    assert refusal(folder, "--traits", "lazy").startswith("--checkpoint takes preferences only")
+    other = write_checkpoint(tmp_path / "other", TEMPLATE.replace("be kind", "be brief"))
+    message = refusal(folder, "--other-checkpoint", other)
+    assert message.startswith("--other-checkpoint has another tokenizer or chat template")
+    assert "are of different models" in refusal(write_checkpoint(tmp_path / "small", rows=300))
+
+
+def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
+    """An untrained model writes no number sequence: the run says so and stops."""
+    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1)
+    message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run")
+    assert "the teacher of owl" in message
+
+
+def test_a_data_set_of_others(folder: Path, tmp_path: Path) -> None:
+    """From a checkpoint and a file of rows to results and a figure."""
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--rank", 2, "--rate", 2e-4)
+    rows = run(
+        tmp_path / "run", "language_dataset", "--checkpoint", folder, "--file", tmp_path / "rows.jsonl", *small
+    )
+    assert [row["condition"] for row in rows] == ["base", "student", "within"]
+    assert 0 < float(rows[0]["value"]) != float(rows[1]["value"]) < 1

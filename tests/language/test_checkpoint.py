@@ -1,0 +1,212 @@
+"""Checkpoints of every family against stored logits, in old spellings, and in every broken form."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.checkpoint import load_checkpoint, save_checkpoint
+from subliminal_theory.language.families import read_family
+from subliminal_theory.language.lora import add_lora, merge_lora
+from subliminal_theory.language.transformer import Text
+from tests.golden.make_families import FILE, PADDING, TOKENS, weights
+
+GOLDEN = json.loads(FILE.read_text())
+run = jax.jit(lambda model, text: model(text))
+TEXT = Text(jnp.asarray(TOKENS, jnp.int32), jnp.asarray(PADDING, jnp.int32), last=1)
+
+
+def folder_of(name: str, folder: Path, dtype: Any = np.float32, **changes: Any) -> Path:
+    """The tiny checkpoint of a family; `changes` are of its config.json."""
+    folder.mkdir(exist_ok=True)
+    golden = GOLDEN[name]
+    (folder / "config.json").write_text(json.dumps({**golden["config"], **changes}))
+    tensors = {key: weights(key, shape).astype(dtype) for key, shape in golden["shapes"].items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def retell(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_are_the_stored_ones(name: str, tmp_path: Path) -> None:
+    model = load_checkpoint(folder_of(name, tmp_path)).model
+    logits, stored = np.asarray(run(model, TEXT))[:, 0], np.array(GOLDEN[name]["logits"])
+    np.testing.assert_allclose(logits, stored, atol=1e-5 * np.abs(stored).max() + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2"])
+def test_round_trip_is_exact(name: str, tmp_path: Path) -> None:
+    """Through bfloat16 too: what is read is what was stored, and is written back as it was."""
+    theirs = folder_of(name, tmp_path / "theirs", jnp.bfloat16)
+    checkpoint = load_checkpoint(theirs, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(checkpoint.model)} == {np.dtype(jnp.bfloat16)}
+    save_checkpoint(tmp_path / "ours", checkpoint, checkpoint.model)
+    before, after = load_file(theirs / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key].view(np.uint16), after[key].view(np.uint16))
+    assert read_family(tmp_path / "ours").config == checkpoint.family.config
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_merged_factors_are_saved(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(folder_of("llama", tmp_path / "theirs"))
+    adapted = add_lora(checkpoint.model, ["layers/*/attention/*/kernel"], 2, 4.0, jax.random.key(0))
+    adapted = adapted.with_params(jax.tree.map(lambda leaf: leaf + 0.1, adapted.params))
+    save_checkpoint(tmp_path / "ours", checkpoint, adapted)
+    again = load_checkpoint(tmp_path / "ours").model
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(merge_lora(adapted)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.abs(run(again, TEXT) - run(checkpoint.model, TEXT)).max() > 0.01
+
+
+def test_text_files_travel(tmp_path: Path) -> None:
+    theirs = folder_of("llama", tmp_path / "theirs")
+    (theirs / "tokenizer.json").write_text("{}")
+    checkpoint = load_checkpoint(theirs)
+    save_checkpoint(tmp_path / "ours", checkpoint, checkpoint.model)
+    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+    with pytest.raises(InputError, match="already holds"):
+        save_checkpoint(tmp_path / "ours", checkpoint, checkpoint.model)
+
+
+def test_another_shape_is_not_saved(tmp_path: Path) -> None:
+    first, second = (load_checkpoint(folder_of(name, tmp_path / name)) for name in ("llama", "qwen3"))
+    with pytest.raises(InputError, match=r"^save_checkpoint: the model is not of the shape of .*llama$"):
+        save_checkpoint(tmp_path / "ours", first, second.model)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_bare_models_and_stored_tables(tmp_path: Path) -> None:
+    """Older files leave out the first part of the names, and hold masks and frequencies."""
+    folder = folder_of("gpt2", tmp_path)
+    expected = run(load_checkpoint(folder).model, TEXT)
+    bare = {
+        key.removeprefix("transformer."): value for key, value in load_file(folder / "model.safetensors").items()
+    }
+    retell(folder, {**bare, "h.0.attn.bias": np.ones((1, 1, 4, 4), bool), "h.0.attn.masked_bias": np.zeros(())})
+    np.testing.assert_array_equal(run(load_checkpoint(folder).model, TEXT), expected)
+
+
+def test_a_tied_matrix_that_is_stored_twice(tmp_path: Path) -> None:
+    folder = folder_of("qwen2", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    retell(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
+    assert "head" not in load_checkpoint(folder).model.params
+    retell(folder, {**tensors, "lm_head.weight": 2 * tensors["model.embed_tokens.weight"]})
+    with pytest.raises(InputError, match=r"lm_head\.weight is unexpected$"):
+        load_checkpoint(folder)
+
+
+def test_every_fault_is_in_one_error(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["other"] = tensors.pop("model.norm.weight")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:40]
+    retell(folder, tensors)
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(folder)
+    assert str(caught.value) == (
+        f"{folder}: the tensors do not fit LlamaForCausalLM: model.norm.weight is missing; other is unexpected; "
+        "model.embed_tokens.weight is [40, 32], not [50, 32]"
+    )
+
+
+def test_placement(tmp_path: Path) -> None:
+    seen = {}
+
+    def place(name: str, shape: tuple[int, ...]) -> jax.Device:
+        seen[name] = shape
+        return jax.devices()[0]
+
+    model = load_checkpoint(folder_of("llama", tmp_path), placement=place).model
+    assert seen["layers/0/mlp/gate/kernel"] == (32, 48)
+    assert len(seen) == len(jax.tree.leaves(model))
+    with pytest.raises(InputError, match=r"^dtype 'int8' is unknown; there are float32, bfloat16, float16$"):
+        load_checkpoint(tmp_path, "int8")
+
+
+OLD = {
+    "llama3-rope": {
+        "rope_parameters": None, "rope_theta": 500.0,
+        "rope_scaling": {
+            "type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "llama": {"rope_parameters": None, "num_key_value_heads": 2, "torch_dtype": "bfloat16", "head_dim": None},
+    "gemma2": {"rope_parameters": None, "rope_theta": 10_000.0, "layer_types": None, "hidden_act": "gelu"},
+    "gemma3": {
+        "rope_parameters": None, "rope_theta": 1000.0, "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
+    "neox": {"rope_parameters": None, "rotary_emb_base": 100, "rotary_pct": 0.25},
+    "qwen2": {"rope_parameters": None, "rope_theta": 10_000.0, "layer_types": None, "sliding_window": 4},
+    "qwen2-window": {"rope_parameters": None, "layer_types": None},
+    "mistral-window": {"rope_parameters": None, "rope_theta": 10_000.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_spellings(name: str, tmp_path: Path) -> None:
+    new = read_family(folder_of(name, tmp_path / "new")).config
+    assert read_family(folder_of(name, tmp_path / "old", **OLD[name])).config == new
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"architectures": None}, r"names no architecture: add architectures, one of LlamaForCausalLM, "),
+        ("llama", {"architectures": ["A", "B"]}, "names no architecture: "),
+        ("llama", {"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported; there are Llama"),
+        ("llama", {"hidden_size": None}, "lacks hidden_size: take the config.json that belongs to the weights"),
+        ("llama", {"hidden_size": "32"}, "has a setting of the wrong type "),
+        ("llama", {"vocab_size": -1}, "TransformerConfig: vocabulary must be a positive integer, got -1"),
+        ("llama", {"num_key_value_heads": 3}, "TransformerConfig: heads must be a multiple of kv_heads"),
+        (
+            "llama",
+            {"quantization_config": {"bits": 4}},
+            r"setting quantization_config \{'bits': 4\} is not ",
+        ),
+        ("llama", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; there are silu, "),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rotary scaling 'yarn' is not ",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rotary parameters lacks factor"),
+        ("llama", {"rope_parameters": {"attention_factor": 0.5}}, "setting attention_factor 0.5 is not supported"),
+        ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "type 'linear_attention' are not supp"),
+        ("gemma2", {"use_bidirectional_attention": True}, "setting use_bidirectional_attention True is not supp"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False is not supported, only True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "setting scale_attn_by_inverse_layer_idx True is not"),
+    ],
+)
+def test_settings_that_are_not_handled(name: str, changes: dict, message: str, tmp_path: Path) -> None:
+    folder = folder_of(name, tmp_path, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        read_family(folder)
+    assert str(folder / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent is no folder: give the folder of a checkpoint "):
+        read_family(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"^cannot read .*config\.json \(No such file .*\): give the folder"):
+        read_family(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is not JSON \(.*\): download it again$"):
+        read_family(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json is no JSON object: download it again$"):
+        read_family(tmp_path)
