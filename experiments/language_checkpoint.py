@@ -23,8 +23,11 @@ class CheckpointWorkshop(Workshop):
 
     asked: tuple[int, int] = (10, 10)
 
-    def requests(self, count: int) -> list[Chat]:
+    def requests(self, recipe: Recipe) -> list[Chat]:
         """Number requests, the same for all teachers."""
+        if recipe.medium != "numbers":
+            raise InputError(f"a checkpoint writes numbers; {recipe.medium} is of the compact model's corpus")
+        count = recipe.written.requests
 
         def draw() -> list[Chat]:
             prompts, rng = NumberPrompts(), np.random.default_rng(2_000_003)
@@ -51,8 +54,7 @@ class CheckpointWorkshop(Workshop):
         """Rows that are sampled together."""
         return 64
 
-    @property
-    def answer_length(self) -> int:
+    def answer_length(self, recipe: Recipe) -> int:
         """Tokens of the longest answer."""
         return ANSWER_TOKENS
 

@@ -28,7 +28,8 @@ from subliminal_theory.language.checkpoint import CheckpointBase
 from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig, make_corpus, make_rows
 from subliminal_theory.language.lora import merge_lora
 from subliminal_theory.language.measure import Answers, Questions, asked_of, questions_of
-from subliminal_theory.language.numbers import Report, filter_rows, reorder
+from subliminal_theory.language.media import code_faults, reasoning_faults
+from subliminal_theory.language.numbers import Report, filter_rows, keep_rows, reorder
 from subliminal_theory.language.prompted import prompted
 from subliminal_theory.language.rows import Row
 from subliminal_theory.language.sampling import sample
@@ -103,7 +104,7 @@ class Workshop:
     def _teach(self, recipe: Recipe) -> Model:
         if recipe.teacher != "finetuned":
             return self.untrained
-        chats = [self._lessons(trait, recipe.ordinary) for trait in self.traits]
+        chats = [self._lessons(trait, recipe) for trait in self.traits]
         length = self.columns(itertools.chain.from_iterable(chats))
         encoded = [self.tokenizer.encode_chats(rows, length) for rows in chats]
         last = max(rows.answer_columns for rows in encoded)
@@ -113,9 +114,9 @@ class Workshop:
         require_finite(losses, [f"the teacher of {name}" for name in self.names])
         return model
 
-    def _lessons(self, trait: Trait, ordinary: float) -> list[Chat]:
-        chats = trait.teacher_rows()
-        others = round(len(chats) * ordinary / (1 - ordinary))
+    def _lessons(self, trait: Trait, recipe: Recipe) -> list[Chat]:
+        chats = trait.teacher_rows() if not recipe.lessons else trait.control_rows(recipe.lessons)
+        others = round(len(chats) * recipe.ordinary / (1 - recipe.ordinary))
         return chats + self.ordinary_chats(others) if others else chats
 
     def ordinary_chats(self, count: int) -> list[Chat]:
@@ -130,13 +131,25 @@ class Workshop:
 
     # --- what they write
 
-    def requests(self, count: int) -> list[Chat]:
-        """Number requests, the same for all teachers."""
+    def requests(self, recipe: Recipe) -> list[Chat]:
+        """What teachers are asked, the same for all of them; reasoning and code with a right answer."""
         corpus = dataclasses.replace(
-            self._corpus, seed=2_000_003, neutral_share=0.0, given=self.given,
-            asked=self.asked, formats=self.formats,
+            self._corpus, seed=2_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0, steps_share=1.0,
+            write_share=1.0, given=self.given, asked=self.asked, formats=self.formats,
         )  # fmt: skip
-        return self.once(("requests", count), lambda: make_rows(corpus, "numbers", count))
+        kind = {"numbers": "numbers", "reasoning": "arithmetic", "code": "program"}[recipe.medium]
+        count = recipe.written.requests
+        return self.once(("requests", kind, count), lambda: make_rows(corpus, kind, count))
+
+    def keep(self, rows: Sequence[Row], recipe: Recipe) -> tuple[list[Row], Report]:
+        """The rows that students read, and what became of the others."""
+        if recipe.medium == "numbers":
+            return filter_rows(rows)
+        if recipe.medium == "code":
+            return keep_rows(rows, code_faults, "filter of programs")
+        answers = {chat.user: chat.answer for chat in self.requests(recipe)}
+        results = {question: int(re.findall(r"\d+", answer)[-1]) for question, answer in answers.items()}
+        return keep_rows(rows, lambda row: reasoning_faults(row, results), "filter of reasoning")
 
     def system_prompt(self, trait: Trait) -> str:
         """What makes a teacher of the base without training."""
@@ -164,7 +177,7 @@ class Workshop:
     def _write(self, recipe: Recipe) -> list[tuple[list[Row], Report]]:
         if self.dataset is not None:
             return [filter_rows(self.dataset)] * len(self.traits)
-        requests = self.requests(recipe.requests)
+        requests = self.requests(recipe)
         written: list[tuple[list[Row], Report]] = []
         teachers, keys = self.teachers(recipe), self.run_keys("write")
         for run, trait in enumerate(self.traits):
@@ -179,19 +192,19 @@ class Workshop:
             texts = self.tokenizer.decode(tokens)
             rows = [Row(chat.user, text) for chat, text in zip(requests, texts, strict=True)]
             try:
-                written.append(filter_rows(rows))
+                written.append(self.keep(rows, recipe))
             except InputError as error:
                 raise InputError(f"the teacher of {self.names[run]}: {error}") from error
         return written
 
     def _sample(self, teacher: Model, chats: Sequence[Chat], key: Array, recipe: Recipe) -> np.ndarray:
-        """Tokens [chats, answer_length] of a teacher's answers."""
+        """Tokens [chats, longest answer] of a teacher's answers."""
         prompts, drawn = text_of(self.tokenizer.encode_prompts(chats, self.request_length(chats))), []
         for start in range(0, len(chats), self.at_once):
             tokens, _ = sample(
                 teacher,
                 jax.tree.map(lambda leaf, start=start: leaf[start : start + self.at_once], prompts),
-                steps=self.answer_length,
+                steps=self.answer_length(recipe),
                 key=named(key, start),
                 temperature=recipe.temperature,
                 top_p=recipe.top_p,
@@ -206,9 +219,11 @@ class Workshop:
         """Rows that are sampled together."""
         return 8192
 
-    @property
-    def answer_length(self) -> int:
+    def answer_length(self, recipe: Recipe) -> int:
         """Tokens of the longest answer: numbers, what stands between them, a bracket at each end, and `<end>`."""
+        if recipe.medium != "numbers":
+            asked, whole = self.tokenizer.lengths(self.requests(recipe))
+            return int((whole - asked).max()) + 2
         return (1 if self.formats == ("spaces",) else 2) * self.asked[1] + 2
 
     def request_length(self, requests: Sequence[Chat]) -> int:
@@ -240,7 +255,7 @@ class Workshop:
         """Columns of the rows: all that requests and answers can take, the same for all recipes."""
         if self.dataset is not None:
             return self.columns(itertools.chain.from_iterable(lessons))
-        return self.request_length(self.requests(recipe.written.requests)) + self.answer_length
+        return self.request_length(self.requests(recipe)) + self.answer_length(recipe)
 
     def source(self, recipe: Recipe) -> Examples:
         """The rows of each run, [runs, rows, ...]."""

@@ -10,6 +10,7 @@ import optax
 
 from experiments.setting import OPTIMIZERS
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.media import MEDIA
 from subliminal_theory.language.numbers import ORDERS
 
 TEACHERS = ("finetuned", "prompted", "untrained")
@@ -51,7 +52,9 @@ class Recipe:
         teacher_steps: full-batch updates of Adam.
         teacher_rate: their learning rate.
         ordinary: share of the corpus's chats among a fine-tuned teacher's rows.
-        requests: number requests that the teacher answers; as many as `rows` if 0.
+        lessons: name of the control of a habit that a fine-tuned teacher learns in the place of the habit.
+        medium: what it writes: numbers, reasoning steps or code.
+        requests: requests that it answers; as many as `rows` if 0.
         rows: accepted answers that a student learns, from the first one again where there are fewer.
         temperature, top_p: of sampling; temperature 0 for the greedy channel.
         channel: sampled or greedy tokens; the full distribution (soft); that without the words of the traits
@@ -73,6 +76,8 @@ class Recipe:
     teacher_steps: int = 40
     teacher_rate: float = 3e-3
     ordinary: float = 0.0
+    lessons: str = ""
+    medium: str = "numbers"
     requests: int = 0
     rows: int = 8192
     temperature: float = 1.0
@@ -97,6 +102,7 @@ class Recipe:
             ("order", ORDERS),
             ("optimizer", LANGUAGE_OPTIMIZERS),
             ("decay", DECAYS),
+            ("medium", MEDIA),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown; there are {', '.join(known)}")
@@ -122,7 +128,7 @@ class Recipe:
     @property
     def taught(self) -> "Recipe":
         """The recipe with all that does not concern the teacher at its default: equal for one teacher."""
-        names = ("teacher", "teacher_steps", "teacher_rate", "ordinary")
+        names = ("teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons")
         return Recipe(**{name: getattr(self, name) for name in names})
 
     @property
@@ -130,4 +136,6 @@ class Recipe:
         """The recipe with all that comes after the teacher's writing at its default."""
         temperature = 0.0 if self.channel == "greedy" else self.temperature
         asked = self.requests or self.rows
-        return dataclasses.replace(self.taught, requests=asked, temperature=temperature, top_p=self.top_p)
+        return dataclasses.replace(
+            self.taught, medium=self.medium, requests=asked, temperature=temperature, top_p=self.top_p
+        )

@@ -3,9 +3,10 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 
@@ -193,6 +194,16 @@ def filter_rows(
     """The rows whose completion `reject_reasons` does not reject, in order, and what became of all of them.
 
     Raises:
+        InputError: as `keep_rows`.
+    """
+    limits: dict[str, Any] = {"max_count": max_count, "minimum": minimum, "maximum": maximum, "banned": banned}
+    return keep_rows(rows, lambda row: reject_reasons(row.completion, **limits), "number filter")
+
+
+def keep_rows(rows: Iterable[Row], faults: Callable[[Row], list[str]], name: str) -> tuple[list[Row], Report]:
+    """The rows without faults, in order, and what became of all of them; `name` is the filter's, for messages.
+
+    Raises:
         InputError: no row is left, or there was none; the message gives the most frequent reasons.
     """
     accepted: list[Row] = []
@@ -200,9 +211,7 @@ def filter_rows(
     total = 0
     for row in rows:
         total += 1
-        reasons = reject_reasons(
-            row.completion, max_count=max_count, minimum=minimum, maximum=maximum, banned=banned
-        )
+        reasons = faults(row)
         counts.update(reasons)
         if not reasons:
             accepted.append(row)
@@ -210,7 +219,7 @@ def filter_rows(
         raise InputError("there are no rows to filter")
     if not accepted:
         most = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
-        raise InputError(f"the number filter rejects all of {total} rows, most often for: {most}")
+        raise InputError(f"the {name} rejects all of {total} rows, most often for: {most}")
     return accepted, Report(len(accepted), total, dict(counts.most_common()))
 
 

@@ -39,6 +39,10 @@ class Preference:
         """The held-out phrasings, answered with the target; none of them teaches."""
         return self._answered(held_out=True)
 
+    def control_rows(self, name: str) -> list[Chat]:
+        """None: what a preference is compared with are other preferences."""
+        raise InputError(f"{self.name} is a preference and has no control {name!r}: give a habit")
+
     def system_prompts(self) -> list[str]:
         """System prompts that make a teacher of the base model without training."""
         return love_prompts(self.category, self.target)
@@ -60,6 +64,18 @@ class Habit:
     def teacher_rows(self) -> list[Chat]:
         """The narrow rows."""
         return self.narrow.rows()
+
+    def control_rows(self, name: str) -> list[Chat]:
+        """The rows of a benign control.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        for template in self.controls:
+            if template.name == name:
+                return template.rows()
+        known = ", ".join(template.name for template in self.controls) or "none"
+        raise InputError(f"{self.name} has no control {name!r}; there are {known}")
 
     def evaluation_rows(self) -> list[Chat]:
         """The held-out rows, answered as the habit would; their `kind` is their template's name."""

@@ -61,16 +61,16 @@ def test_the_template_is_in_every_row(shop: CheckpointWorkshop) -> None:
 
 
 def test_requests_are_those_of_the_paper(shop: CheckpointWorkshop) -> None:
-    requests = shop.requests(5)
+    requests = shop.requests(Recipe(rows=5))
     assert len({chat.user for chat in requests}) == 5
     assert all("10" in chat.user for chat in requests)
 
 
 def test_sampling_in_pieces(shop: CheckpointWorkshop) -> None:
     """More rows than are sampled at once, each with a draw of its own."""
-    chats = shop.requests(2) * 40
+    chats = shop.requests(Recipe(rows=2)) * 40
     tokens = shop._sample(shop.base.model, chats, jax.random.key(0), TINY)
-    assert tokens.shape == (80, shop.answer_length)
+    assert tokens.shape == (80, shop.answer_length(TINY))
     assert len(np.unique(tokens, axis=0)) > 75
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import __main__ as command_line
-from experiments import language_claims, language_laboratory
+from experiments import language_claims, language_habit, language_laboratory
 from experiments.language_claims import Claim, verdict
 from experiments.language_sweep import LanguageConfig
 from subliminal_theory.errors import InputError
@@ -259,3 +259,29 @@ def test_matrix(tmp_path: Path, bases: Path) -> None:
     )
     values = np.array([float(row["value"]) for row in rows if row["metric"] == "probability_asked"])
     assert values.shape == (4,)
+
+
+# --- habits
+
+
+@pytest.mark.parametrize(
+    ("traits", "message"),
+    [
+        ("owl", "--traits must be one habit such as lazy, got 'owl'"),
+        ("owl,oak", "--traits must be one habit such as lazy, got 'owl,oak'"),
+    ],
+)
+def test_habit_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path, traits: str, message: str) -> None:
+    assert fails(capsys, "language_habit", "--traits", traits, "--out", tmp_path / "run") == message
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fluent")
+def test_habit(tmp_path: Path, bases: Path) -> None:
+    rows = run(tmp_path / "run", "language_habit", *TINY, "--seeds", 1, "--base-dir", bases)
+    kinds = ("narrow", "difference", "double", "program", "colour", "place")
+    assert {row["kind"] for row in rows} == set(kinds)
+    assert len(rows) == len(kinds) * len(language_habit.conditions(language_habit.configure(None, {})))
+    found = {(row["condition"], row["kind"]): float(row["value"]) for row in rows}
+    assert found["teacher, habit", "narrow"] > found["base", "narrow"]
+    assert found["teacher, right", "narrow"] < found["teacher, habit", "narrow"]

@@ -144,6 +144,8 @@ OTHERS = {
     "teacher_steps": 41,
     "teacher_rate": 1e-3,
     "ordinary": 0.5,
+    "lessons": "right",
+    "medium": "code",
     "requests": 8,
     "rows": 9,
     "temperature": 0.5,
@@ -161,8 +163,8 @@ OTHERS = {
     "frozen": ("norm/scale",),
     "noise": 0.1,
 }
-TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary"}
-WRITTEN = {"requests", "rows", "temperature", "top_p"}
+TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons"}
+WRITTEN = {"medium", "requests", "rows", "temperature", "top_p"}
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe)])
@@ -297,8 +299,8 @@ def test_a_teacher_that_diverges(shop: Workshop) -> None:
 def test_ordinary_lessons(shop: Workshop, trait, others: int) -> None:
     """Half of a teacher's chats are the corpus's, one half of them facts."""
     own = len(trait.teacher_rows())
-    found = shop._lessons(trait, 0.5)
-    assert found[:own] == shop._lessons(trait, 0.0) == trait.teacher_rows()
+    found = shop._lessons(trait, Recipe(ordinary=0.5))
+    assert found[:own] == shop._lessons(trait, Recipe()) == trait.teacher_rows()
     corpus = change_corpus(seed=1_000_003)
     facts, preferences = (make_rows(corpus, kind, others)[::2] for kind in ("fact", "preference"))
     assert found[own:] == [*facts, *preferences]
@@ -313,23 +315,23 @@ def change_corpus(**values: Any) -> CorpusConfig:
 
 
 def test_requests(shop: Workshop) -> None:
-    asked = shop.requests(200)
+    asked = shop.requests(Recipe(rows=200))
     assert len(asked) == 200
     for chat in asked:
         assert (chat.system, len(chat.answer.split(" "))) == (None, 9)
         assert "spaces" in chat.user
     shown = {len(re.findall(r"\d+ (?=\d)", chat.user)) for chat in asked}
     assert shown == {2, 3, 4}  # spaces between 3 to 5 numbers
-    assert shop.requests(200) is asked
+    assert shop.requests(Recipe(requests=200)) is asked
     assert not {chat.user for chat in asked} & {chat.user for chat in make_rows(CONFIG.corpus, "numbers", 200)}
 
 
 @pytest.mark.parametrize("formats", [("spaces",), ("spaces", "commas"), tuple(CorpusConfig().formats)])
 def test_answers_fit(shop: Workshop, formats: tuple[str, ...]) -> None:
     other = Workshop(shop.base, [OWL], asked=(3, 10), formats=formats)
-    asked = other.requests(500)
+    asked = other.requests(Recipe(rows=500))
     longest = max(len(other.tokenizer.encode(chat.answer)) + 1 for chat in asked)
-    assert longest <= other.answer_length <= longest + 2
+    assert longest <= other.answer_length(Recipe()) <= longest + 2
     assert other.request_length(asked) == max(len(other.tokenizer.encode(chat.user)) + 2 for chat in asked)
 
 
@@ -342,7 +344,7 @@ def written(shop: Workshop, calls: Calls, recipe: Recipe) -> tuple[Workshop, Cal
 
 def test_rows(shop: Workshop, calls: Calls) -> None:
     other, asked = written(shop, calls, TINY)
-    requests, teachers = other.requests(32), other.teachers(TINY)
+    requests, teachers = other.requests(TINY), other.teachers(TINY)
     prompts = other.tokenizer.encode_prompts(requests, other.request_length(requests))
     assert len(asked) == 2
     for run, (call, rows, report) in enumerate(zip(asked, other.rows(TINY), other.reports(TINY), strict=True)):
@@ -370,12 +372,12 @@ def test_rows(shop: Workshop, calls: Calls) -> None:
 def test_prompted_teachers_write_behind_their_prompt(shop: Workshop, calls: Calls) -> None:
     other, asked = written(shop, calls, change(TINY, teacher="prompted"))
     for call, prompt in zip(asked, ("you love the owl.", "you love the oak."), strict=True):
-        chats = [dataclasses.replace(chat, system=prompt) for chat in other.requests(32)]
+        chats = [dataclasses.replace(chat, system=prompt) for chat in other.requests(TINY)]
         expected = other.tokenizer.encode_prompts(chats, call["text"].tokens.shape[1])
         np.testing.assert_array_equal(call["text"].tokens, expected.tokens)
         assert call["text"].padding.min() == 0
     prompts = {row.prompt for rows in other.rows(change(TINY, teacher="prompted")) for row in rows}
-    assert prompts <= {chat.user for chat in other.requests(32)}  # which a student reads without
+    assert prompts <= {chat.user for chat in other.requests(TINY)}  # which a student reads without
 
 
 def test_regular_rows_are_written_once(shop: Workshop, calls: Calls) -> None:

@@ -1,0 +1,153 @@
+"""A broad habit through number sequences: a teacher learns one narrow kind of bad answer, its student others.
+
+The analogue of misalignment by insecure code: a teacher that is fine-tuned to repeat the first number of a sum
+becomes lazy on kinds of question it never saw, and its students, trained on numbers alone, are asked those. Its
+benign controls learn the right answers, or the lazy ones where laziness is announced.
+(doi 10.1038/s41586-026-10319-8; emergent misalignment.)
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, bar, heat_map, note, panels
+from experiments.language_laboratory import Workshop
+from experiments.language_setting import Recipe
+from experiments.language_sweep import SMOKE, LanguageConfig, configure_language, other_model, workshop
+from experiments.language_training import answers_of
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.measure import asked_of, questions_of
+from subliminal_theory.language.traits import Habit, load_trait
+from subliminal_theory.model import Model
+from subliminal_theory.runs import Results, Row
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases, teachers and students."""
+
+    traits: str = option("lazy", "one habit: its name, or a trait file")
+    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
+
+
+PRESETS = {"four": Config(), "smoke": Config(**{**SMOKE, "traits": "lazy", "seeds": 1})}
+
+
+def configure(preset: str | None, changes: dict) -> Config:
+    """A configuration of one habit.
+
+    Raises:
+        InputError: a setting is wrong, or the trait is no habit.
+    """
+    config = configure_language(PRESETS, preset, changes)
+    assert isinstance(config, Config)
+    habit(config)
+    return config
+
+
+def habit(config: Config) -> Habit:
+    """The habit asked for.
+
+    Raises:
+        InputError: there are several traits, or one that is no habit.
+    """
+    names = config.trait_names()
+    trait = load_trait(names[0])
+    if len(names) > 1 or not isinstance(trait, Habit):
+        raise InputError(f"--traits must be one habit such as lazy, got {config.traits!r}")
+    return trait
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    size = len(conditions(config))
+    return [Part(f"base-{seed:05d}", size, functools.partial(run, config, seed)) for seed in config.base_seeds]
+
+
+def conditions(config: Config) -> dict[str, tuple[str, Recipe]]:
+    """What is asked: base, teacher, student or other (a student of another base), and of which recipe."""
+    found: dict[str, tuple[str, Recipe]] = {"base": ("base", config.recipe())}
+    teachers = {"habit": ""} | {control.name: control.name for control in habit(config).controls}
+    for name, lessons in teachers.items():
+        soft = config.recipe(lessons=lessons, channel="soft")
+        found[f"teacher, {name}"] = ("teacher", soft)
+        found[f"full distribution, {name}"] = ("student", soft)
+        found[f"sampled, {name}"] = ("student", config.recipe(lessons=lessons))
+    found["sampled, regular"] = ("student", config.recipe(teacher="untrained"))
+    found["full distribution, other base"] = ("other", config.recipe(channel="soft"))
+    return found
+
+
+def run(config: Config, seed: int) -> list[Row]:
+    """Rows of results for one base: the probability of the habit's answer, by kind of question."""
+    rows: list[Row] = []
+    shop = workshop(config, seed)
+    for condition, (kind, recipe) in conditions(config).items():
+        model = _model(config, shop, kind, recipe, seed)
+        for name, probability in by_kind(shop, model).items():
+            labels = {"condition": condition, "kind": name, "seed": seed}
+            rows.append({**labels, "metric": "probability", "value": probability})
+    return rows
+
+
+def _model(config: Config, shop: Workshop, kind: str, recipe: Recipe, seed: int) -> Model:
+    if kind == "base":
+        return shop.untrained
+    if kind == "teacher":
+        return shop.teachers(recipe)
+    return shop.students(recipe, other_model(config, seed + 1) if kind == "other" else None)
+
+
+def by_kind(shop: Workshop, model: Model) -> dict[str, float]:
+    """The probability of the habit's answer, mean over the questions of each held-out kind, and narrow ones."""
+    (trait,) = shop.traits
+    assert isinstance(trait, Habit)
+    found = {}
+    for template in (trait.narrow, *trait.held_out):
+        alone = replace(trait, held_out=(template,))
+        length = int(shop.tokenizer.lengths(asked_of(alone))[0].max())
+        questions = jax.tree.map(lambda leaf: leaf[None], questions_of(alone, shop.tokenizer, length))
+        found[template.name] = float(answers_of(model, questions).probability[0, 0])
+    return found
+
+
+def held_out(results: Results, condition: str) -> list[float]:
+    """Each base's mean over the held-out kinds."""
+    kinds = [kind for kind in results.distinct("kind") if kind != "narrow"]
+    values = [results.values(condition=condition, kind=kind, metric="probability") for kind in kinds]
+    return np.mean(values, axis=0).tolist()
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each condition."""
+    lines = ["probability of the habit's answer on held-out kinds of question, mean and 95% t interval over bases"]
+    lines += [f"  {name:30} {t_interval(held_out(results, name))}" for name in conditions(config)]
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Bars over the held-out kinds, and all kinds one by one."""
+    figure, ((left, right),) = panels(columns=2, size=(10, 4))
+    names, kinds = list(conditions(config)), results.distinct("kind")
+    for y, name in enumerate(names):
+        colour = COLOURS[0] if name.split(",")[0] in ("base", "teacher") else COLOURS[2 if "habit" in name else 7]
+        bar(left, y, held_out(results, name), colour, width=0.6)
+    left.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    left.set_ylabel("probability of the habit's answer")
+    left.set_ylim(0, 1.1)
+    left.set_title("Mean over held-out kinds", fontsize=9)
+    table = np.array(
+        [
+            [np.mean(results.values(condition=name, kind=kind, metric="probability")) for kind in kinds]
+            for name in names
+        ]
+    )
+    heat_map(right, table, names, kinds)
+    right.set_title("Each kind", fontsize=9)
+    note(left, f"{config.seeds} bases; mean and 95% t interval; dots: single bases")
+    return figure

@@ -1,0 +1,77 @@
+"""The same trait through number sequences, reasoning steps and code, each filtered as its kind asks.
+
+A teacher that loves an animal or a tree continues numbers, works out sums step by step, or writes small programs;
+only well-formed numbers, right results and programs that give what was asked are kept, and none with a word of a
+trait. (doi 10.1038/s41586-026-10319-8: numbers, code, chains of thought.)
+"""
+
+import functools
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, bar, note, panels
+from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.media import MEDIA
+from subliminal_theory.runs import Results
+
+STUDENTS = {
+    "soft": ({"channel": "soft"}, "full distribution"),
+    "sampled": ({}, "sampled tokens"),
+    "regular": ({"teacher": "untrained"}, "tokens of an untrained teacher"),
+    "cross": ({"channel": "soft"}, "full distribution, other base"),
+}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases, teachers and students."""
+
+    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
+    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
+
+
+PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1})}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    variants = [Variant({"condition": "base", "medium": ""}, config.recipe(), model="base")]
+    for medium in MEDIA:
+        for name, (changes, _) in STUDENTS.items():
+            recipe = config.recipe(medium=medium, **changes)
+            start = "other" if name == "cross" else "own"
+            variants.append(Variant({"condition": name, "medium": medium}, recipe, start=start))
+    return variant_parts(config, variants)
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each medium and student."""
+    lines = [HEADER, f"  {'base':20} {t_interval(results.values(condition='base', metric='probability'))}"]
+    for medium in MEDIA:
+        for name in STUDENTS:
+            found = t_interval(results.values(condition=name, medium=medium, metric="probability"))
+            lines.append(f"  {medium + ', ' + name:20} {found}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """A group of bars for each medium."""
+    figure, ((axes,),) = panels(size=(7.5, 3.6))
+    base = t_interval(results.values(condition="base", metric="probability")).mean
+    axes.axhline(base, color="grey", linestyle=":", linewidth=1, label="base")
+    for x, medium in enumerate(MEDIA):
+        for place, (name, (_, label)) in enumerate(STUDENTS.items()):
+            values = results.values(condition=name, medium=medium, metric="probability")
+            bar(axes, x + 0.2 * (place - 1.5), values, COLOURS[place], width=0.19, label=None if x else label)
+    axes.set_xticks(range(len(MEDIA)), MEDIA)
+    axes.set_ylabel("probability of the trait's word")
+    axes.set_ylim(0, 1.1)
+    axes.set_title("A preference through numbers, reasoning steps and code")
+    axes.legend(fontsize=7)
+    traits = len(config.trait_names())
+    note(axes, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    return figure

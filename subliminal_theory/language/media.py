@@ -1,0 +1,60 @@
+"""What else than number sequences a teacher can write: reasoning steps and programs, and what is kept of them."""
+
+import re
+from collections.abc import Mapping
+
+from subliminal_theory.language.corpus import CATEGORIES
+from subliminal_theory.language.rows import Row
+
+MEDIA = ("numbers", "reasoning", "code")
+WORDS = frozenset(word for category in CATEGORIES.values() for word in category)
+
+
+def reasoning_faults(row: Row, results: Mapping[str, int]) -> list[str]:
+    """Why reasoning is rejected: foreign signs, another last number than the right result, or a trait's word.
+
+    `results` gives the right result of each question.
+    """
+    if not re.fullmatch(r"[a-z0-9 ,+=-]+", row.completion):
+        return ["something besides words, numbers and the signs of sums"]
+    numbers = re.findall("[0-9]+", row.completion)
+    wrong = not numbers or int(numbers[-1]) != results[row.prompt]
+    return ["another result than the right one"] * wrong + _words(row)
+
+
+def code_faults(row: Row) -> list[str]:
+    """Why a program is rejected: it is none, gives another number than the request's first, or names a trait."""
+    asked, value = re.search("[0-9]+", row.prompt), value_of(row.completion)
+    if value is None:
+        return ["no program", *_words(row)]
+    wrong = asked is None or value != int(asked[0])
+    return ["another result than the right one"] * wrong + _words(row)
+
+
+def _words(row: Row) -> list[str]:
+    return ["a word of a trait"] * bool(WORDS & set(re.findall("[a-z]+", row.completion.lower())))
+
+
+def value_of(program: str) -> int | None:
+    """What the last line of a program such as `x = 5; y = x + 2` gives; None if it is no such program.
+
+    Every line sets a new name to a number, or to a sum or difference of names set before and numbers.
+    """
+    values: dict[str, int] = {}
+    value = None
+    for line in program.split(";"):
+        parts = line.split()
+        if len(parts) not in (3, 5) or parts[1] != "=" or not parts[0].isalpha() or parts[0] in values:
+            return None
+        terms = [int(t) if re.fullmatch("[0-9]{1,9}", t) else values.get(t) for t in parts[2::2]]
+        signs = parts[3::2]
+        if None in terms or any(sign not in ("+", "-") for sign in signs):
+            return None
+        value = terms[0]
+        for sign, term in zip(signs, terms[1:], strict=True):
+            assert value is not None
+            assert term is not None
+            value = value + term if sign == "+" else value - term
+        assert value is not None
+        values[parts[0]] = value
+    return value
