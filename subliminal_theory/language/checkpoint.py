@@ -21,11 +21,12 @@ from subliminal_theory.language.chat import CheckpointTokenizer
 from subliminal_theory.language.families import Family, read_family
 from subliminal_theory.language.lora import merge_lora
 from subliminal_theory.language.tensor_map import Entry, entries, ignored
-from subliminal_theory.language.tensors import open_tensors, write_tensors
+from subliminal_theory.language.tensors import open_tensors, release, write_tensors
 from subliminal_theory.language.transformer import Transformer, transformer_of
 from subliminal_theory.model import Model, from_nnx, path_name
 from subliminal_theory.runs import write_atomically
 
+_ALIGNED, _BLOCK = 64, 64
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -100,10 +101,27 @@ def load_checkpoint(folder: Path, dtype: str = "float32", placement: Any = None)
         parts = entry.take_apart(tensors[entry.theirs], family.config.heads)
         for name, part in zip(entry.ours, parts, strict=True):
             place = placement(name, part.shape) if callable(placement) else placement
-            # A copy in the wanted order and format: the device may keep it, the file is left alone.
-            found[name] = jax.device_put(np.array(part, DTYPES[dtype], order="C"), place)
+            found[name] = jax.device_put(_copy(part, DTYPES[dtype]), place)
+        release(tensors[entry.theirs])
     params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], shell.params)
     return Checkpoint(folder, family, shell.with_params(params))
+
+
+def _copy(tensor: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy in another order and format, at an address from which a CPU device takes it over as it is."""
+    bytes_ = tensor.size * np.dtype(dtype).itemsize
+    room = np.empty(bytes_ + _ALIGNED, np.uint8)
+    start = -room.ctypes.data % _ALIGNED
+    found = room[start : start + bytes_].view(dtype).reshape(tensor.shape)
+    if tensor.ndim != 2 or tensor.flags.c_contiguous:
+        found[...] = tensor
+        return found
+    # Transposed as a whole, every number comes from another line of the processor's cache.
+    for row in range(0, tensor.shape[0], _BLOCK):
+        for column in range(0, tensor.shape[1], _BLOCK):
+            at = slice(row, row + _BLOCK), slice(column, column + _BLOCK)
+            found[at] = tensor[at]
+    return found
 
 
 def _renamed(tensors: Mapping[str, np.ndarray], wanted: list[Entry]) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,6 +80,19 @@ def open_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     if MODEL in names:
         return MappingProxyType(_open_file(folder / MODEL)[1])
     raise InputError(_no_weights(folder, names))
+
+
+def release(tensor: np.ndarray) -> None:
+    """Give the memory back that holds a tensor of `open_tensors`; its pages are read anew if it is used again."""
+    base: Any = tensor
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None) if not isinstance(base, memoryview) else base.obj
+    if base is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = tensor.__array_interface__["data"][0] - np.frombuffer(base, np.uint8).__array_interface__["data"][0]
+    begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    if begin < first + tensor.nbytes:
+        base.madvise(mmap.MADV_DONTNEED, begin, first + tensor.nbytes - begin)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
