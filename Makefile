@@ -57,6 +57,8 @@ figures: environment
 	$(call figure,language_divergence,language_divergence)
 	$(call figure,language_optimisers,language_optimisers)
 	$(call figure,language_claims,language_claims)
+	$(call figure,language_habit,language_habit)
+	$(call figure,language_media,language_media)
 
 clean:
 	rm -rf .venv demo

@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint_scale.py [--rounds 3]
 
-Loading is compared with reading the same file, both from the page cache and in turns. Its peak is that of a process
-of its own, and counts the mapped pages of the file too; the anonymous part is told beside it. `theorem.check` is
-compared with one gradient of the imitation loss at the same parameters and rows, each in a process of its own.
+Loading is compared with reading the same file, both from the page cache and in turns. Its peak is that of a
+process of its own, and counts the mapped pages of the file too; the anonymous part is told beside it.
+`theorem.check` is compared with one gradient of the imitation loss at the same parameters and rows, each in a
+process of its own.
 """
 
 import argparse

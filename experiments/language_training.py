@@ -21,6 +21,8 @@ from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples
 
+# Of so many logits, those of a whole batch would take more memory than the model.
+MANY, CHUNK = 8192, 1024
 MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 
 
@@ -46,7 +48,9 @@ def students(
     runs: tuple[Model, Model | None, Examples, Array], channel: Channel, recipe: Recipe
 ) -> tuple[Model, Float[Array, "runs steps"]]:
     """Students [runs] and their losses [runs, steps]; runs are their starts, teachers, rows and keys."""
-    shape = (recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay)
+    start, _, source, _ = runs
+    logits = jax.eval_shape(jax.vmap(lambda model, text: model(text)), start, source.inputs).shape[-1]
+    shape = (recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, CHUNK if logits > MANY else None)
     return _students(runs, channel, jnp.float32(recipe.rate), shape)
 
 
@@ -55,15 +59,15 @@ def _students(
     runs: tuple[Model, Model | None, Examples, Array],
     channel: Channel,
     rate: Array,
-    shape: tuple[str, int, int, str],
+    shape: tuple[str, int, int, str, int | None],
 ) -> tuple[Model, Float[Array, "runs steps"]]:
-    optimizer, steps, warmup, decay = shape
+    optimizer, steps, warmup, decay, chunk = shape
 
     def one(arguments: Any) -> tuple[Model, Array]:
         model, teacher, source, key = arguments
         inner = LANGUAGE_OPTIMIZERS[optimizer](rates(rate, steps, warmup, decay))
         chain = optax.chain(optax.clip_by_global_norm(1.0), inner)
-        run = distill(model, teacher, channel, source, chain, steps, key)
+        run = distill(model, teacher, channel, source, chain, steps, key, chunk=chunk)
         return run.model, run.losses
 
     return ensemble(one, runs)

@@ -1,5 +1,6 @@
 """The verb of the project: one update, one scanned run, for a toy and for a language model."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from subliminal_theory.channel import Channel, imitation_loss, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.model import Model
+from subliminal_theory.model import Divisible, Model
 from subliminal_theory.source import Batch, Source
 
 
@@ -56,6 +57,7 @@ def distill(
     *,
     observe: Observe | None = None,
     snapshots: Sequence[int] = (),
+    chunk: int | None = None,
 ) -> Trained:
     """Train a student on what a channel lets it see of a teacher, and on nothing else.
 
@@ -64,12 +66,13 @@ def distill(
     A pure function: `jax.jit` it with the models and the source as arguments, and `jax.vmap` it over
     students, channels, teachers or keys. What is not mapped over (a shared teacher, shared inputs)
     is computed once for all. `observe` sees every step, and what it returns is streamed to the result;
-    `snapshots` are the ascending numbers of steps after which to keep the model.
+    `snapshots` are the ascending numbers of steps after which to keep the model. With `chunk`, no more logits
+    than those of so many positions are in memory at once; both models must be `Divisible`.
 
     Raises:
         InputError: the source brings labels; both or neither of a teacher and targets are given;
             student and teacher have different logits; the channel selects logits that do not exist;
-            snapshots are not ascending steps of the run.
+            snapshots are not ascending steps of the run; a chunk below 1, or of models that do not divide.
     """
     source_key = named(key, "source")
     probe = _probe(source, source_key, steps)
@@ -79,12 +82,51 @@ def distill(
         given = "neither a teacher nor targets" if teacher is None else "both a teacher and targets"
         raise InputError(f"distill got {given}: the source brings targets exactly when teacher is None")
     require_compatible(student, teacher, channel, probe.inputs)
+    if chunk is not None:
+        if chunk < 1:
+            raise InputError(f"chunk must be at least 1, got {chunk}")
+        if not all(isinstance(model.apply, Divisible) for model in (student, teacher) if model is not None):
+            raise InputError("chunks need models of features and readout: leave chunk out")
 
     def loss(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, ""]:
+        if chunk is not None:
+            return weighted_mean(_in_chunks(model, teacher, channel, batch, step_key, chunk), batch.weights)
         targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
         return imitation_loss(channel, model(batch.inputs), targets, batch.weights)
 
     return _run(student, loss, source, optimizer, steps, key, observe, snapshots)
+
+
+def _in_chunks(
+    student: Model, teacher: Model | None, channel: Channel, batch: Batch, key: Key[Array, ""], chunk: int
+) -> Float[Array, "*batch"]:
+    """The channel's loss at every position, of logits that are made, used and made again chunk by chunk."""
+    models = [model for model in (student, teacher) if model is not None]
+    read = [model.apply.features(model.all_params, batch.inputs) for model in models]  # type: ignore[attr-defined]
+    shape = read[0].shape[:-1]
+    positions = math.prod(shape)
+    chunks = -(-positions // chunk)
+
+    def cut(leaf: Array, whole: int) -> Array:
+        flat = leaf.reshape(positions, *leaf.shape[whole:])
+        filled = jnp.pad(flat, [(0, chunks * chunk - positions)] + [(0, 0)] * (flat.ndim - 1))
+        return filled.reshape(chunks, chunk, *flat.shape[1:])
+
+    given = None if teacher is not None else jax.tree.map(lambda leaf: cut(leaf, len(shape)), batch.targets)
+
+    @jax.checkpoint
+    def one(piece: PyTree) -> Float[Array, " chunk"]:
+        number, features, targets = piece
+        logits = [
+            model.apply.readout(model.all_params, part)  # type: ignore[attr-defined]
+            for model, part in zip(models, features, strict=True)
+        ]
+        if teacher is not None:
+            targets = channel.targets(named(key, number), logits[1])
+        return channel.loss(logits[0], targets)
+
+    pieces = (jnp.arange(chunks), [cut(features, len(shape)) for features in read], given)
+    return jax.lax.map(one, pieces).reshape(-1)[:positions].reshape(shape)
 
 
 def teach(

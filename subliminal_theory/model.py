@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -85,6 +85,15 @@ def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
             raise InputError(f"pattern {pattern!r} matches no parameter; there are {', '.join(names)}")
 
 
+@runtime_checkable
+class Divisible(Protocol):
+    """An `apply` in two parts: logits are `readout(params, features(params, inputs))`, each position alone."""
+
+    def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]: ...
+
+    def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]: ...
+
+
 @dataclass(frozen=True)
 class _Functional:
     """The pure function of an NNX module; equal for modules of equal structure."""
@@ -93,6 +102,17 @@ class _Functional:
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Float[Array, "..."]:
         return nnx.merge(self.graph, nnx.State(params))(inputs)
+
+
+@dataclass(frozen=True)
+class _InTwoParts(_Functional):
+    """That of a module with the methods of `Divisible`, less the parameters."""
+
+    def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]:
+        return nnx.merge(self.graph, nnx.State(params)).features(inputs)
+
+    def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]:
+        return nnx.merge(self.graph, nnx.State(params)).readout(features)
 
 
 def from_nnx(module: nnx.Module) -> Model:
@@ -107,4 +127,5 @@ def from_nnx(module: nnx.Module) -> Model:
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(rest))
         names = sorted({path_name(path) for path, _ in leaves})
         raise InputError(f"{type(module).__name__} holds state besides its parameters: {', '.join(names)}")
-    return Model(_Functional(graph), nnx.to_pure_dict(params))
+    kind = _InTwoParts if hasattr(module, "features") and hasattr(module, "readout") else _Functional
+    return Model(kind(graph), nnx.to_pure_dict(params))

@@ -63,22 +63,24 @@ class CheckpointBase:
 
 
 def open_base(folder: Path, seed: int = 0, dtype: str = "float32", placement: Any = None) -> CheckpointBase:
-    """The base in a folder with weights, tokenizer and chat template.
+    """The base in a folder with weights, tokenizer and chat template; blocks compute again for gradients.
 
     Raises:
         InputError: as `load_checkpoint` and `CheckpointTokenizer.load`, or tokenizer and embedding do not fit.
     """
     tokenizer = CheckpointTokenizer.load(folder)
     tokenizer.check_fits(read_family(folder).config.vocabulary)
-    return CheckpointBase(seed, load_checkpoint(folder, dtype, placement), tokenizer)
+    return CheckpointBase(seed, load_checkpoint(folder, dtype, placement, remat=True), tokenizer)
 
 
-def skeleton(family: Family) -> Model:
+def skeleton(family: Family, remat: bool = False) -> Model:
     """The model of a family with shapes in the place of parameters."""
-    return jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=nnx.Rngs(0))))
+    return jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=nnx.Rngs(0), remat=remat)))
 
 
-def load_checkpoint(folder: Path, dtype: str = "float32", placement: Any = None) -> Checkpoint:
+def load_checkpoint(
+    folder: Path, dtype: str = "float32", placement: Any = None, remat: bool = False
+) -> Checkpoint:
     """The model in a folder, its parameters in one format, each put on the device as soon as it is read.
 
     `placement` is what `jax.device_put` takes: a device, a sharding, or a function from a parameter's path and
@@ -92,7 +94,7 @@ def load_checkpoint(folder: Path, dtype: str = "float32", placement: Any = None)
         raise InputError(f"dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}")
     family = read_family(folder)
     tensors = _renamed(open_tensors(folder), entries(family))
-    shell = skeleton(family)
+    shell = skeleton(family, remat)
     leaves = jax.tree_util.tree_leaves_with_path(shell.params)
     shapes = {path_name(path): leaf.shape for path, leaf in leaves}
     _require_bijection(folder, family, tensors, shapes)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.model import Apply, Model, match_paths, path_name
+from subliminal_theory.model import Apply, Divisible, Model, match_paths, path_name
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +37,18 @@ class _Adapted:
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Float[Array, "..."]:
         return self.apply(self.merged(params), inputs)
+
+    def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]:
+        return self.inner.features(self.merged(params), inputs)
+
+    def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]:
+        return self.inner.readout(self.merged(params), features)
+
+    @property
+    def inner(self) -> Divisible:
+        if not isinstance(self.apply, Divisible):
+            raise InputError("the adapted model does not divide into features and readout")
+        return self.apply
 
     def merged(self, params: PyTree) -> PyTree:
         def one(node: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from subliminal_theory.language.transformer import Text
-from subliminal_theory.model import Apply, Model
+from subliminal_theory.model import Apply, Divisible, Model
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +26,19 @@ class _Behind:
     apply: Apply
 
     def __call__(self, params: _Prompted, text: Text) -> Float[Array, "batch last vocabulary"]:
+        return self.apply(params.model, self.whole(params, text))
+
+    def whole(self, params: _Prompted, text: Text) -> Text:
         last = text.tokens.shape[1] if text.last is None else text.last
-        return self.apply(params.model, replace(with_prefix(text, params.prefix), last=last))
+        return replace(with_prefix(text, params.prefix), last=last)
+
+    def features(self, params: _Prompted, text: Text) -> Float[Array, "batch last width"]:
+        assert isinstance(self.apply, Divisible)
+        return self.apply.features(params.model, self.whole(params, text))
+
+    def readout(self, params: _Prompted, features: Float[Array, "... width"]) -> Float[Array, "... n"]:
+        assert isinstance(self.apply, Divisible)
+        return self.apply.readout(params.model, features)
 
 
 def with_prefix(text: Text, prefix: Int[Array, " prefix"]) -> Text:

@@ -9,6 +9,7 @@ Blocks of attention (grouped queries, arXiv 2305.13245; rotary positions, arXiv 
 arXiv 2002.05202) behind norms. By its configuration it is any of the families in `families`.
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -75,10 +76,11 @@ class Transformer(nnx.Module):
     [inputs, outputs]. Matrices start as N(0, 1 / inputs), the embedding as N(0, 1 / width), those that write
     into the residual stream (`output`, `down`) as N(0, 1 / (2 layers inputs)), which keeps its variance from
     growing with depth. Norms, softmaxes and logits are in at least float32, and in float64 for float64 parameters.
+    With `remat` a gradient keeps what lies between the blocks and computes what lies within them again.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: bool = False) -> None:
+        self.config, self.remat = config, remat
         self.embedding = nnx.Param(normal(rngs, (config.vocabulary, config.width), 1 / config.width))
         if config.positions == "learned":
             self.positions = nnx.Param(normal(rngs, (config.context, config.width), 1 / config.width))
@@ -95,10 +97,21 @@ class Transformer(nnx.Module):
         Raises:
             InputError: rows longer than the context, or other last positions asked for than 1 to all.
         """
+        return self.readout(self.features(text))
+
+    def features(self, text: Text) -> Float[Array, "batch last width"]:
+        """What the output matrix reads, at the positions whose logits are asked for; raises as a call."""
         time = text.tokens.shape[1]
         if time > self.config.context:
             raise InputError(f"Transformer: {time} positions exceed the context of {self.config.context}")
         return self._compute(text, None)[0]
+
+    def readout(self, features: Float[Array, "... width"]) -> Float[Array, "... vocabulary"]:
+        """The logits of features."""
+        matrix = self.embedding[...].T if self.config.tied else self.head.kernel[...]
+        flat = features.reshape(1, -1, features.shape[-1])
+        logits = multiply(flat, matrix, at_least_float32(features.dtype))
+        return cap(logits, self.config.logit_cap).reshape(*features.shape[:-1], -1)
 
     def extend(self, text: Text, cache: Cache) -> tuple[Float[Array, "batch last vocabulary"], Cache]:
         """As the function `extend`."""
@@ -106,13 +119,11 @@ class Transformer(nnx.Module):
         known = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
         if known + time > capacity:
             raise InputError(f"extend: {time} positions after {known} exceed the cache's capacity of {capacity}")
-        logits, written = self._compute(text, cache)
+        features, written = self._compute(text, cache)
         assert written is not None
-        return logits, replace(written, length=cache.length + time)
+        return self.readout(features), replace(written, length=cache.length + time)
 
-    def _compute(
-        self, text: Text, cache: Cache | None
-    ) -> tuple[Float[Array, "batch last vocabulary"], Cache | None]:
+    def _compute(self, text: Text, cache: Cache | None) -> tuple[Float[Array, "batch last width"], Cache | None]:
         config, time, embedding = self.config, text.tokens.shape[1], self.embedding[...]
         last = time if text.last is None else text.last
         if text.last is not None and not 1 <= last <= time:
@@ -126,9 +137,12 @@ class Transformer(nnx.Module):
         for number, layer in enumerate(self.layers):
             frame = frames[config.windowed[number] if config.windowed else False]
             # What the last block makes of the other positions, nothing reads.
-            x, cache = layer(x, frame, cache, number, last if number == config.layers - 1 else time)
-        matrix = embedding.T if config.tied else self.head.kernel[...]
-        return cap(multiply(self.norm(x), matrix, at_least_float32(x.dtype)), config.logit_cap), cache
+            kept = last if number == config.layers - 1 else time
+            if self.remat and cache is None:
+                x = jax.checkpoint(functools.partial(_alone, layer, frame, number, kept))(x)
+            else:
+                x, cache = layer(x, frame, cache, number, kept)
+        return self.norm(x), cache
 
     def _embed(self, text: Text, start: Array) -> Float[Array, "batch time width"]:
         x = jnp.take(self.embedding[...], text.tokens, axis=0, mode="fill")
@@ -138,6 +152,12 @@ class Transformer(nnx.Module):
             places = positions_of(text.padding, start, text.tokens.shape[1])
             x = x + jnp.take(self.positions[...], places, axis=0, mode="clip")
         return x
+
+
+def _alone(
+    layer: Block, frame: Frame, number: int, last: int, x: Float[Array, "batch time width"]
+) -> Float[Array, "batch last width"]:
+    return layer(x, frame, None, number, last)[0]
 
 
 def transformer_of(model: Model) -> Transformer:

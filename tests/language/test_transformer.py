@@ -1,23 +1,28 @@
 """The language model against numpy, complex rotations, its own cache, gradients and the theorem."""
 
 import functools
+import re
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subliminal_theory.channel import SoftLogits
+from subliminal_theory.channel import SampledToken, SoftLogits
+from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.attention import Cache, attend, empty_cache, make_frame, rotate
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.layers import RMSNorm
+from subliminal_theory.language.lora import add_lora
 from subliminal_theory.language.transformer import Text, Transformer, extend
 from subliminal_theory.model import Model, from_nnx, path_name
+from subliminal_theory.source import Examples
 from subliminal_theory.theorem import check
 
 SIZES = {
@@ -148,6 +153,74 @@ def test_last_logits_are_those_of_whole_rows(last: int) -> None:
 def test_last_logits_that_are_none(last: int) -> None:
     with pytest.raises(InputError, match=rf"^Text: last must be from 1 to the {TIME} positions, got {last}$"):
         tiny()(replace(ragged(), last=last))
+
+
+def test_blocks_that_compute_again() -> None:
+    """The same logits and gradients, to rounding, with and without a cache."""
+    text, plain = ragged(), tiny()
+    shell = jax.eval_shape(lambda: from_nnx(Transformer(config(), rngs=nnx.Rngs(0), remat=True)))
+    again = shell.with_params(plain.params)
+    np.testing.assert_allclose(run(again, text), run(plain, text), rtol=1e-6, atol=1e-6)
+    first, second = (
+        jax.jit(jax.grad(lambda params, m=model: jnp.sum(jnp.sin(m.apply(params, text)))))(model.params)
+        for model in (plain, again)
+    )
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    cached, _ = extend_jit(again, text, empty_cache(config(), len(PADDING), TIME, jnp.float32))
+    np.testing.assert_allclose(cached, run(plain, text), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("chunk", "channel"), [(4, SoftLogits()), (100, SoftLogits(2.0)), (4, SampledToken())])
+def test_distilling_in_chunks(chunk: int, channel, adapted: bool) -> None:
+    """The same run as with all logits at once; the last chunk is not full."""
+    student, teacher, text = tiny(), tiny(1), replace(ragged(), last=3)
+    if adapted:
+        student = add_lora(student, ["layers/*/mlp/*/kernel"], 2, 2.0, jax.random.key(0))
+    targets = text.tokens[:, -3:] if channel == SampledToken() else None
+    weights = jnp.asarray([[1.0, 1, 1], [0, 1, 1], [0, 0, 1]])
+    source = Examples(text, 3, targets=targets, positions=weights)
+    other = teacher if targets is None else None
+    whole, cut = (
+        jax.jit(
+            lambda student, other, size=size: distill(
+                student, other, channel, source, optax.sgd(0.1), 3, jax.random.key(0), chunk=size
+            )
+        )(student, other)
+        for size in (None, chunk)
+    )
+    np.testing.assert_allclose(cut.losses, whole.losses, rtol=1e-5)
+    for one, two in zip(jax.tree.leaves(cut.model.params), jax.tree.leaves(whole.model.params), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_hold_few_logits() -> None:
+    """Nothing of the size of all logits is made, forward or backward."""
+    student, teacher = tiny(), tiny(1)
+    text = Text(jnp.zeros((5, 6), jnp.int32), jnp.zeros(5, jnp.int32))
+    source, optimizer = Examples(text, 5, positions=jnp.ones((5, 6))), optax.sgd(0.1)
+
+    def shapes(chunk: int | None) -> set[int]:
+        jaxpr = jax.make_jaxpr(
+            lambda: distill(student, teacher, SoftLogits(), source, optimizer, 1, jax.random.key(0), chunk=chunk)
+        )()
+        found = re.findall(r"f32\[([\d,]+),11\]", str(jaxpr))
+        return {int(np.prod([int(n) for n in shape.split(",")])) for shape in found}
+
+    assert 30 in shapes(None)
+    assert max(shapes(4) - {8}) == 4  # 8 is the width, of the output matrix
+
+
+def test_chunks_that_cannot_be() -> None:
+    toy = Model(lambda params, x: x @ params, jnp.ones((2, 3)))
+    source = Examples(jnp.ones((4, 2)), 2)
+    for model, chunk, message in [
+        (toy, 2, "chunks need models of features and readout: leave chunk out"),
+        (toy, 0, "chunk must be at least 1, got 0"),
+    ]:
+        with pytest.raises(InputError, match=f"^{message}$"):
+            distill(model, model, SoftLogits(), source, optax.sgd(0.1), 1, jax.random.key(0), chunk=chunk)
 
 
 def test_rms_norm_by_hand() -> None:
