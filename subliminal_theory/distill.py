@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import jax
@@ -20,16 +20,28 @@ from subliminal_theory.source import Batch, Source
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class State:
+    """Where a run stands after `step` of its steps; the rest of what it needs, it is called with again."""
+
+    params: PyTree
+    optimizer: PyTree
+    step: int = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Trained:
     """A model after its run, and the loss of every step before that step's update.
 
-    `observed` is what `observe` returned, stacked over steps; `snapshots` the models after the steps asked for.
+    `observed` is what `observe` returned, stacked over steps; `snapshots` the models after the steps asked for;
+    `state` is where to go on.
     """
 
     model: Model
     losses: Float[Array, " steps"]
     observed: PyTree = None
     snapshots: tuple[Model, ...] = ()
+    state: State | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +70,8 @@ def distill(
     observe: Observe | None = None,
     snapshots: Sequence[int] = (),
     chunk: int | None = None,
+    state: State | None = None,
+    until: int | None = None,
 ) -> Trained:
     """Train a student on what a channel lets it see of a teacher, and on nothing else.
 
@@ -67,7 +81,8 @@ def distill(
     students, channels, teachers or keys. What is not mapped over (a shared teacher, shared inputs)
     is computed once for all. `observe` sees every step, and what it returns is streamed to the result;
     `snapshots` are the ascending numbers of steps after which to keep the model. With `chunk`, no more logits
-    than those of so many positions are in memory at once; both models must be `Divisible`.
+    than those of so many positions are in memory at once; both models must be `Divisible`. A run of `steps` can
+    be made in pieces: one goes on from `state` and stops after step `until` of them.
 
     Raises:
         InputError: the source brings labels; both or neither of a teacher and targets are given;
@@ -94,7 +109,7 @@ def distill(
         targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
         return imitation_loss(channel, model(batch.inputs), targets, batch.weights)
 
-    return _run(student, loss, source, optimizer, steps, key, observe, snapshots)
+    return _run(student, loss, source, optimizer, steps, key, observe, snapshots, state, until)
 
 
 def _in_chunks(
@@ -163,10 +178,15 @@ def _run(
     key: Key[Array, ""],
     observe: Observe | None,
     snapshots: Sequence[int],
+    state: State | None = None,
+    until: int | None = None,
 ) -> Trained:
-    bounds = [0, *snapshots, steps]
-    if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > steps:
-        raise InputError(f"snapshots must be ascending steps from 1 to {steps}, got {list(snapshots)}")
+    first, final = 0 if state is None else state.step, steps if until is None else until
+    if not first < final <= steps:
+        raise InputError(f"a run of {steps} steps cannot go from step {first} to {final}")
+    bounds = [first, *snapshots, final]
+    if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > final:
+        raise InputError(f"snapshots must be ascending steps from {first + 1} to {final}, got {list(snapshots)}")
     source_key, channel_key = named(key, "source"), named(key, "channel")
 
     def step(carry: PyTree, scheduled: PyTree) -> tuple[PyTree, tuple[Float[Array, ""], PyTree]]:
@@ -180,14 +200,15 @@ def _run(
         return (optax.apply_updates(params, update), state), (value, seen)
 
     schedule = (jnp.arange(steps), source.schedule(source_key, steps))
-    carry, outputs, kept = (model.params, optimizer.init(model.params)), [], []
+    carry = (model.params, optimizer.init(model.params)) if state is None else (state.params, state.optimizer)
+    outputs, kept = [], []
     for start, stop in pairwise(bounds):
         piece = jax.tree.map(lambda leaf, start=start, stop=stop: leaf[start:stop], schedule)
         carry, output = jax.lax.scan(step, carry, piece)
         outputs.append(output)
         kept.append(model.with_params(carry[0]))
     losses, observed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-    return Trained(kept[-1], losses, observed, tuple(kept[:-1]))
+    return Trained(kept[-1], losses, observed, tuple(kept[:-1]), State(*carry, final))
 
 
 def _probe(source: Source, key: Key[Array, ""], steps: int) -> Batch:

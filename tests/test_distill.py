@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, weighted_mean
-from subliminal_theory.distill import distill, require_finite, teach
+from subliminal_theory.distill import State, distill, require_finite, teach
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model, from_nnx
@@ -461,3 +461,41 @@ def test_diverging_run_is_refused() -> None:
     run = distill(linear_model(0), linear_model(1), SquaredError(), Examples(INPUTS, 20), optax.sgd(1e4), 30, KEY)
     with pytest.raises(InputError, match=r"^the loss of student is not finite at step \d+ of 30"):
         require_finite(run.losses[None], ["student"])
+
+
+# --- in pieces
+
+
+def test_a_run_in_pieces_is_the_run() -> None:
+    """Parameters, losses and the optimiser's state are the same bit for bit.
+
+    Pieces of one step are not in it: XLA unrolls their loop and rounds otherwise.
+    """
+    student, source = linear_model(0), Examples(INPUTS, 8)
+    teacher, optimizer = student.with_params(jax.tree.map(lambda leaf: leaf + 1, student.params)), optax.adam(0.1)
+
+    @functools.partial(jax.jit, static_argnames="until")
+    def piece(student, teacher, source, state, *, until: int):
+        return distill(
+            student, teacher, SoftLogits(), source, optimizer, 9, jax.random.key(1), state=state, until=until
+        )
+
+    whole, state, losses = piece(student, teacher, source, None, until=9), None, []
+    for until in (3, 5, 9):
+        part = piece(student, teacher, source, state, until=until)
+        state, losses = part.state, [*losses, part.losses]
+        assert state.step == until
+    np.testing.assert_array_equal(np.concatenate(losses), whole.losses)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("first", "until"), [(3, 3), (3, 2), (0, 0), (0, 10)])
+def test_pieces_that_are_none(first: int, until: int) -> None:
+    student = linear_model(0)
+    state = State(student.params, optax.sgd(0.1).init(student.params), first)
+    with pytest.raises(InputError, match=f"^a run of 9 steps cannot go from step {first} to {until}$"):
+        distill(
+            student, student, SoftLogits(), Examples(INPUTS, 8), optax.sgd(0.1), 9, jax.random.key(0),
+            state=state, until=until,
+        )  # fmt: skip
