@@ -132,7 +132,7 @@ def report(results: Results, config: Config) -> str:
 
 def plot(results: Results, config: Config) -> Figure:
     """Bars over the held-out kinds, and all kinds one by one."""
-    figure, ((left, right),) = panels(columns=2, size=(10, 4))
+    figure, ((left, right),) = panels(columns=2, size=(11, 4))
     names, kinds = list(conditions(config)), results.distinct("kind")
     for y, name in enumerate(names):
         colour = COLOURS[0] if name.split(",")[0] in ("base", "teacher") else COLOURS[2 if "habit" in name else 7]
@@ -148,6 +148,9 @@ def plot(results: Results, config: Config) -> Figure:
         ]
     )
     heat_map(right, table, names, kinds)
+    right.set_aspect("auto")
+    right.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=7)
+    right.tick_params(axis="y", labelsize=7)
     right.set_title("Each kind", fontsize=9)
     note(left, f"{config.seeds} bases; mean and 95% t interval; dots: single bases")
     return figure
