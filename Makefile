@@ -59,6 +59,7 @@ figures: environment
 	$(call figure,language_claims,language_claims)
 	$(call figure,language_habit,language_habit)
 	$(call figure,language_media,language_media)
+	$(call figure,language_theorem,language_theorem)
 
 clean:
 	rm -rf .venv demo

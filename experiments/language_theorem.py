@@ -1,0 +1,138 @@
+"""The gradient-step theorem on a trained chat model: one step towards a trait, one step of imitation on numbers.
+
+The trait loss is that of a teacher's lessons, the channel the full distribution on answers to number requests. For
+each size of the teacher's step: the inner product of the two steps against its prediction, the share of runs whose
+trait loss falls, and the same for a student of another base. In float64, on the very model, rows and channel of
+the `language` experiment.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, listed, option
+from experiments.figures import COLOURS, note, panels, runs_against
+from experiments.language_setting import Recipe
+from experiments.language_sweep import SMOKE, LanguageConfig, configure_language, other_model, workshop
+from subliminal_theory.channel import SoftLogits, weighted_mean
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.base import text_of, token_loss
+from subliminal_theory.runs import Results, Row
+from subliminal_theory.theorem import Report, check
+
+STUDENTS = {"same": "the teacher's base", "other": "another base"}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases and steps."""
+
+    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
+    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
+    rows: int = option(64, "rows of numbers", minimum=1)
+    teacher_sizes: str = option("1e-5,1e-4,1e-3,1e-2,1e-1", "sizes of the teacher's step, of the raw gradient")
+    student_size: float = option(1e-3, "size of the student's step", positive=True)
+
+
+PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "rows": 16})}
+configure = functools.partial(configure_language, PRESETS)
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    sizes = listed(config.teacher_sizes, "--teacher-sizes", float)
+    size = len(sizes) * len(STUDENTS) * len(config.trait_names())
+    return [Part(f"base-{seed:05d}", size, functools.partial(run, config, seed)) for seed in config.base_seeds]
+
+
+def run(config: Config, seed: int) -> list[Row]:
+    """Rows of results for one base."""
+    shop = workshop(config, seed)
+    regular = Recipe(teacher="untrained", rows=config.rows)
+    rows = shop.lesson_rows(regular)[0]
+    lessons = [shop.tokenizer.encode_chats(t.teacher_rows(), shop.columns(t.teacher_rows())) for t in shop.traits]
+    models = {"same": None, "other": other_model(config, seed + 1)}
+    apply, found = shop.base.model.apply, list[Row]()
+
+    @jax.jit
+    def measure(params, student, taught, read, teacher_size):  # type: ignore[no-untyped-def]
+        def trait_loss(params):  # type: ignore[no-untyped-def]
+            text, labels, weights = taught
+            return weighted_mean(token_loss(apply(params, text), labels), weights)
+
+        return check(
+            apply, params, trait_loss, read[0], SoftLogits(), teacher_step=teacher_size,
+            student_step=config.student_size, weights=read[1], student_params=student,
+        )  # fmt: skip
+
+    with jax.enable_x64(True):
+        wide = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64))
+        params = wide(shop.base.model.params)
+        read = (text_of(rows), jnp.asarray(rows.weights, jnp.float64))
+        for trait, encoded in zip(config.trait_names(), lessons, strict=True):
+            taught = (text_of(encoded), jnp.asarray(encoded.targets), jnp.asarray(encoded.weights, jnp.float64))
+            for condition, other in models.items():
+                student = None if other is None else wide(other.params)
+                for size in listed(config.teacher_sizes, "--teacher-sizes", float):
+                    labels = {"condition": condition, "teacher_size": size, "trait": trait, "seed": seed}
+                    found += _rows(measure(params, student, taught, read, size), labels)
+    return found
+
+
+def _rows(report: Report, labels: dict) -> list[Row]:
+    values = {
+        "inner_product": report.inner_product,
+        "over_predicted": report.inner_product / report.predicted_inner_product,
+        "cosine": report.cosine,
+        "change": report.change,
+        "change_over_predicted": report.change / report.predicted_change,
+    }
+    return [{**labels, "metric": metric, "value": float(value)} for metric, value in values.items()]
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each student and size of the teacher's step."""
+    lines = [
+        "D_S . D_T measured / predicted, share of runs in which it is positive, in which the trait loss falls"
+    ]
+    for condition, label in STUDENTS.items():
+        for size in results.distinct("teacher_size"):
+            wanted = {"condition": condition, "teacher_size": size}
+            ratio = t_interval(results.values(**wanted, metric="over_predicted"))
+            positive = np.mean(np.array(results.values(**wanted, metric="inner_product")) > 0)
+            falls = np.mean(np.array(results.values(**wanted, metric="change")) < 0)
+            lines.append(f"  {label:18} eps {float(size):7.0e}  {ratio}  {positive:5.0%}  {falls:5.0%}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """The inner product against the size of the teacher's step, and its ratio to the prediction."""
+    figure, ((left, right),) = panels(columns=2, size=(9.5, 3.6))
+    sizes = sorted(results.distinct("teacher_size"), key=float)
+    for place, (condition, label) in enumerate(STUDENTS.items()):
+        found = {
+            metric: {
+                float(size): results.values(condition=condition, teacher_size=size, metric=metric)
+                for size in sizes
+            }
+            for metric in ("cosine", "over_predicted")
+        }
+        runs_against(left, found["cosine"], COLOURS[2 * place], label)
+        if condition == "same":
+            runs_against(right, found["over_predicted"], COLOURS[0], label)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel("teacher's step, in units of its gradient")
+    left.axhline(0, color="grey", linewidth=1)
+    left.set_ylabel("cosine of the two steps")
+    left.legend(fontsize=7)
+    right.axhline(1, color="grey", linestyle=":", linewidth=1)
+    right.set_ylabel("inner product, measured / predicted")
+    figure.suptitle("The theorem on a trained chat model and its numbers", fontsize=10)
+    traits = len(config.trait_names())
+    note(left, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    return figure
