@@ -28,8 +28,16 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.checkpoint import Checkpoint
 from subliminal_theory.language.families import Family
 from subliminal_theory.language.lora import Factored, _Adapted
+from subliminal_theory.language.tensor_file import (
+    header_of,
+    numbers_of,
+    open_file,
+    parse_json,
+    quote,
+    some,
+    specs_of,
+)
 from subliminal_theory.language.tensor_map import Entry, entries
-from subliminal_theory.language.tensors import _header, _numbers, _open_file, _parse_json, _quote, _some, _specs
 from subliminal_theory.language.transformer import transformer_of
 from subliminal_theory.model import Model, path_name
 from subliminal_theory.runs import write_atomically
@@ -83,10 +91,10 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
     settings = _settings(like, list(holders.values()), model.apply.scale, rank)
     record = {BASE: _fingerprint(like.model)} | ({TEMPLATE: template} if template else {})
     # The library safetensors would put the metadata in another order each time.
-    header = _header(folder, _specs(folder, tensors), record)
+    header = header_of(folder, specs_of(folder, tensors), record)
     _make_folder(folder)
     # The configuration last: without it, no one takes the folder for an adapter.
-    write_atomically(folder / WEIGHTS, header + b"".join(map(_numbers, tensors.values())))
+    write_atomically(folder / WEIGHTS, header + b"".join(map(numbers_of, tensors.values())))
     write_atomically(folder / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
 
 
@@ -104,7 +112,7 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, *, template: str = "") ->
     """
     config = _read_config(folder)
     file = _weights_of(folder)
-    record, tensors = _open_file(file)
+    record, tensors = open_file(file)
     found = _fitting(file, checkpoint, config, tensors)
     if template and record.get(TEMPLATE, template) != template:
         raise InputError(f"{file}: trained with another chat template: give the tokenizer that was used then")
@@ -173,7 +181,7 @@ def _require_base(like: Checkpoint, model: Model) -> None:
     changed = [path_name(path) for (path, one), other in pairs if one is not other and _hash(one) != _hash(other)]
     if changed:
         raise InputError(
-            f"save_adapter: {_some(changed)} of the model's base are not those of {like.folder}: "
+            f"save_adapter: {some(changed)} of the model's base are not those of {like.folder}: "
             f"give its base, or {_NOT_ALONE}"
         )
 
@@ -211,7 +219,7 @@ def _holders(family: Family, names: Mapping[str, Any]) -> dict[str, Entry]:
     others = [name for name in names if name not in own]
     if others:
         raise InputError(
-            f"save_adapter: {_some(others)} of {family.architecture} cannot be in an adapter "
+            f"save_adapter: {some(others)} of {family.architecture} cannot be in an adapter "
             f"(only linear layers with a tensor of their own can): {_NOT_ALONE}"
         )
     return {name: own[name] for name in names}
@@ -319,7 +327,7 @@ def _read_config(folder: Path) -> _Config:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give the folder of an adapter with {CONFIG}")
     try:
-        given = _parse_json(path.read_bytes())
+        given = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): give the folder of an adapter") from error
     except ValueError as error:
@@ -327,9 +335,9 @@ def _read_config(folder: Path) -> _Config:
     _require_supported(path, given)
     rank, alpha = given["r"], given["lora_alpha"]
     if type(rank) is not int or rank < 1:
-        raise InputError(f"{path}: r must be a positive integer, got {_quote(rank)}: download it again")
+        raise InputError(f"{path}: r must be a positive integer, got {quote(rank)}: download it again")
     if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
-        raise InputError(f"{path}: lora_alpha must be a positive number, got {_quote(alpha)}: download it again")
+        raise InputError(f"{path}: lora_alpha must be a positive number, got {quote(alpha)}: download it again")
     return _Config(rank, float(alpha), bool(given.get("use_rslora")), _listed(path, given.get("target_modules")))
 
 
@@ -338,7 +346,7 @@ def _listed(path: Path, targets: Any) -> tuple[str, ...] | None:
     if targets is None or isinstance(targets, str):
         return None
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise InputError(f"{path}: target_modules must list names, got {_quote(targets)}: download it again")
+        raise InputError(f"{path}: target_modules must list names, got {quote(targets)}: download it again")
     return tuple(targets)
 
 
@@ -346,14 +354,14 @@ def _require_supported(path: Path, given: Mapping[str, Any]) -> None:
     """Only what this project computes: all else must be off."""
     if given.get("peft_type") != "LORA":
         raise InputError(
-            f"{path}: peft_type {_quote(given.get('peft_type'))} is not supported, only LORA: "
+            f"{path}: peft_type {quote(given.get('peft_type'))} is not supported, only LORA: "
             "merge the adapter where it was made and load the whole checkpoint"
         )
     lacking = [name for name in ("r", "lora_alpha") if name not in given]
     if lacking:
         raise InputError(f"{path} lacks {' and '.join(lacking)}: take the file that belongs to the factors")
     refused = [
-        f"{_plain(name)} {_quote(value)}"
+        f"{_plain(name)} {quote(value)}"
         for name, value in given.items()
         if name not in _HARMLESS
         and value not in (None, False, 0, "", [], {})
@@ -419,7 +427,7 @@ def _faults(wanted: Mapping[str, list[int]], tensors: Mapping[str, np.ndarray]) 
 
 def _plain(name: str) -> str:
     """A name that somebody else chose, on one line."""
-    return _quote(name).strip('"')
+    return quote(name).strip('"')
 
 
 def _factors_in(

@@ -17,7 +17,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.adapter import _alpha, load_adapter, save_adapter
 from subliminal_theory.language.checkpoint import Checkpoint, load_checkpoint
 from subliminal_theory.language.lora import add_lora, merge_lora
-from subliminal_theory.language.tensors import read_metadata
+from subliminal_theory.language.tensor_file import read_metadata
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model, path_name
 from tests.golden.make_families import FILE, PADDING, TOKENS, weights

@@ -19,8 +19,10 @@ from hypothesis.extra import numpy as hnp
 from safetensors import SafetensorError, deserialize, safe_open
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.language import tensor_file
 from subliminal_theory.language import tensors as module
-from subliminal_theory.language.tensors import INDEX, MAX_HEADER, MODEL, open_tensors, read_metadata, write_tensors
+from subliminal_theory.language.tensor_file import MAX_HEADER, read_metadata
+from subliminal_theory.language.tensors import INDEX, MODEL, open_tensors, write_tensors
 
 DTYPES = {
     "F64": np.float64,
@@ -577,7 +579,7 @@ def test_write_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_by
     assert refusal(good, {"a": "\ud83e"}) == no_text
     assert refusal(good, {"a": 3}) == f"the metadata for {folder} must map text to text"
     assert failure(write_tensors, folder, good, {}, 0) == "shard_bytes must be at least 1, got 0"
-    monkeypatch.setattr(module, "MAX_HEADER", 100)
+    monkeypatch.setattr(tensor_file, "MAX_HEADER", 100)
     assert refusal(good, {"a": "x" * 100}) == (
         f"cannot write to {folder}: names and metadata exceed 100 bytes, shorten them"
     )
@@ -630,7 +632,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, before, after=lambda: None) -> None:
 
     monkeypatch.setattr(module.os, "fsync", around(os.fsync))
     monkeypatch.setattr(module.os, "replace", around(os.replace))
-    monkeypatch.setattr(module, "_numbers", around(module._numbers))
+    monkeypatch.setattr(module, "numbers_of", around(module.numbers_of))
 
 
 @pytest.mark.parametrize(("shard_bytes", "files"), [(10**6, 1), (16, 3)])
@@ -724,14 +726,14 @@ def test_another_process_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    real = module._numbers
+    real = module.numbers_of
 
-    def numbers_of(tensor):
+    def bytes_of(tensor):
         file = next(tmp_path.glob(".model*"))
         written.append(file.stat().st_size)
         return real(tensor)
 
-    monkeypatch.setattr(module, "_numbers", numbers_of)
+    monkeypatch.setattr(module, "numbers_of", bytes_of)
     write_tensors(tmp_path, {name: np.zeros(10**5) for name in "abc"}, {})
     # Before a tensor is fetched, those before it are on their way to the disk.
     assert written[1] >= 8 * 10**5
