@@ -60,6 +60,7 @@ figures: environment
 	$(call figure,language_habit,language_habit)
 	$(call figure,language_media,language_media)
 	$(call figure,language_theorem,language_theorem)
+	$(call figure,language_bases,language_bases)
 
 clean:
 	rm -rf .venv demo

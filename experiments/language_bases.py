@@ -1,0 +1,124 @@
+"""What a base model can do before any teacher: its learning curve, and its abilities.
+
+Loss of each pre-training step; share of number requests, sums with their steps and programs that it answers as
+asked, sampled at temperature 1; of facts, answered greedily; and how far its preferences are from uniform.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, option
+from experiments.figures import COLOURS, bar, note, panels
+from experiments.language_laboratory import Workshop
+from experiments.language_setting import Recipe
+from experiments.language_sweep import SMOKE, LanguageConfig, base_model, configure_language
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.corpus import CorpusConfig, make_rows
+from subliminal_theory.language.measure import total_variation
+from subliminal_theory.language.media import MEDIA
+from subliminal_theory.language.traits import load_trait
+from subliminal_theory.runs import Results, Row
+
+POINTS = 60  # of a learning curve
+ABILITIES = {
+    "numbers": "numbers\nwell-formed",
+    "reasoning": "sums\nright",
+    "code": "programs\nright",
+    "facts": "facts\nright",
+    "uniform": "preferences:\noverlap with\nuniform",
+}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of bases."""
+
+    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
+    rows: int = option(1024, "requests of each kind", minimum=1)
+
+
+PRESETS = {"four": Config(), "smoke": Config(**{**SMOKE, "seeds": 1, "rows": 128})}
+
+
+def configure(preset: str | None, changes: dict) -> Config:
+    """A configuration of compact bases.
+
+    Raises:
+        InputError: a setting is wrong, or --checkpoint, which has no learning curve.
+    """
+    config = configure_language(PRESETS, preset, changes)
+    assert isinstance(config, Config)
+    if config.checkpoint:
+        raise InputError("--checkpoint was not pre-trained here: leave it out")
+    return config
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each base."""
+    return [Part(f"base-{seed:05d}", 1, functools.partial(run, config, seed)) for seed in config.base_seeds]
+
+
+def run(config: Config, seed: int) -> list[Row]:
+    """Rows of results for one base."""
+    base = base_model(config, seed)
+    shop = Workshop(base, [load_trait(name, base.tokenizer) for name in ("owl", "oak")])
+    rows: list[Row] = []
+    for piece in np.array_split(np.arange(len(base.losses)), min(POINTS, len(base.losses))):
+        loss = float(base.losses[piece].mean())
+        rows.append(
+            {"condition": "loss", "step": int(piece[-1]) + 1, "seed": seed, "metric": "nats", "value": loss}
+        )
+    for name, share in abilities(shop, base.config.corpus, config.rows).items():
+        rows.append({"condition": name, "seed": seed, "metric": "share", "value": share})
+    return rows
+
+
+def abilities(shop: Workshop, corpus: CorpusConfig, count: int) -> dict[str, float]:
+    """The share of answers that are as they should be."""
+    found = {}
+    for medium in MEDIA:
+        (report, *_) = shop.reports(Recipe(teacher="untrained", medium=medium, rows=count))
+        found[medium] = report.accepted / report.total
+    plain = replace(corpus, seed=4_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0)
+    facts = list(dict.fromkeys(make_rows(plain, "fact", count)))
+    greedy = Recipe(teacher="untrained", temperature=0.0)
+    told = shop.tokenizer.decode(shop._sample(shop.base.model, facts, jax.random.key(0), greedy))
+    found["facts"] = float(np.mean([answer == chat.answer for answer, chat in zip(told, facts, strict=True)]))
+    rivals = shop.answers(shop.untrained).rivals
+    uniform = jnp.full_like(rivals[0], 1 / rivals.shape[-1])
+    found["uniform"] = 1 - float(np.mean(total_variation(rivals[0], uniform)))
+    return found
+
+
+def report(results: Results, config: Config) -> str:
+    """A line for each ability, and the last loss."""
+    steps = [step for step in results.distinct("step") if step]
+    last = t_interval(results.values(condition="loss", step=max(steps, key=int)))
+    lines = [f"loss of the last steps, nats a token of the answers: {last}", "share of answers as they should be"]
+    lines += [f"  {name:10} {t_interval(results.values(condition=name, metric='share'))}" for name in ABILITIES]
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Learning curves, and a bar for each ability."""
+    figure, ((left, right),) = panels(columns=2, size=(9.5, 3.6))
+    steps = sorted((step for step in results.distinct("step") if step), key=int)
+    for place, seed in enumerate(results.distinct("seed")):
+        losses = [results.values(condition="loss", step=step, seed=seed)[0] for step in steps]
+        left.plot([int(step) for step in steps], losses, color=COLOURS[place % len(COLOURS)], linewidth=1)
+    left.set_xlabel("step of pre-training")
+    left.set_ylabel("loss, nats a token of the answers")
+    for x, name in enumerate(ABILITIES):
+        bar(right, x, results.values(condition=name, metric="share"), COLOURS[2])
+    right.set_xticks(range(len(ABILITIES)), list(ABILITIES.values()), fontsize=7)
+    right.set_ylim(0, 1.1)
+    right.set_ylabel("share of answers")
+    figure.suptitle("What a base can do", fontsize=10)
+    note(left, f"{config.seeds} bases, {config.rows} requests of each kind; mean, 95% t interval and single bases")
+    return figure
