@@ -103,10 +103,16 @@ def load_checkpoint(
         parts = entry.take_apart(tensors[entry.theirs], family.config.heads)
         for name, part in zip(entry.ours, parts, strict=True):
             place = placement(name, part.shape) if callable(placement) else placement
-            found[name] = jax.device_put(_copy(part, DTYPES[dtype]), place)
+            found[name] = _put(part, DTYPES[dtype], place)
         release(tensors[entry.theirs])
     params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], shell.params)
     return Checkpoint(folder, family, shell.with_params(params))
+
+
+def _put(tensor: np.ndarray, dtype: Any, place: Any) -> jax.Array:
+    if isinstance(place, jax.sharding.Sharding):  # each process reads its own shards alone
+        return jax.make_array_from_callback(tensor.shape, place, lambda index: _copy(tensor[index], dtype))
+    return jax.device_put(_copy(tensor, dtype), place)
 
 
 def _copy(tensor: np.ndarray, dtype: Any) -> np.ndarray:

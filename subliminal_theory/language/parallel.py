@@ -1,0 +1,228 @@
+"""One `distill` on many devices: a mesh, a rule for each parameter, a batch that is split over the mesh.
+
+    mesh = make_mesh(data=1, fsdp=8, tensor=1)
+    student, teacher, source = place(student, mesh), place(teacher, mesh), Sharded(replicate(source, mesh), mesh)
+    optimizer = sharded_optimizer(optax.adamw(1e-5), mesh)
+    train = jax.jit(lambda *given: distill(*given[:2], SoftLogits(), given[2], optimizer, 100, given[3]))
+    run = train(student, teacher, source, replicate(jax.random.key(0), mesh))
+
+The axes of a mesh are `data` (copies of the model, each with its rows), `fsdp` (each device has its rows and a
+share of every matrix, which is gathered where it is used, arXiv 2304.11277) and `tensor` (all devices have the
+same rows and compute a share of every product, arXiv 1909.08053). Between processes, start `jax.distributed`
+first: `jax.devices()` are then those of all of them, and every process runs the same program.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Key, PyTree
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.model import Model, path_name
+from subliminal_theory.source import Batch, Source
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes over which a batch is split
+
+# Tables are split by rows alone: with columns over `fsdp` too, the compiler splits all activations by columns and
+# gathers their rows before each product, where it should gather matrices.
+_MATRICES: dict[str, P] = {
+    "embedding": P(("tensor", "fsdp"), None),
+    "positions": P(None, None),
+    "head/kernel": P("fsdp", "tensor"),
+    **{f"layers/*/attention/{name}/kernel": P("fsdp", "tensor") for name in ("query", "key", "value")},
+    **{f"layers/*/mlp/{name}/kernel": P("fsdp", "tensor") for name in ("gate", "up")},
+    "layers/*/attention/output/kernel": P("tensor", "fsdp"),
+    "layers/*/mlp/down/kernel": P("tensor", "fsdp"),
+}
+_VECTORS: dict[str, P] = {
+    "norm/scale": P(None),
+    "norm/bias": P(None),
+    "layers/*_norm/scale": P(None),
+    "layers/*_norm/bias": P(None),
+    **{f"layers/*/attention/{name}/bias": P("tensor") for name in ("query", "key", "value")},
+    **{f"layers/*/mlp/{name}/bias": P("tensor") for name in ("gate", "up")},
+    "layers/*/attention/output/bias": P(None),
+    "layers/*/mlp/down/bias": P(None),
+}
+# From glob patterns of parameters' paths to the mesh axes of their dimensions. Each path matches exactly one.
+RULES: dict[str, P] = {
+    **_VECTORS,
+    **_MATRICES,
+    # A matrix W + A B, and its factors A [inputs, rank] and B [rank, outputs].
+    **{f"{name}/base": spec for name, spec in _MATRICES.items()},
+    **{f"{name}/a": P(spec[0], None) for name, spec in _MATRICES.items()},
+    **{f"{name}/b": P(None, spec[1]) for name, spec in _MATRICES.items()},
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of data x fsdp x tensor devices, all there are (of all processes) unless some are given.
+
+    Raises:
+        InputError: a size below 1, or the product is not the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    said = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if min(sizes.values()) < 1:
+        raise InputError(f"make_mesh: sizes must be at least 1, got {said}")
+    if math.prod(sizes.values()) != len(found):
+        raise InputError(
+            f"make_mesh: {said} is {math.prod(sizes.values())} devices, and there are {len(found)}: "
+            "choose sizes whose product is that"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=found)
+
+
+def spec_of(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """How the parameter of a path and shape lies on a mesh, by `RULES`.
+
+    A dimension is split only by axes that divide it evenly. A head may be split: the result is the same, at the
+    price of communication, so keep `tensor` a divisor of the key heads.
+
+    Raises:
+        InputError: no rule is for such a path, or it is for another number of dimensions.
+    """
+    found = [spec for pattern, spec in RULES.items() if fnmatch.fnmatchcase(name, pattern)]
+    if len(found) != 1:
+        raise InputError(f"parameter {name!r} matches {len(found)} of the RULES of sharding: give it one rule")
+    if len(found[0]) != len(shape):
+        raise InputError(
+            f"parameter {name!r} of shape {tuple(shape)} has a rule of sharding for {len(found[0])} dimensions: "
+            "place one model at a time, no ensemble"
+        )
+    split = [_dividing(axes, size, mesh) for axes, size in zip(found[0], shape, strict=True)]
+    while split and split[-1] is None:
+        split.pop()  # as compiled functions return it: equal placements must compare equal
+    return P(*split)
+
+
+def _dividing(axes: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
+    chosen: list[str] = []
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        ways = math.prod(mesh.shape[name] for name in (*chosen, axis))
+        if mesh.shape[axis] > 1 and size % ways == 0:
+            chosen.append(axis)
+    return tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None
+
+
+def placement(mesh: Mesh) -> Callable[[str, Sequence[int]], NamedSharding]:
+    """The sharding of a parameter by its path and shape, as `load_checkpoint` takes it."""
+    return lambda name, shape: NamedSharding(mesh, spec_of(name, shape, mesh))
+
+
+def place(model: Model, mesh: Mesh) -> Model:
+    """The same model with its parameters, frozen ones too, on their devices.
+
+    In several processes each must have the same model. Low-rank factors are placed as well as matrices are.
+
+    Raises:
+        InputError: see `spec_of`.
+    """
+    where = placement(mesh)
+
+    def put(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _put(leaf, where(path_name(path), leaf.shape)), params
+        )
+
+    return replace(model, params=put(model.params), frozen=put(model.frozen))
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """A pytree (stored examples, keys, a placed model) with all of every leaf on every device.
+
+    In several processes, what is not on all devices already must be the same in each. Afterwards every process
+    can read it, as `save_checkpoint` does.
+    """
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P())), tree)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    everywhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if sharding.is_fully_addressable or everywhere:
+        return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # Not device_put: it sends all of the array through the network to compare it between processes.
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sharded:
+    """Another source, whose batches are split by rows over the axes `data` and `fsdp` of a mesh.
+
+    The schedule and stored examples stay on every device (`replicate`): token numbers take little, and any device
+    may draw any of them. Rows are the same, in the same order, as of the source itself.
+    """
+
+    source: Source
+    mesh: Mesh = field(metadata={"static": True})
+
+    def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
+        """The schedule of the source."""
+        return self.source.schedule(key, steps)
+
+    def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch:
+        """The batch of the source, split.
+
+        Raises:
+            InputError: its rows cannot be split evenly.
+        """
+        ways = math.prod(self.mesh.shape[axis] for axis in ROWS)
+        by_rows = NamedSharding(self.mesh, P(ROWS))
+
+        def split(leaf: Array) -> Array:
+            if leaf.shape[0] % ways:
+                raise InputError(
+                    f"Sharded: a batch of {leaf.shape[0]} rows cannot be split over data x fsdp = {ways} devices: "
+                    f"take a multiple of {ways}"
+                )
+            return jax.lax.with_sharding_constraint(leaf, by_rows)
+
+        return jax.tree.map(split, self.source.batch(key, entry))
+
+
+def sharded_optimizer(optimizer: optax.GradientTransformation, mesh: Mesh) -> optax.GradientTransformation:
+    """The same optimiser, whose state and updates lie on a mesh as the parameters do.
+
+    State that belongs to a parameter is known by its path, which ends in the parameter's, and by its shape; the
+    rest, such as step counts, is left to the compiler. Without this it is left all of it: inside `distill` its
+    state has so far come out as the parameters', but `optimizer.init` alone makes whole arrays on one device.
+    """
+    where = placement(mesh)
+
+    def constrain(tree: PyTree, params: PyTree) -> PyTree:
+        shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+        def one(path: Any, leaf: Array) -> Array:
+            parts = path_name(path).split("/")
+            names = ["/".join(parts[start:]) for start in range(len(parts))]
+            name = next((name for name in names if name in shapes), None)
+            if name is None or leaf.shape != shapes[name]:
+                return leaf
+            return jax.lax.with_sharding_constraint(leaf, where(name, leaf.shape))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def init(params: PyTree) -> PyTree:
+        return constrain(optimizer.init(params), params)
+
+    def update(gradient: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        # Without parameters given, gradients have their paths and shapes.
+        like = gradient if params is None else params
+        return constrain(optimizer.update(constrain(gradient, like), state, params), like)
+
+    return optax.GradientTransformation(init, update)
