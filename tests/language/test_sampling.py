@@ -152,6 +152,16 @@ def test_draw_inverts_the_cumulative_distribution(logits: list[float], uniform: 
     assert (bounds[token - 1] if token else 0) - 1e-6 <= uniform <= bounds[token] + 1e-6
 
 
+def test_draws_from_many_tokens() -> None:
+    """More than a block of them, some impossible: the law is the softmax."""
+    logits = np.random.default_rng(0).normal(size=300)
+    logits[[0, 5, 130, 299]] = -np.inf
+    uniform = jax.random.uniform(jax.random.key(1), (200_000,))
+    tokens = np.asarray(jax.jit(draw)(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (200_000, 300)), uniform))
+    counts = np.bincount(tokens, minlength=300)
+    assert chi_square(counts, np.exp(logits) / np.exp(logits).sum()) > 0.01
+
+
 def test_stop_tokens() -> None:
     model, text = tiny(), prompts(batch=20)
     free, _ = sample(model, text, steps=6, key=KEY)
