@@ -17,7 +17,7 @@ def at_least_float32(dtype: Any) -> Any:
 
 def multiply(x: Float[Array, "batch time inputs"], matrix: Float[Array, "inputs outputs"], dtype: Any) -> Array:
     """x @ matrix as one product of matrices: the gradient of a batched one takes twice as long on a CPU."""
-    flat = jnp.matmul(x.reshape(-1, matrix.shape[0]), matrix, preferred_element_type=dtype)
+    flat = jnp.matmul(x.reshape(x.shape[0] * x.shape[1], matrix.shape[0]), matrix, preferred_element_type=dtype)
     return flat.reshape(*x.shape[:2], matrix.shape[1])
 
 

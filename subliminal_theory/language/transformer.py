@@ -10,6 +10,7 @@ arXiv 2002.05202) behind norms. By its configuration it is any of the families i
 """
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -109,9 +110,9 @@ class Transformer(nnx.Module):
     def readout(self, features: Float[Array, "... width"]) -> Float[Array, "... vocabulary"]:
         """The logits of features."""
         matrix = self.embedding[...].T if self.config.tied else self.head.kernel[...]
-        flat = features.reshape(1, -1, features.shape[-1])
+        flat = features.reshape(1, math.prod(features.shape[:-1]), features.shape[-1])
         logits = multiply(flat, matrix, at_least_float32(features.dtype))
-        return cap(logits, self.config.logit_cap).reshape(*features.shape[:-1], -1)
+        return cap(logits, self.config.logit_cap).reshape(*features.shape[:-1], matrix.shape[1])
 
     def extend(self, text: Text, cache: Cache) -> tuple[Float[Array, "batch last vocabulary"], Cache]:
         """As the function `extend`."""
