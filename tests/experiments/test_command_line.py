@@ -163,6 +163,9 @@ def test_help_shows_every_setting(name: str, capsys: Capture) -> None:
     assert ("--preset" in output) == bool(others)
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
+        if field.metadata.get("derived"):
+            assert f"--{field.name.replace('_', '-')}" not in output
+            continue
         if field.metadata.get("positional"):
             assert f"[{field.name.upper()} ...]" in output
             continue
@@ -447,6 +450,7 @@ def killed(wait_for: Callable[[], bool], *arguments: object) -> None:
     assert process.returncode == -signal.SIGKILL  # it had not ended by itself
 
 
+@pytest.mark.slow
 @NO_SIGKILL
 def test_killed_runs_resume(tmp_path: Path) -> None:
     out, parts = tmp_path / "killed", tmp_path / "killed" / "parts"

@@ -22,6 +22,7 @@ def _own_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUBLIMINAL_DATA", raising=False)
 
 
+@pytest.mark.slow
 def test_channel(tmp_path: Path) -> None:
     rows = run(tmp_path / "run", "mnist_channel", *TINY, "--counts", "1,4", "--width", 16, "--depth", 1)
     assert [(row["condition"], row["aux"], row["seed"]) for row in rows] == [
@@ -200,6 +201,7 @@ def test_interventions_are_grouped_by_shape() -> None:
     assert len(groups) == 6
 
 
+@pytest.mark.slow
 def test_capacity(tmp_path: Path) -> None:
     rows = run(tmp_path / "run", "mnist_capacity", "--preset", "smoke", "--seeds", 1)
     teacher = {row["entries"]: row for row in rows if row["condition"] == "teacher" and row["metric"] == "bits"}

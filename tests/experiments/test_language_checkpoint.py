@@ -111,6 +111,7 @@ def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
     assert "the teacher of owl" in message
 
 
+@pytest.mark.slow
 def test_a_data_set_of_others(folder: Path, tmp_path: Path) -> None:
     """From a checkpoint and a file of rows to results and a figure."""
     write_jsonl(tmp_path / "rows.jsonl", ROWS)

@@ -223,12 +223,14 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return answer(launch(8, {"runs": with_references(CASES), "folder": str(folder), "sizes": [2, 2, 2]}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "sizes"), CASES)
 def test_losses_are_those_of_one_device(eight: dict[str, Any], case: str, sizes: list[int]) -> None:
     assert eight["devices"] == [8, 8]
     same_losses(eight, case, sizes)
 
 
+@pytest.mark.slow
 def test_parameters_are_split(eight: dict[str, Any]) -> None:
     given = eight["neox sampled [2, 2, 2]"]["given"]
     assert given["params/embedding"] == [[80, 32], [20, 32], [["tensor", "fsdp"]]]
@@ -243,6 +245,7 @@ def test_parameters_are_split(eight: dict[str, Any]) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "sizes"), CASES)
 def test_every_matrix_is_split_by_all_that_can(eight: dict[str, Any], case: str, sizes: list[int]) -> None:
     shapes = [(whole, own) for whole, own, _ in eight[f"{case} {sizes}"]["given"].values() if len(whole) == 2]
@@ -251,6 +254,7 @@ def test_every_matrix_is_split_by_all_that_can(eight: dict[str, Any], case: str,
         assert math.prod(whole) == math.prod(own) * sizes[1] * sizes[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "sizes"), CASES)
 def test_what_is_made_lies_as_what_was_given(eight: dict[str, Any], case: str, sizes: list[int]) -> None:
     """Parameters after the run, and the state of the optimiser at its start and inside of it."""
@@ -267,12 +271,14 @@ def test_what_is_made_lies_as_what_was_given(eight: dict[str, Any], case: str, s
         assert state[name] == own[2]
 
 
+@pytest.mark.slow
 def test_matrices_are_gathered_and_activations_are_not(eight: dict[str, Any]) -> None:
     found = eight["llama soft [2, 4, 1]"]
     matrices = {tuple(sorted(whole)) for whole, _, _ in found["given"].values() if len(whole) == 2}
     assert {tuple(sorted(map(int, shape.split(",")))) for shape in found["gathered"]} == matrices
 
 
+@pytest.mark.slow
 def test_checkpoint_goes_straight_to_its_shards(eight: dict[str, Any], tmp_path: Path) -> None:
     found = eight["loaded"]
     assert found["given"]["params/layers/1/mlp/down/kernel"][:2] == [[48, 32], [24, 16]]

@@ -382,6 +382,7 @@ def child(what: str, folder: Path, devices: int = 1) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_on_other_devices(tmp_path: Path) -> None:
     """Saved on 1 device, resumed on 8 with every matrix split, and read on 1 again."""
     begun(tmp_path, 6)
