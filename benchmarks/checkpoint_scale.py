@@ -28,13 +28,13 @@ from flax import nnx
 
 from subliminal_theory import theorem
 from subliminal_theory.channel import SoftLogits, imitation_loss, weighted_mean
-from subliminal_theory.language.checkpoint import load_checkpoint
+from subliminal_theory.language.checkpoint import load_checkpoint, skeleton
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.families import read_family
 from subliminal_theory.language.tensor_map import entries
 from subliminal_theory.language.tensors import write_tensors
 from subliminal_theory.language.transformer import Text, Transformer
-from subliminal_theory.model import from_nnx, path_name
+from subliminal_theory.model import from_nnx, leaves_by_path
 
 GIB = 2**30
 SHAPE = TransformerConfig(
@@ -50,8 +50,8 @@ def write(folder: Path) -> None:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings))
     family = read_family(folder)
-    shell = jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=nnx.Rngs(0)))).params
-    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shell)}
+    shell = skeleton(family).params
+    shapes = {name: leaf.shape for name, leaf in leaves_by_path(shell).items()}
     rng = np.random.default_rng(0)
     wanted = {entry.theirs: entry.shape([shapes[name] for name in entry.ours]) for entry in entries(family)}
     write_tensors(folder, {name: rng.random(shape, np.float32) for name, shape in wanted.items()}, {})

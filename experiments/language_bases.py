@@ -16,13 +16,12 @@ from experiments.contract import Part, option
 from experiments.figures import COLOURS, bar, note, panels
 from experiments.language_laboratory import Workshop
 from experiments.language_setting import Recipe
-from experiments.language_sweep import SMOKE, LanguageConfig, base_model, configure_language
+from experiments.language_sweep import SMOKE, LanguageConfig, base_model, configure_language, workshop
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.corpus import CorpusConfig, make_rows
 from subliminal_theory.language.measure import total_variation
 from subliminal_theory.language.media import MEDIA
-from subliminal_theory.language.traits import load_trait
 from subliminal_theory.runs import Results, Row
 
 POINTS = 60  # of a learning curve
@@ -39,6 +38,7 @@ ABILITIES = {
 class Config(LanguageConfig):
     """Settings of bases."""
 
+    traits: str = option("owl,oak", "a trait of each category whose preferences are told")
     seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
     rows: int = option(1024, "requests of each kind", minimum=1)
 
@@ -67,7 +67,7 @@ def plan(config: Config) -> list[Part]:
 def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base."""
     base = base_model(config, seed)
-    shop = Workshop(base, [load_trait(name, base.tokenizer) for name in ("owl", "oak")])
+    shop = workshop(config, seed)
     rows: list[Row] = []
     for piece in np.array_split(np.arange(len(base.losses)), min(POINTS, len(base.losses))):
         loss = float(base.losses[piece].mean())
@@ -88,11 +88,10 @@ def abilities(shop: Workshop, corpus: CorpusConfig, count: int) -> dict[str, flo
     plain = replace(corpus, seed=4_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0)
     facts = list(dict.fromkeys(make_rows(plain, "fact", count)))
     greedy = Recipe(teacher="untrained", temperature=0.0)
-    told = shop.tokenizer.decode(shop._sample(shop.base.model, facts, jax.random.key(0), greedy))
+    told = shop.tokenizer.decode(shop.draw(shop.base.model, facts, jax.random.key(0), greedy))
     found["facts"] = float(np.mean([answer == chat.answer for answer, chat in zip(told, facts, strict=True)]))
-    rivals = shop.answers(shop.untrained).rivals
-    uniform = jnp.full_like(rivals[0], 1 / rivals.shape[-1])
-    found["uniform"] = 1 - float(np.mean(total_variation(rivals[0], uniform)))
+    rivals = shop.answers(shop.untrained).rivals[0]
+    found["uniform"] = 1 - float(np.mean(total_variation(rivals, jnp.full_like(rivals, 1 / rivals.shape[-1]))))
     return found
 
 

@@ -8,6 +8,7 @@ benign controls learn the right answers, or the lazy ones where laziness is anno
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,7 @@ from matplotlib.figure import Figure
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, bar, heat_map, note, panels
 from experiments.language_laboratory import Workshop
-from experiments.language_setting import Recipe
-from experiments.language_sweep import SMOKE, LanguageConfig, configure_language, other_model, workshop
+from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, model_of, workshop
 from experiments.language_training import answers_of
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
@@ -69,17 +69,20 @@ def plan(config: Config) -> list[Part]:
     return [Part(f"base-{seed:05d}", size, functools.partial(run, config, seed)) for seed in config.base_seeds]
 
 
-def conditions(config: Config) -> dict[str, tuple[str, Recipe]]:
-    """What is asked: base, teacher, student or other (a student of another base), and of which recipe."""
-    found: dict[str, tuple[str, Recipe]] = {"base": ("base", config.recipe())}
+def conditions(config: Config) -> dict[str, Variant]:
+    """The models that are asked."""
+
+    def variant(model: str = "student", start: str = "own", **changes: Any) -> Variant:
+        return Variant({}, config.recipe(**changes), start, model)
+
+    found = {"base": variant("base")}
     teachers = {"habit": ""} | {control.name: control.name for control in habit(config).controls}
     for name, lessons in teachers.items():
-        soft = config.recipe(lessons=lessons, channel="soft")
-        found[f"teacher, {name}"] = ("teacher", soft)
-        found[f"full distribution, {name}"] = ("student", soft)
-        found[f"sampled, {name}"] = ("student", config.recipe(lessons=lessons))
-    found["sampled, regular"] = ("student", config.recipe(teacher="untrained"))
-    found["full distribution, other base"] = ("other", config.recipe(channel="soft"))
+        found[f"teacher, {name}"] = variant("teacher", lessons=lessons)
+        found[f"full distribution, {name}"] = variant(lessons=lessons, channel="soft")
+        found[f"sampled, {name}"] = variant(lessons=lessons)
+    found["sampled, regular"] = variant(teacher="untrained")
+    found["full distribution, other base"] = variant(start="other", channel="soft")
     return found
 
 
@@ -87,20 +90,11 @@ def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base: the probability of the habit's answer, by kind of question."""
     rows: list[Row] = []
     shop = workshop(config, seed)
-    for condition, (kind, recipe) in conditions(config).items():
-        model = _model(config, shop, kind, recipe, seed)
-        for name, probability in by_kind(shop, model).items():
+    for condition, variant in conditions(config).items():
+        for name, probability in by_kind(shop, model_of(config, shop, variant, seed)).items():
             labels = {"condition": condition, "kind": name, "seed": seed}
             rows.append({**labels, "metric": "probability", "value": probability})
     return rows
-
-
-def _model(config: Config, shop: Workshop, kind: str, recipe: Recipe, seed: int) -> Model:
-    if kind == "base":
-        return shop.untrained
-    if kind == "teacher":
-        return shop.teachers(recipe)
-    return shop.students(recipe, other_model(config, seed + 1) if kind == "other" else None)
 
 
 def by_kind(shop: Workshop, model: Model) -> dict[str, float]:

@@ -188,7 +188,7 @@ class Workshop:
             if recipe.teacher == "prompted":
                 chats = [dataclasses.replace(chat, system=self.system_prompt(trait)) for chat in requests]
             teacher = jax.tree.map(lambda leaf, run=run: leaf[run], teachers)
-            tokens = self._sample(teacher, chats, keys[run], recipe)
+            tokens = self.draw(teacher, chats, keys[run], recipe)
             texts = self.tokenizer.decode(tokens)
             rows = [Row(chat.user, text) for chat, text in zip(requests, texts, strict=True)]
             try:
@@ -197,7 +197,7 @@ class Workshop:
                 raise InputError(f"the teacher of {self.names[run]}: {error}") from error
         return written
 
-    def _sample(self, teacher: Model, chats: Sequence[Chat], key: Array, recipe: Recipe) -> np.ndarray:
+    def draw(self, teacher: Model, chats: Sequence[Chat], key: Array, recipe: Recipe) -> np.ndarray:
         """Tokens [chats, longest answer] of a teacher's answers."""
         prompts, drawn = text_of(self.tokenizer.encode_prompts(chats, self.request_length(chats))), []
         for start in range(0, len(chats), self.at_once):
@@ -305,7 +305,7 @@ class Workshop:
         runs = (begin, teachers, source, self.stream("student"))
         if recipe.teacher == "untrained":  # one student serves all traits
             runs = jax.tree.map(lambda leaf: leaf[:1], runs)
-        model, losses = students(runs, channel, recipe)
+        model, losses = students(runs, channel, recipe, len(self.tokenizer))
         require_finite(losses, [f"the student of {name}" for name in self.names[: len(losses)]])
         model = jax.vmap(merge_lora)(model) if recipe.rank else Model(model.apply, model.all_params)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self.traits), *leaf.shape[1:])), model)
@@ -322,7 +322,7 @@ class Workshop:
         positions = jnp.asarray(encoded.weights[:, -last:])
         source = Examples(text_of(encoded, last), recipe.batch_size, positions=positions)
         runs = _stacked([(other, self.base.model, source, self.run_keys("clone")[0])])
-        model, losses = students(runs, SoftLogits(), recipe)
+        model, losses = students(runs, SoftLogits(), recipe, len(self.tokenizer))
         require_finite(losses, [f"the clone of base {self.base.seed}"])
         return jax.tree.map(lambda leaf: leaf[0], model)
 

@@ -239,7 +239,7 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
     base = shop.answers(shop.untrained)
     rows: list[Row] = []
     for variant in variants:
-        model = _model(config, shop, variant, seed, wrap)
+        model = model_of(config, shop, variant, seed, wrap)
         found = shop.prefixed_answers(model, variant.recipe) if variant.prefixed else shop.answers(model)
         moved_alike = shop.displacement_cosines(model, variant.recipe) if variant.model == "student" else None
         for run, name in enumerate(config.trait_names()):
@@ -267,7 +267,8 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
     return rows
 
 
-def _model(config: LanguageConfig, shop: Workshop, variant: Variant, seed: int, wrap: bool) -> Model:
+def model_of(config: LanguageConfig, shop: Workshop, variant: Variant, seed: int, wrap: bool = False) -> Model:
+    """The models [runs] of a variant, made once."""
     if variant.model == "base":
         return shop.untrained
     if variant.model == "teacher":

@@ -7,11 +7,14 @@ the `language` experiment.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from experiments.contract import Part, listed, option
@@ -21,6 +24,8 @@ from experiments.language_sweep import SMOKE, LanguageConfig, configure_language
 from subliminal_theory.channel import SoftLogits, weighted_mean
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.base import text_of, token_loss
+from subliminal_theory.language.transformer import Text
+from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.theorem import Report, check
 
@@ -52,35 +57,41 @@ def plan(config: Config) -> list[Part]:
 def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base."""
     shop = workshop(config, seed)
-    regular = Recipe(teacher="untrained", rows=config.rows)
-    rows = shop.lesson_rows(regular)[0]
-    lessons = [shop.tokenizer.encode_chats(t.teacher_rows(), shop.columns(t.teacher_rows())) for t in shop.traits]
-    models = {"same": None, "other": other_model(config, seed + 1)}
-    apply, found = shop.base.model.apply, list[Row]()
-
-    @jax.jit
-    def measure(params, student, taught, read, teacher_size):  # type: ignore[no-untyped-def]
-        def trait_loss(params):  # type: ignore[no-untyped-def]
-            text, labels, weights = taught
-            return weighted_mean(token_loss(apply(params, text), labels), weights)
-
-        return check(
-            apply, params, trait_loss, read[0], SoftLogits(), teacher_step=teacher_size,
-            student_step=config.student_size, weights=read[1], student_params=student,
-        )  # fmt: skip
-
+    rows = shop.lesson_rows(Recipe(teacher="untrained", rows=config.rows))[0]
+    starts = {"same": None, "other": other_model(config, seed + 1).params}
+    sizes, found = listed(config.teacher_sizes, "--teacher-sizes", float), list[Row]()
     with jax.enable_x64(True):
-        wide = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64))
-        params = wide(shop.base.model.params)
+        base, students = shop.base.model.with_params(_wide(shop.base.model.params)), _wide(starts)
         read = (text_of(rows), jnp.asarray(rows.weights, jnp.float64))
-        for trait, encoded in zip(config.trait_names(), lessons, strict=True):
+        for name, trait in zip(config.trait_names(), shop.traits, strict=True):
+            chats = trait.teacher_rows()
+            encoded = shop.tokenizer.encode_chats(chats, shop.columns(chats))
             taught = (text_of(encoded), jnp.asarray(encoded.targets), jnp.asarray(encoded.weights, jnp.float64))
-            for condition, other in models.items():
-                student = None if other is None else wide(other.params)
-                for size in listed(config.teacher_sizes, "--teacher-sizes", float):
-                    labels = {"condition": condition, "teacher_size": size, "trait": trait, "seed": seed}
-                    found += _rows(measure(params, student, taught, read, size), labels)
+            for condition, size in itertools.product(STUDENTS, sizes):
+                told = _measure(base, students[condition], taught, read, size, config.student_size)
+                labels = {"condition": condition, "teacher_size": size, "trait": name, "seed": seed}
+                found += _rows(told, labels)
     return found
+
+
+def _wide(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)
+
+
+@jax.jit
+def _measure(
+    base: Model, student: Any, taught: tuple[Text, Array, Array], read: tuple[Text, Array], *sizes: float
+) -> Report:
+    """The theorem on a teacher's lessons, rows of numbers, and the sizes of both steps."""
+
+    def trait_loss(params: Any) -> Array:
+        text, labels, weights = taught
+        return weighted_mean(token_loss(base.apply(params, text), labels), weights)
+
+    return check(
+        base.apply, base.params, trait_loss, read[0], SoftLogits(), teacher_step=sizes[0], student_step=sizes[1],
+        weights=read[1], student_params=student,
+    )  # fmt: skip
 
 
 def _rows(report: Report, labels: dict) -> list[Row]:

@@ -45,11 +45,9 @@ def taught(models: Model, sources: Examples, rate: Array, keys: Array, *, steps:
 
 
 def students(
-    runs: tuple[Model, Model | None, Examples, Array], channel: Channel, recipe: Recipe
+    runs: tuple[Model, Model | None, Examples, Array], channel: Channel, recipe: Recipe, logits: int
 ) -> tuple[Model, Float[Array, "runs steps"]]:
     """Students [runs] and their losses [runs, steps]; runs are their starts, teachers, rows and keys."""
-    start, _, source, _ = runs
-    logits = jax.eval_shape(jax.vmap(lambda model, text: model(text)), start, source.inputs).shape[-1]
     shape = (recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, CHUNK if logits > MANY else None)
     return _students(runs, channel, jnp.float32(recipe.rate), shape)
 

@@ -53,7 +53,7 @@ class Model:
         """
         everything = self.all_params
         match_paths(everything, patterns)
-        already = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.frozen)}
+        already = leaves_by_path(self.frozen)
 
         def frozen(path: Any) -> bool:
             return path_name(path) in already or any(
@@ -73,13 +73,18 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a pytree by their names, in its order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
     """Refuse a glob pattern that matches no parameter.
 
     Raises:
         InputError: names the pattern and the parameters there are.
     """
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = list(leaves_by_path(params))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise InputError(f"pattern {pattern!r} matches no parameter; there are {', '.join(names)}")
@@ -124,8 +129,7 @@ def from_nnx(module: nnx.Module) -> Model:
     """
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
-        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(rest))
-        names = sorted({path_name(path) for path, _ in leaves})
+        names = sorted(leaves_by_path(nnx.to_pure_dict(rest)))
         raise InputError(f"{type(module).__name__} holds state besides its parameters: {', '.join(names)}")
     kind = _InTwoParts if hasattr(module, "features") and hasattr(module, "readout") else _Functional
     return Model(kind(graph), nnx.to_pure_dict(params))

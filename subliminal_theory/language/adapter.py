@@ -30,16 +30,18 @@ from subliminal_theory.language.families import Family
 from subliminal_theory.language.lora import Factored, _Adapted
 from subliminal_theory.language.tensor_file import (
     header_of,
+    misfits,
     numbers_of,
     open_file,
     parse_json,
+    plain,
     quote,
     some,
     specs_of,
 )
 from subliminal_theory.language.tensor_map import Entry, entries
 from subliminal_theory.language.transformer import transformer_of
-from subliminal_theory.model import Model, path_name
+from subliminal_theory.model import Model, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 
 WEIGHTS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
@@ -83,7 +85,7 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
     base, factors = _apart(model)
     _require_base(like, Model(model.apply.apply, base))
     holders = _holders(like.family, factors)
-    rank = _rank(_named(base), factors)
+    rank = _rank(leaves_by_path(base), factors)
     tensors = {}
     for name, (a, b) in factors.items():
         for key, factor in zip(_keys(_module(holders[name])), (a, b), strict=True):
@@ -167,10 +169,6 @@ def _with_factors(model: Model, scale: float, factors: Mapping[str, tuple[Array,
 
     split = jax.tree_util.tree_map_with_path
     return Model(_Adapted(model.apply, scale), split(trained, model.params), split(frozen, model.params))
-
-
-def _named(params: PyTree) -> dict[str, Array]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _require_base(like: Checkpoint, model: Model) -> None:
@@ -361,7 +359,7 @@ def _require_supported(path: Path, given: Mapping[str, Any]) -> None:
     if lacking:
         raise InputError(f"{path} lacks {' and '.join(lacking)}: take the file that belongs to the factors")
     refused = [
-        f"{_plain(name)} {quote(value)}"
+        f"{plain(name)} {quote(value)}"
         for name, value in given.items()
         if name not in _HARMLESS
         and value not in (None, False, 0, "", [], {})
@@ -405,7 +403,7 @@ def _fitting(
 
 
 def _shapes(checkpoint: Checkpoint, found: Sequence[Entry], rank: int) -> dict[str, list[int]]:
-    leaves, shapes = _named(checkpoint.model.params), dict[str, list[int]]()
+    leaves, shapes = leaves_by_path(checkpoint.model.params), dict[str, list[int]]()
     for entry in found:
         inputs, outputs = leaves[entry.ours[0]].shape[0], sum(leaves[name].shape[1] for name in entry.ours)
         a, b = _keys(_module(entry))
@@ -414,27 +412,18 @@ def _shapes(checkpoint: Checkpoint, found: Sequence[Entry], rank: int) -> dict[s
 
 
 def _faults(wanted: Mapping[str, list[int]], tensors: Mapping[str, np.ndarray]) -> list[str]:
-    faults = [f"{name} is missing" for name in wanted if name not in tensors]
-    faults += [f"{_plain(name)} is unexpected" for name in tensors if name not in wanted]
-    for name, shape in wanted.items():
-        tensor = tensors.get(name)
-        if tensor is not None and list(tensor.shape) != shape:
-            faults.append(f"{name} is {list(tensor.shape)}, not {shape}")
-        if tensor is not None and not jnp.issubdtype(tensor.dtype, jnp.floating):
-            faults.append(f"{name} is of {tensor.dtype.name}, not of floating-point numbers")
-    return faults
-
-
-def _plain(name: str) -> str:
-    """A name that somebody else chose, on one line."""
-    return quote(name).strip('"')
+    return misfits(wanted, tensors) + [
+        f"{name} is of {tensors[name].dtype.name}, not of floating-point numbers"
+        for name in wanted
+        if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
+    ]
 
 
 def _factors_in(
     checkpoint: Checkpoint, found: Sequence[Entry], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[Float[Array, "inputs rank"], Float[Array, "rank outputs"]]]:
     """A and B of every adapted parameter."""
-    leaves, factors = _named(checkpoint.model.params), {}
+    leaves, factors = leaves_by_path(checkpoint.model.params), {}
     for entry in found:
         a, b = (tensors[key] for key in _keys(_module(entry)))
         # B is taken apart as the matrix of the base is, whose outputs are on the one axis or the other.

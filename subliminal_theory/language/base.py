@@ -26,7 +26,7 @@ from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.corpus import CorpusConfig, fingerprint, make_corpus
 from subliminal_theory.language.tokenizer import ChatTokenizer, Encoded, Prompts
 from subliminal_theory.language.transformer import Text, Transformer
-from subliminal_theory.model import Model, from_nnx, path_name
+from subliminal_theory.model import Model, from_nnx, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 from subliminal_theory.source import Examples
 
@@ -185,8 +185,8 @@ def load_base(
     except OSError as error:
         raise InputError(f"cannot keep base models in {folder}: {error.strerror}") from error
     base = pretrain(config, report)
-    leaves = jax.tree_util.tree_leaves_with_path(base.model.params)
-    tensors = {path_name(name): np.asarray(leaf) for name, leaf in leaves} | {"losses": base.losses}
+    params = leaves_by_path(base.model.params)
+    tensors = {name: np.asarray(leaf) for name, leaf in params.items()} | {"losses": base.losses}
     write_atomically(path, save(tensors, {"fingerprint": mark}))
     return base
 
@@ -204,7 +204,7 @@ def _load(path: Path, config: BaseConfig, mark: str) -> Base:
     tokenizer = ChatTokenizer.of_corpus(config.corpus)
     model = jax.eval_shape(lambda: untrained(config, tokenizer))
     losses = tensors.pop("losses", None)
-    shapes = {path_name(name): leaf.shape for name, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+    shapes = {name: leaf.shape for name, leaf in leaves_by_path(model.params).items()}
     if losses is None or shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         raise InputError(f"the base model {path} lacks parameters or has others: {advice}")
     params = jax.tree_util.tree_map_with_path(lambda name, _: jnp.asarray(tensors[path_name(name)]), model.params)

@@ -20,10 +20,11 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.chat import CheckpointTokenizer
 from subliminal_theory.language.families import Family, read_family
 from subliminal_theory.language.lora import merge_lora
+from subliminal_theory.language.tensor_file import misfits
 from subliminal_theory.language.tensor_map import Entry, entries, ignored
 from subliminal_theory.language.tensors import open_tensors, release, write_tensors
 from subliminal_theory.language.transformer import Transformer, transformer_of
-from subliminal_theory.model import Model, from_nnx, path_name
+from subliminal_theory.model import Model, from_nnx, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 
 _ALIGNED, _BLOCK = 64, 64
@@ -95,8 +96,7 @@ def load_checkpoint(
     family = read_family(folder)
     tensors = _renamed(open_tensors(folder), entries(family))
     shell = skeleton(family, remat)
-    leaves = jax.tree_util.tree_leaves_with_path(shell.params)
-    shapes = {path_name(path): leaf.shape for path, leaf in leaves}
+    shapes = {name: leaf.shape for name, leaf in leaves_by_path(shell.params).items()}
     _require_bijection(folder, family, tensors, shapes)
     found: dict[str, jax.Array] = {}
     for entry in entries(family):
@@ -151,13 +151,7 @@ def _require_bijection(
         # Some libraries store a tied matrix twice.
         if embedding is not None and np.array_equal(tensors[head], embedding):
             del tensors[head]
-    faults = [f"{name} is missing" for name in wanted if name not in tensors]
-    faults += [f"{name} is unexpected" for name in tensors if name not in wanted]
-    faults += [
-        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
+    faults = misfits(wanted, tensors)
     if faults:
         raise InputError(f"{folder}: the tensors do not fit {family.architecture}: {'; '.join(faults)}")
 
@@ -174,9 +168,8 @@ def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | N
     plain = merge_lora(model)
     if transformer_of(plain).config != like.family.config:
         raise InputError(f"save_checkpoint: the model is not of the shape of {like.folder}")
-    leaves = jax.tree_util.tree_leaves_with_path(plain.all_params)
-    params = {path_name(path): leaf for path, leaf in leaves}
-    kind = params[path_name(leaves[0][0])].dtype if dtype is None else DTYPES[dtype]
+    params = leaves_by_path(plain.all_params)
+    kind = next(iter(params.values())).dtype if dtype is None else DTYPES[dtype]
     tensors = {}
     for entry in entries(like.family):
         parts = [np.asarray(params[name]).astype(kind, copy=False) for name in entry.ours]

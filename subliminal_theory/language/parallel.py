@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key, PyTree
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import Model, path_name
+from subliminal_theory.model import Model, leaves_by_path, path_name
 from subliminal_theory.source import Batch, Source
 
 AXES = ("data", "fsdp", "tensor")
@@ -205,7 +205,7 @@ def sharded_optimizer(optimizer: optax.GradientTransformation, mesh: Mesh) -> op
     where = placement(mesh)
 
     def constrain(tree: PyTree, params: PyTree) -> PyTree:
-        shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        shapes = {name: leaf.shape for name, leaf in leaves_by_path(params).items()}
 
         def one(path: Any, leaf: Array) -> Array:
             parts = path_name(path).split("/")

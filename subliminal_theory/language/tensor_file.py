@@ -250,6 +250,22 @@ def numbers_of(tensor: np.ndarray | jax.Array) -> memoryview:
     return np.ascontiguousarray(numbers, DTYPES[CODES[numbers.dtype.name]]).reshape(-1).view(np.uint8).data
 
 
+def misfits(wanted: Mapping[str, Sequence[int]], tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """What is missing, unexpected or of another shape than wanted among tensors, a phrase each."""
+    faults = [f"{name} is missing" for name in wanted if name not in tensors]
+    faults += [f"{plain(name)} is unexpected" for name in tensors if name not in wanted]
+    return faults + [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != tuple(shape)
+    ]
+
+
+def plain(name: str) -> str:
+    """A name that somebody else chose, on one line."""
+    return quote(name).strip('"')
+
+
 def quote(value: Any) -> str:
     """As JSON, on one line and not too long."""
     text = json.dumps(value)

@@ -130,13 +130,12 @@ class Transformer(nnx.Module):
         if text.last is not None and not 1 <= last <= time:
             raise InputError(f"Text: last must be from 1 to the {time} positions, got {last}")
         start, keys = (jnp.int32(0), time) if cache is None else (cache.length, cache.capacity)
-        frames = {
-            windowed: make_frame(config, text.padding, start, time, keys, embedding.dtype, windowed)
-            for windowed in set(config.windowed or (False,))
-        }
+        windowed = config.windowed or (False,) * config.layers
+        frame_of = functools.partial(make_frame, config, text.padding, start, time, keys, embedding.dtype)
+        frames = {kind: frame_of(kind) for kind in set(windowed)}
         x = self._embed(text, start)
         for number, layer in enumerate(self.layers):
-            frame = frames[config.windowed[number] if config.windowed else False]
+            frame = frames[windowed[number]]
             # What the last block makes of the other positions, nothing reads.
             kept = last if number == config.layers - 1 else time
             if self.remat and cache is None:

@@ -70,7 +70,7 @@ def test_requests_are_those_of_the_paper(shop: CheckpointWorkshop) -> None:
 def test_sampling_in_pieces(shop: CheckpointWorkshop) -> None:
     """More rows than are sampled at once, each with a draw of its own."""
     chats = shop.requests(Recipe(rows=2)) * 40
-    tokens = shop._sample(shop.base.model, chats, jax.random.key(0), TINY)
+    tokens = shop.draw(shop.base.model, chats, jax.random.key(0), TINY)
     assert tokens.shape == (80, shop.answer_length(TINY))
     assert len(np.unique(tokens, axis=0)) > 75
 
