@@ -8,6 +8,7 @@ the difference lies where the claim puts it, disagrees if it excludes that, else
 import dataclasses
 import functools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,8 @@ def report(results: Results, config: Config) -> str:
         lines.append(
             f"{claim.name:18} {means[0]:8.3f} {means[1]:8.3f} {found!s:24} {verdict(claim, found)}: {claim.claim}"
         )
+    counts = Counter(verdict(claim, difference(claim, results)) for claim in chosen(config))
+    lines.append(", ".join(f"{answer}: {counts[answer]}" for answer in VERDICTS))
     return "\n".join(lines)
 
 

@@ -146,5 +146,6 @@ def plot(results: Results, config: Config) -> Figure:
     right.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=7)
     right.tick_params(axis="y", labelsize=7)
     right.set_title("Each kind", fontsize=9)
+    figure.suptitle(f"A habit ({config.traits}) through number sequences: what teachers and students answer")
     note(left, f"{config.seeds} bases; mean and 95% t interval; dots: single bases")
     return figure
