@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -100,24 +101,47 @@ class Divisible(Protocol):
 
 
 @dataclass(frozen=True)
-class _Functional:
-    """The pure function of an NNX module; equal for modules of equal structure."""
+class Functional:
+    """The pure function of an NNX module, in the format `dtype`; equal for modules of equal structure.
+
+    `factored` are patterns of the matrices in whose place the module also takes their factors, `gathered` of
+    those of which it takes rows and rounds these itself: sums of their gradients, over all places where a row was
+    taken, are then not in `dtype`.
+    """
 
     graph: nnx.GraphDef
+    factored: tuple[str, ...] = ()
+    gathered: tuple[str, ...] = ()
+    dtype: Any = None
+
+    def module(self, params: PyTree) -> nnx.Module:
+        """The module with parameters in the format of the computation."""
+        return nnx.merge(self.graph, nnx.State(self.rounded(params, self.gathered)))
+
+    def rounded(self, params: PyTree, but: Sequence[str] = ()) -> PyTree:
+        """Parameters in the format of the computation, except those that match a pattern."""
+        if self.dtype is None:
+            return params
+
+        def one(path: Any, leaf: Array) -> Array:
+            kept = any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in but)
+            return leaf if kept or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(self.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Float[Array, "..."]:
-        return nnx.merge(self.graph, nnx.State(params))(inputs)
+        return self.module(params)(inputs)
 
 
 @dataclass(frozen=True)
-class _InTwoParts(_Functional):
+class _InTwoParts(Functional):
     """That of a module with the methods of `Divisible`, less the parameters."""
 
     def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]:
-        return nnx.merge(self.graph, nnx.State(params)).features(inputs)
+        return self.module(params).features(inputs)
 
     def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]:
-        return nnx.merge(self.graph, nnx.State(params)).readout(features)
+        return self.module(params).readout(features)
 
 
 def from_nnx(module: nnx.Module) -> Model:
@@ -131,5 +155,28 @@ def from_nnx(module: nnx.Module) -> Model:
     if jax.tree.leaves(rest):
         names = sorted(leaves_by_path(nnx.to_pure_dict(rest)))
         raise InputError(f"{type(module).__name__} holds state besides its parameters: {', '.join(names)}")
-    kind = _InTwoParts if hasattr(module, "features") and hasattr(module, "readout") else _Functional
-    return Model(kind(graph), nnx.to_pure_dict(params))
+    kind = _InTwoParts if hasattr(module, "features") and hasattr(module, "readout") else Functional
+    patterns = (getattr(module, name, ()) for name in ("factored", "gathered"))
+    return Model(kind(graph, *patterns), nnx.to_pure_dict(params))
+
+
+def computed_in(model: Model, dtype: Any) -> Model:
+    """The same model, computed in another format, such as bfloat16, from parameters that stay as they are.
+
+    Parameters are rounded in every call, and their gradients come in their own format: what trains keeps all its
+    digits. Give low-rank factors afterwards.
+
+    Raises:
+        InputError: the model was not made by `from_nnx`, or has low-rank factors.
+    """
+    if not isinstance(model.apply, Functional):
+        raise InputError("computed_in needs a model of from_nnx; add low-rank factors afterwards")
+    return replace(model, apply=replace(model.apply, dtype=jnp.dtype(dtype)))
+
+
+def rounded(model: Model) -> Model:
+    """A model whose parameters are in the format in which it computes: a caller in a loop rounds once."""
+    if not isinstance(model.apply, Functional):
+        return model
+    round_to = model.apply.rounded
+    return replace(model, params=round_to(model.params), frozen=round_to(model.frozen))

@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, PyTree
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.checkpoint import Checkpoint
 from subliminal_theory.language.families import Family
-from subliminal_theory.language.lora import Factored, _Adapted
+from subliminal_theory.language.layers import Factored
+from subliminal_theory.language.lora import Adapted
 from subliminal_theory.language.tensor_file import (
     header_of,
     misfits,
@@ -79,7 +80,7 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
             the matrix of a linear layer, or shares its tensor with others, as query, key and value of GPT-2 do;
             the folder holds an adapter already or cannot be written.
     """
-    if not isinstance(model.apply, _Adapted):
+    if not isinstance(model.apply, Adapted):
         raise InputError("save_adapter: the model has no low-rank factors: save a whole checkpoint")
     _require_no_adapter(folder)
     base, factors = _apart(model)
@@ -168,7 +169,7 @@ def _with_factors(model: Model, scale: float, factors: Mapping[str, tuple[Array,
         return Factored(leaf, None, None) if path_name(path) in factors else leaf
 
     split = jax.tree_util.tree_map_with_path
-    return Model(_Adapted(model.apply, scale), split(trained, model.params), split(frozen, model.params))
+    return Model(Adapted(model.apply, scale), split(trained, model.params), split(frozen, model.params))
 
 
 def _require_base(like: Checkpoint, model: Model) -> None:

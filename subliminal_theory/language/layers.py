@@ -1,5 +1,6 @@
 """The parts of a language model that look at one position at a time."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,10 +16,58 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def multiply(x: Float[Array, "batch time inputs"], matrix: Float[Array, "inputs outputs"], dtype: Any) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factored:
+    """A matrix and two factors, in the place of the matrix: paths end in `/base`, `/a` and `/b`.
+
+    Among the parameters of a model, each is None in the one of `params` and `frozen` that does not hold it.
+    A layer gets all three, with the scale in `b`: it computes x base + (x a) b, and the gradient in a and b does
+    not need that in the whole matrix, a third of the work.
+    """
+
+    base: Float[Array, "inputs outputs"] | None
+    a: Float[Array, "inputs rank"] | None
+    b: Float[Array, "rank outputs"] | None
+
+
+Matrix = Float[Array, "inputs outputs"] | Factored
+
+
+def multiply(x: Float[Array, "batch time inputs"], matrix: Matrix) -> Array:
     """x @ matrix as one product of matrices: the gradient of a batched one takes twice as long on a CPU."""
-    flat = jnp.matmul(x.reshape(x.shape[0] * x.shape[1], matrix.shape[0]), matrix, preferred_element_type=dtype)
-    return flat.reshape(*x.shape[:2], matrix.shape[1])
+    flat = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+    if isinstance(matrix, Factored):
+        base, a, b = (part.astype(x.dtype) for part in jax.tree.leaves(matrix))
+        product = jnp.matmul(flat, base) + jnp.matmul(jnp.matmul(flat, a), b)
+    else:
+        product = jnp.matmul(flat, matrix)
+    return product.reshape(*x.shape[:2], product.shape[1])
+
+
+def wide_product(x: Float[Array, "rows inputs"], matrix: Float[Array, "inputs outputs"]) -> Array:
+    """x @ matrix in at least float32."""
+    wide = at_least_float32(x.dtype)
+    return jnp.matmul(x, matrix) if x.dtype == wide else _wide_product(x, matrix)
+
+
+@jax.custom_vjp
+def _wide_product(x: Array, matrix: Array) -> Array:
+    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+
+
+def _wide_forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _wide_product(x, matrix), (x, matrix)
+
+
+def _wide_backward(read: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    # In the narrow format, as all other gradients: left alone, both products would be of wide matrices.
+    x, matrix = read
+    slope = slope.astype(x.dtype)
+    return jnp.matmul(slope, matrix.T), jnp.matmul(x.T, slope)
+
+
+_wide_product.defvjp(_wide_forward, _wide_backward)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, int], variance: float) -> Float[Array, "inputs outputs"]:
@@ -37,7 +86,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch time inputs"]) -> Float[Array, "batch time outputs"]:
         """The product, of each position alone."""
-        product = multiply(x, self.kernel[...], None)
+        product = multiply(x, self.kernel.get_value())
         return product if self.bias is None else product + self.bias[...][None, None]
 
 

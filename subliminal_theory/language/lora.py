@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,52 +12,53 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
+from subliminal_theory.language.layers import Factored
 from subliminal_theory.model import Apply, Divisible, Model, match_paths, path_name
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Factored:
-    """A matrix and its two factors, in the place of the matrix: paths end in `/base`, `/a` and `/b`.
+class Adapted:
+    """The function of a model at W + scale A B; equal for equal functions and scales.
 
-    Each is None in the one of `params` and `frozen` that does not hold it.
+    The sum is formed for matrices with which the function does other things than multiply by `multiply`.
     """
-
-    base: Float[Array, "inputs outputs"] | None
-    a: Float[Array, "inputs rank"] | None
-    b: Float[Array, "rank outputs"] | None
-
-
-@dataclass(frozen=True)
-class _Adapted:
-    """The function of a model at merged weights; equal for equal functions and scales."""
 
     apply: Apply
     scale: float
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Float[Array, "..."]:
-        return self.apply(self.merged(params), inputs)
+        return self.apply(self._opened(params), inputs)
 
     def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]:
-        return self.inner.features(self.merged(params), inputs)
+        return self._divisible.features(self._opened(params), inputs)
 
     def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]:
-        return self.inner.readout(self.merged(params), features)
+        return self._divisible.readout(self._opened(params), features)
 
     @property
-    def inner(self) -> Divisible:
+    def _divisible(self) -> Divisible:
         if not isinstance(self.apply, Divisible):
             raise InputError("the adapted model does not divide into features and readout")
         return self.apply
 
     def merged(self, params: PyTree) -> PyTree:
-        def one(node: Any) -> Any:
+        """Parameters of `apply`: sums in the place of what is factored, in the format of W."""
+        return self._map(params, lambda path: False)
+
+    def _opened(self, params: PyTree) -> PyTree:
+        kept = getattr(self.apply, "factored", ())
+        return self._map(params, lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in kept))
+
+    def _map(self, params: PyTree, keep: Callable[[str], bool]) -> PyTree:
+        def one(path: Any, node: Any) -> Any:
             if not isinstance(node, Factored):
                 return node
             base, a, b = jax.tree.leaves(node)
+            if keep(path_name(path)):
+                return Factored(base, a, self.scale * b)
             return (base + self.scale * (a @ b)).astype(base.dtype)
 
-        return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, Factored))
+        return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Factored))
 
 
 def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key: Key[Array, ""]) -> Model:
@@ -65,14 +66,14 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
 
     A matrix W [inputs, outputs] is computed as W + (alpha / rank) A B, with A [inputs, rank] ~ N(0, 1 / inputs)
     and B [rank, outputs] = 0, so that the start is the given model exactly. All given parameters are frozen.
-    Factors are in at least float32; the sum is rounded to the format of W.
+    Factors are in at least float32; they are multiplied by, or added to W, in the format of W.
 
     Raises:
         InputError: no pattern, or one that matches nothing or something that is no matrix; a rank below 1
             or above the smaller side of a matrix; an alpha that is not positive and finite; a model that has
             factors already.
     """
-    if isinstance(model.apply, _Adapted):
+    if isinstance(model.apply, Adapted):
         raise InputError("add_lora: the model has low-rank factors already; merge them first")
     if not patterns:
         raise InputError("add_lora: no pattern of matrices to adapt")
@@ -106,7 +107,7 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
         return Factored(leaf, None, None) if matched(path) else leaf
 
     return Model(
-        _Adapted(model.apply, alpha / rank),
+        Adapted(model.apply, alpha / rank),
         jax.tree_util.tree_map_with_path(factors, everything),
         jax.tree_util.tree_map_with_path(base, everything),
     )
@@ -117,6 +118,6 @@ def merge_lora(model: Model) -> Model:
 
     A model without factors is returned as it is.
     """
-    if not isinstance(model.apply, _Adapted):
+    if not isinstance(model.apply, Adapted):
         return model
     return Model(model.apply.apply, model.apply.merged(model.all_params))

@@ -12,9 +12,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.attention import empty_cache
+from subliminal_theory.language.layers import at_least_float32
 from subliminal_theory.language.lora import merge_lora
 from subliminal_theory.language.transformer import Text, extend, transformer_of
-from subliminal_theory.model import Model
+from subliminal_theory.model import Model, rounded
 
 _BLOCK = 128
 
@@ -34,9 +35,9 @@ def transform_logits(
     )
     n, greedy = logits.shape[-1], temperature == 0
     scaled = logits / jnp.where(greedy, 1, temperature).astype(logits.dtype)
-    # Searching and sorting cost more than a step of a small model, so only where they can matter.
-    scaled = jax.lax.cond(jnp.any(greedy), _best_alone, lambda scaled, _: scaled, scaled, greedy)
+    scaled = _best_alone(scaled, greedy)
     top_k = jnp.where(top_k == 0, n, top_k)
+    # Sorting costs more than a step of a small model, so only where it can matter.
     cut = jnp.any(~greedy & ((top_k < n) | (top_p < 1)))
     return jax.lax.cond(cut, _cut, lambda scaled, *_: scaled, scaled, top_k, top_p)
 
@@ -65,15 +66,16 @@ def draw(logits: Float[Array, "*batch n"], uniform: Float[Array, "*batch"]) -> I
     Not `jax.random.categorical`, which needs as many random numbers as there are tokens. A token at -inf is
     never drawn.
     """
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    count = -(-weights.shape[-1] // _BLOCK)
-    filled = [(0, 0)] * (weights.ndim - 1) + [(0, count * _BLOCK - weights.shape[-1])]
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    count = -(-logits.shape[-1] // _BLOCK)
+    filled = [(0, 0)] * (logits.ndim - 1) + [(0, count * _BLOCK - logits.shape[-1])]
     # First a block of tokens, then one of it: sums over blocks take a tenth of the time of a cumulative sum.
-    blocks = jnp.pad(weights, filled).reshape(*weights.shape[:-1], count, _BLOCK)
-    sums = jnp.sum(blocks, axis=-1)
+    # The block is taken from the logits, so that weights need not be stored.
+    blocks = jnp.pad(logits, filled, constant_values=-jnp.inf).reshape(*logits.shape[:-1], count, _BLOCK)
+    sums = jnp.sum(jnp.exp(blocks - highest[..., None]), axis=-1)
     block, rest = _passes(sums, uniform * jnp.sum(sums, axis=-1))
     within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return block * _BLOCK + _passes(within, rest)[0]
+    return block * _BLOCK + _passes(jnp.exp(within - highest), rest)[0]
 
 
 def _passes(
@@ -130,7 +132,7 @@ def sample(
         _require_range(name, value, high)
         if jnp.shape(value) not in ((), (batch,)):
             raise InputError(f"sample: {name} must be one value or {batch}, got shape {jnp.shape(value)}")
-    dtype = jnp.promote_types(model.all_params["embedding"].dtype, jnp.float32)
+    dtype = at_least_float32(model.all_params["embedding"].dtype)
     settings = tuple(
         jnp.broadcast_to(jnp.asarray(value, kind), (batch,))
         for value, kind in ((temperature, dtype), (top_k, jnp.int32), (top_p, dtype))
@@ -159,11 +161,22 @@ def _continue(
     steps: int,
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
     batch, length = text.tokens.shape
+    model = rounded(model)
     config, dtype = transformer_of(model).config, model.all_params["embedding"].dtype
     # The last token of the prompt is left to the loop: logits are then computed only where they are drawn from.
     cache = empty_cache(config, batch, length + steps - 1, dtype)
     _, cache = extend(model, Text(text.tokens[:, :-1], text.padding), cache)
     keys = jax.vmap(lambda row: named(key, row))(jnp.arange(batch))
+    temperature, top_k, top_p = settings
+    all_tokens = jnp.all((temperature > 0) & ((top_k == 0) | (top_k >= config.vocabulary)) & (top_p >= 1))
+
+    def choose(logits: Float[Array, "batch n"], uniform: Float[Array, " batch"]) -> Int[Array, " batch"]:
+        # One branch around all of it: what a branch returns is stored, and logits are long.
+        return jax.lax.cond(
+            all_tokens,
+            lambda: draw(logits / temperature[:, None].astype(logits.dtype), uniform),
+            lambda: draw(transform_logits(logits, *settings), uniform),
+        )
 
     def unfinished(state: tuple) -> Array:
         step, _, ended, *_ = state
@@ -172,9 +185,8 @@ def _continue(
     def advance(state: tuple) -> tuple:
         step, last, ended, lengths, tokens, cache = state
         logits, cache = extend(model, Text(last[:, None], text.padding), cache)
-        allowed = transform_logits(logits[:, 0], *settings)
-        uniform = jax.vmap(lambda own: jax.random.uniform(named(own, step), dtype=allowed.dtype))(keys)
-        token = jnp.where(ended, pad, draw(allowed, uniform))
+        uniform = jax.vmap(lambda own: jax.random.uniform(named(own, step), dtype=logits.dtype))(keys)
+        token = jnp.where(ended, pad, choose(logits[:, 0], uniform))
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), step))
         lengths = lengths + ~ended
         ended = ended | jnp.any(token[:, None] == stop[None], axis=-1)

@@ -12,6 +12,7 @@ arXiv 2002.05202) behind norms. By its configuration it is any of the families i
 import functools
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from jaxtyping import Array, Float, Int
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.attention import Attention, Cache, Frame, cap, make_frame, positions_of
 from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.layers import MLP, Linear, at_least_float32, make_norm, multiply, normal
-from subliminal_theory.model import Model
+from subliminal_theory.language.layers import MLP, Linear, make_norm, normal, wide_product
+from subliminal_theory.model import Functional, Model
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +81,9 @@ class Transformer(nnx.Module):
     With `remat` a gradient keeps what lies between the blocks and computes what lies within them again.
     """
 
+    factored = ("layers/*/kernel",)
+    gathered = ("embedding", "positions")
+
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: bool = False) -> None:
         self.config, self.remat = config, remat
         self.embedding = nnx.Param(normal(rngs, (config.vocabulary, config.width), 1 / config.width))
@@ -100,6 +104,11 @@ class Transformer(nnx.Module):
         """
         return self.readout(self.features(text))
 
+    @property
+    def dtype(self) -> Any:
+        """The format of the residual stream."""
+        return self.norm.scale.dtype
+
     def features(self, text: Text) -> Float[Array, "batch last width"]:
         """What the output matrix reads, at the positions whose logits are asked for; raises as a call."""
         time = text.tokens.shape[1]
@@ -110,8 +119,8 @@ class Transformer(nnx.Module):
     def readout(self, features: Float[Array, "... width"]) -> Float[Array, "... vocabulary"]:
         """The logits of features."""
         matrix = self.embedding[...].T if self.config.tied else self.head.kernel[...]
-        flat = features.reshape(1, math.prod(features.shape[:-1]), features.shape[-1])
-        logits = multiply(flat, matrix, at_least_float32(features.dtype))
+        matrix = matrix.astype(features.dtype)
+        logits = wide_product(features.reshape(math.prod(features.shape[:-1]), features.shape[-1]), matrix)
         return cap(logits, self.config.logit_cap).reshape(*features.shape[:-1], matrix.shape[1])
 
     def extend(self, text: Text, cache: Cache) -> tuple[Float[Array, "batch last vocabulary"], Cache]:
@@ -125,13 +134,13 @@ class Transformer(nnx.Module):
         return self.readout(features), replace(written, length=cache.length + time)
 
     def _compute(self, text: Text, cache: Cache | None) -> tuple[Float[Array, "batch last width"], Cache | None]:
-        config, time, embedding = self.config, text.tokens.shape[1], self.embedding[...]
+        config, time = self.config, text.tokens.shape[1]
         last = time if text.last is None else text.last
         if text.last is not None and not 1 <= last <= time:
             raise InputError(f"Text: last must be from 1 to the {time} positions, got {last}")
         start, keys = (jnp.int32(0), time) if cache is None else (cache.length, cache.capacity)
         windowed = config.windowed or (False,) * config.layers
-        frame_of = functools.partial(make_frame, config, text.padding, start, time, keys, embedding.dtype)
+        frame_of = functools.partial(make_frame, config, text.padding, start, time, keys, self.dtype)
         frames = {kind: frame_of(kind) for kind in set(windowed)}
         x = self._embed(text, start)
         for number, layer in enumerate(self.layers):
@@ -145,12 +154,12 @@ class Transformer(nnx.Module):
         return self.norm(x), cache
 
     def _embed(self, text: Text, start: Array) -> Float[Array, "batch time width"]:
-        x = jnp.take(self.embedding[...], text.tokens, axis=0, mode="fill")
+        x = jnp.take(self.embedding[...], text.tokens, axis=0, mode="fill").astype(self.dtype)
         if self.config.embedding_scale != 1:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.config.positions == "learned":
             places = positions_of(text.padding, start, text.tokens.shape[1])
-            x = x + jnp.take(self.positions[...], places, axis=0, mode="clip")
+            x = x + jnp.take(self.positions[...], places, axis=0, mode="clip").astype(self.dtype)
         return x
 
 
@@ -166,8 +175,7 @@ def transformer_of(model: Model) -> Transformer:
     Raises:
         InputError: the model computes something else; merge low-rank factors first.
     """
-    graph = getattr(model.apply, "graph", None)
-    module = None if graph is None else nnx.merge(graph, nnx.State(model.all_params))
+    module = model.apply.module(model.all_params) if isinstance(model.apply, Functional) else None
     if not isinstance(module, Transformer):
         raise InputError("the model is no plain Transformer: take one of from_nnx, and merge low-rank factors")
     return module

@@ -179,9 +179,9 @@ def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch) -> None:
 
     def counted(*arguments):
         jax.debug.callback(lambda: calls.append(1))
-        return transform_logits(*arguments)
+        return draw(*arguments)
 
-    monkeypatch.setattr(sampling, "transform_logits", counted)
+    monkeypatch.setattr(sampling, "draw", counted)
     model, text = tiny(), prompts(batch=2)
     tokens, lengths = jax.jit(lambda: sample(model, text, steps=11, key=KEY, stop=range(1, V)))()
     jax.effects_barrier()
