@@ -114,7 +114,7 @@ class Functional:
     gathered: tuple[str, ...] = ()
     dtype: Any = None
 
-    def module(self, params: PyTree) -> nnx.Module:
+    def module(self, params: PyTree) -> Any:
         """The module with parameters in the format of the computation."""
         return nnx.merge(self.graph, nnx.State(self.rounded(params, self.gathered)))
 
