@@ -3,7 +3,7 @@
     python benchmarks/gpu_speed.py [--shapes 0.5b 1.5b] [--out FILE]
 
 Each measurement has a process of its own, `transformers` with PyTorch (compiled for training, `gpu_torch.py`) as
-well as this project. All compile at once; then they are timed one after the other on an idle device, each beside
+well as this project. All compile first; then they are timed one after the other on an idle device, each beside
 the device's own limits: the rate of a product of 8192 x 8192 matrices in bfloat16, and the bandwidth of a copy.
 
 Training: rows of random tokens, the loss at every position, bfloat16 with float32 masters and Adam, or low-rank
@@ -105,8 +105,8 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
     """Compile, say so, wait for a line, time, and print the seconds of a step (of a token when sampling)."""
     config = shape.config
 
-    @jax.jit
     def start() -> tuple[Model, Model | None]:
+        """The student and the teacher, of which only the shapes matter: one program draws all of a shape."""
         model = computed_in(from_nnx(Transformer(config, rngs=nnx.Rngs(0))), jnp.bfloat16)
         teacher = rounded(model) if mode.startswith("soft") else None
         if mode.startswith("lora"):
@@ -206,14 +206,17 @@ class Turn:
     """A worker's process."""
 
     def __init__(self, name: str, command: list[str]) -> None:
+        self.name, self.command, self.noted, self.errors = name, command, "", ""
+        self.lines: list[str] = []
+        self.ready = threading.Event()
+
+    def start(self) -> None:
+        """Begin to compile."""
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self.name, self.noted, self.lines = name, "", []  # type: tuple[str, str, list[str]]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=environment,
         )  # fmt: skip
-        self.ready = threading.Event()
-        self.errors = ""
         self.threads = [threading.Thread(target=self._out), threading.Thread(target=self._err)]
         for thread in self.threads:
             thread.start()
@@ -253,7 +256,9 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES, help="(default all)")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of PyTorch (default all)")
     parser.add_argument("--steps", type=int, default=8, help="of training a call (default 8)")
-    parser.add_argument("--patience", type=float, default=200, help="seconds to compile (default 200)")
+    parser.add_argument(
+        "--patience", type=float, default=200, help="seconds for a worker to compile (default 200)"
+    )
     parser.add_argument("--out", type=Path, help="also write the results there as JSON")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -281,9 +286,19 @@ def main() -> None:
         ]  # fmt: skip
         return Turn(f"{name} {mode} (transformers)", [*map(str, command)])
 
-    def settle(turns: list[Turn]) -> None:
-        for turn in turns:
-            turn.ready.wait(max(1.0, chosen.patience - (time.perf_counter() - began)))
+    def settle(queues: list[list[Turn]]) -> None:
+        """Let all get ready: those of a queue one after the other, so that what is tuned once serves the next."""
+
+        def prepare(queue: list[Turn]) -> None:
+            for turn in queue:
+                turn.start()
+                turn.ready.wait(chosen.patience)
+
+        threads = [threading.Thread(target=prepare, args=(queue,)) for queue in queues]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def time_all(turns: list[Turn]) -> None:
         for turn in turns:
@@ -292,19 +307,15 @@ def main() -> None:
                 chosen.out.write_text(json.dumps(results, indent=1))
             print(f"{time.perf_counter() - began:4.0f} s  {turn.name}: {found} {turn.noted}", flush=True)
 
-    first, *later = chosen.shapes
-    ours = [mine(name, mode) for name in chosen.shapes for mode in chosen.modes]
-    ours.insert(0, mine(first, "limits"))
-    peers = [theirs(first, mode) for mode in chosen.peers]
-    settle([*peers, *ours])
-    time_all(peers)
-    for name in later:
-        peers = [theirs(name, mode) for mode in chosen.peers]
-        settle(peers)
-        time_all(peers)
-    time_all(ours)
+    ours = {name: [mine(name, mode) for mode in chosen.modes] for name in chosen.shapes}
+    peers = {name: [theirs(name, mode) for mode in chosen.peers] for name in chosen.shapes}
+    edge = mine(chosen.shapes[0], "limits")
+    settle([[edge], *ours.values(), *([turn] for turns in peers.values() for turn in turns)])
+    time_all([edge])
+    for name in chosen.shapes:
+        time_all([*peers[name], *ours[name]])
 
-    limit = results[f"{first} limits"]
+    limit = results[edge.name]
     for name in chosen.shapes:
         shape = SHAPES[name]
         for mode in chosen.modes:

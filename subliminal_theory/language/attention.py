@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.layers import Linear, RMSNorm, at_least_float32
+from subliminal_theory.language.layers import Joined, Linear, RMSNorm, at_least_float32
 
 Heads = Float[Array, "batch time heads head_width"]
 # Heads first: a cache in this order is read as it lies.
@@ -183,6 +183,11 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = (
                 RMSNorm(side, config.norm_epsilon, config.norm_offset) for side in sides
             )
+        self.joined: Joined | None = None
+
+    def join(self) -> None:
+        """Compute queries, keys and values as one product from now on, where all three are asked for."""
+        self.joined = nnx.data(Joined(self.query, self.key, self.value))
 
     def __call__(
         self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int, last: int
@@ -190,7 +195,10 @@ class Attention(nnx.Module):
         """Mix values over the positions of x, or with a cache over those in it too, for the last positions."""
         config, (batch, time, _) = self.config, x.shape
         asking = frame.last(last)
-        query, key, value = self.query(x[:, -last:]), self.key(x), self.value(x)
+        if self.joined is not None and last == time:
+            query, key, value = self.joined.apart(x)
+        else:
+            query, key, value = self.query(x[:, -last:]), self.key(x), self.value(x)
         if config.head_norm == "width":
             query, key = self.query_norm(query), self.key_norm(key)
         query = query.reshape(batch, last, config.heads, config.head_width)

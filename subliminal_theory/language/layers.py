@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -90,6 +91,24 @@ class Linear(nnx.Module):
         return product if self.bias is None else product + self.bias[...][None, None]
 
 
+class Joined(Linear):
+    """Several layers that read the same as one product; call it for the output of each.
+
+    Its parameters are copies: to compute with many times, not to train.
+    """
+
+    def __init__(self, *parts: Linear) -> None:
+        biases = [part.bias[...] for part in parts if part.bias is not None]
+        kernels = [part.kernel[...] for part in parts]
+        self.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
+        self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
+        self.cuts = tuple(np.cumsum([kernel.shape[1] for kernel in kernels])[:-1].tolist())
+
+    def apart(self, x: Float[Array, "batch time inputs"]) -> list[Float[Array, "batch time outputs_of_one"]]:
+        """The output of each layer."""
+        return jnp.split(self(x), self.cuts, axis=-1)
+
+
 class RMSNorm(nnx.Module):
     """(offset + scale) * x / sqrt(mean(x^2) + epsilon) over the last axis; offset + scale starts at 1."""
 
@@ -146,10 +165,19 @@ class MLP(nnx.Module):
         self.gate = Linear(*sides, bias=config.mlp_bias, rngs=rngs) if config.gated else None
         self.up = Linear(*sides, bias=config.mlp_bias, rngs=rngs)
         self.down = Linear(*sides[::-1], 0.5 / config.layers, bias=config.mlp_bias, rngs=rngs)
+        self.joined: Joined | None = None
+
+    def join(self) -> None:
+        """Compute gate and up as one product from now on."""
+        if self.gate is not None:
+            self.joined = nnx.data(Joined(self.gate, self.up))
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
         """One position at a time."""
         activate = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(activate(self.up(x)))
+        if self.joined is not None:
+            gate, up = self.joined.apart(x)
+            return self.down(activate(gate) * up)
         return self.down(activate(self.gate(x)) * self.up(x))

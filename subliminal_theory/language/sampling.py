@@ -14,7 +14,7 @@ from subliminal_theory.keys import named
 from subliminal_theory.language.attention import empty_cache
 from subliminal_theory.language.layers import at_least_float32
 from subliminal_theory.language.lora import merge_lora
-from subliminal_theory.language.transformer import Text, extend, transformer_of
+from subliminal_theory.language.transformer import Text, transformer_of
 from subliminal_theory.model import Model, rounded
 
 _BLOCK = 128
@@ -161,11 +161,12 @@ def _continue(
     steps: int,
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
     batch, length = text.tokens.shape
-    model = rounded(model)
-    config, dtype = transformer_of(model).config, model.all_params["embedding"].dtype
+    transformer = transformer_of(rounded(model))
+    transformer.join()
+    config = transformer.config
     # The last token of the prompt is left to the loop: logits are then computed only where they are drawn from.
-    cache = empty_cache(config, batch, length + steps - 1, dtype)
-    _, cache = extend(model, Text(text.tokens[:, :-1], text.padding), cache)
+    cache = empty_cache(config, batch, length + steps - 1, transformer.dtype)
+    _, cache = transformer.extend(Text(text.tokens[:, :-1], text.padding), cache)
     keys = jax.vmap(lambda row: named(key, row))(jnp.arange(batch))
     temperature, top_k, top_p = settings
     all_tokens = jnp.all((temperature > 0) & ((top_k == 0) | (top_k >= config.vocabulary)) & (top_p >= 1))
@@ -184,7 +185,7 @@ def _continue(
 
     def advance(state: tuple) -> tuple:
         step, last, ended, lengths, tokens, cache = state
-        logits, cache = extend(model, Text(last[:, None], text.padding), cache)
+        logits, cache = transformer.extend(Text(last[:, None], text.padding), cache)
         uniform = jax.vmap(lambda own: jax.random.uniform(named(own, step), dtype=logits.dtype))(keys)
         token = jnp.where(ended, pad, choose(logits[:, 0], uniform))
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), step))
