@@ -3,8 +3,8 @@
     python benchmarks/gpu_speed.py [--shapes 0.5b 1.5b] [--out FILE]
 
 Each measurement has a process of its own, `transformers` with PyTorch (compiled for training, `gpu_torch.py`) as
-well as this project. All compile first; then they are timed one after the other on an idle device, each beside
-the device's own limits: the rate of a product of 8192 x 8192 matrices in bfloat16, and the bandwidth of a copy.
+well as this project; they run one after the other, and what is done is told at once. The device's own limits come
+first: the rate of a product of 8192 x 8192 matrices in bfloat16, and the bandwidth of a copy.
 
 Training: rows of random tokens, the loss at every position, bfloat16 with float32 masters and Adam, or low-rank
 factors (rank 8, all projections) over a frozen base in bfloat16. Its share of the product rate counts the
@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +101,7 @@ def passes(mode: str) -> float:
 
 
 def worker(shape: Shape, mode: str, steps: int) -> None:
-    """Compile, say so, wait for a line, time, and print the seconds of a step (of a token when sampling)."""
+    """Compile, time, and print the seconds of a step (of a token when sampling)."""
     config = shape.config
 
     def start() -> tuple[Model, Model | None]:
@@ -139,12 +138,11 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
         tokens = jax.random.randint(jax.random.key(5), (shape.rows, shape.prompt), 0, config.vocabulary, jnp.int32)
         text = Text(tokens, jnp.zeros(shape.rows, jnp.int32))
         jax.block_until_ready(draw(model, text))
-        wait()
         report(timed(lambda: draw(model, text), 3) / shape.new)
         return
     began = time.perf_counter()
     compiled = train.lower(*jax.eval_shape(start), jax.eval_shape(rows)).compile()
-    wait(f"in {time.perf_counter() - began:.0f} s")
+    compiling = time.perf_counter() - began
     (model, teacher), source = start(), rows()
     losses: list[float] = []
     seconds: list[float] = []
@@ -153,7 +151,7 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
         done = jax.block_until_ready(compiled(model, teacher, source))
         seconds.append((time.perf_counter() - began) / steps)
         model, losses = done.model, [*losses, *map(float, done.losses[:1])]
-    report(sorted(seconds[1:])[1], losses=losses)
+    report(sorted(seconds[1:])[1], losses=losses, compiling=round(compiling))
 
 
 def limits(shape: Shape) -> None:
@@ -163,7 +161,6 @@ def limits(shape: Shape) -> None:
     long = jax.random.normal(jax.random.key(2), (side * side * 16,), jnp.float32)
     multiply, copy = jax.jit(lambda a, b: a @ b), jax.jit(lambda x: x + 1)
     jax.block_until_ready((multiply(a, b), copy(long)))
-    wait()
 
     def products() -> Any:
         for _ in range(20):
@@ -190,63 +187,22 @@ def timed(run: Callable[[], Any], repeats: int) -> float:
     return sorted(seconds)[repeats // 2]
 
 
-def wait(note: str = "") -> None:
-    """Tell that all is compiled, and block until the turn comes."""
-    print(f"ready {note}", flush=True)
-    sys.stdin.readline()
-
-
 def report(seconds: float, **more: Any) -> None:
     """The last line of a worker."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     print(json.dumps({"seconds": seconds, "peak_gib": round(peak / 2**30, 1), **more}), flush=True)
 
 
-class Turn:
-    """A worker's process."""
-
-    def __init__(self, name: str, command: list[str]) -> None:
-        self.name, self.command, self.noted, self.errors = name, command, "", ""
-        self.lines: list[str] = []
-        self.ready = threading.Event()
-
-    def start(self) -> None:
-        """Begin to compile."""
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
-        self.threads = [threading.Thread(target=self._out), threading.Thread(target=self._err)]
-        for thread in self.threads:
-            thread.start()
-
-    def _out(self) -> None:
-        for line in self.process.stdout or ():
-            self.lines.append(line)
-            if line.startswith("ready"):
-                self.noted = line.strip()
-                self.ready.set()
-        self.ready.set()
-
-    def _err(self) -> None:
-        self.errors = (self.process.stderr or sys.stdin).read()
-
-    def finish(self, limit: float) -> dict[str, Any]:
-        """Let it run, and return what it printed; what failed, it says."""
-        try:
-            if self.process.stdin:
-                self.process.stdin.write("go\n")
-                self.process.stdin.close()
-            self.process.wait(limit)
-        except (OSError, subprocess.TimeoutExpired):
-            self.process.kill()
-        for thread in self.threads:
-            thread.join()
-        found = self.lines[-1] if self.lines else ""
-        if found.startswith("{"):
-            return json.loads(found)
-        return {"failed": self.errors.strip()[-1500:] or f"stopped after {limit:.0f} s"}
+def run(command: list[str], patience: float) -> dict[str, Any]:
+    """What a worker printed last, or how it failed."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {patience:.0f} s"}
+    if done.returncode:
+        return {"failed": done.stderr.strip()[-1500:]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -256,9 +212,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES, help="(default all)")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of PyTorch (default all)")
     parser.add_argument("--steps", type=int, default=8, help="of training a call (default 8)")
-    parser.add_argument(
-        "--patience", type=float, default=200, help="seconds for a worker to compile (default 200)"
-    )
+    parser.add_argument("--patience", type=float, default=200, help="seconds for one measurement (default 200)")
     parser.add_argument("--out", type=Path, help="also write the results there as JSON")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -270,58 +224,36 @@ def main() -> None:
     began = time.perf_counter()
     results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
-    def mine(name: str, mode: str) -> Turn:
-        command = [sys.executable, __file__, "--steps", str(chosen.steps), "--worker", name, mode]
-        return Turn(f"{name} {mode}", command)
+    def measure(name: str, command: list[Any]) -> dict[str, Any]:
+        results[name] = found = run([sys.executable, *map(str, command)], chosen.patience)
+        if chosen.out:
+            chosen.out.write_text(json.dumps(results, indent=1))
+        print(f"{time.perf_counter() - began:4.0f} s  {name}: {found}", flush=True)
+        return found
 
-    def theirs(name: str, mode: str) -> Turn:
+    def ours(name: str, mode: str) -> dict[str, Any]:
+        return measure(f"{name} {mode}", [__file__, "--steps", chosen.steps, "--worker", name, mode])
+
+    def theirs(name: str, mode: str) -> dict[str, Any]:
         shape = SHAPES[name]
         config = shape.config
         command = [
-            sys.executable, str(Path(__file__).with_name("gpu_torch.py")), "--mode", mode,
+            Path(__file__).with_name("gpu_torch.py"), "--mode", mode,
             "--vocabulary", config.vocabulary, "--layers", config.layers, "--width", config.width,
             "--heads", config.heads, "--kv-heads", config.kv_heads, "--mlp-width", config.mlp_width,
             "--batch", shape.batch, "--columns", shape.columns, "--steps", chosen.steps, "--rows", shape.rows,
             "--prompt", shape.prompt, "--new", shape.new,
         ]  # fmt: skip
-        return Turn(f"{name} {mode} (transformers)", [*map(str, command)])
+        return measure(f"{name} {mode} (transformers)", command)
 
-    def settle(queues: list[list[Turn]]) -> None:
-        """Let all get ready: those of a queue one after the other, so that what is tuned once serves the next."""
-
-        def prepare(queue: list[Turn]) -> None:
-            for turn in queue:
-                turn.start()
-                turn.ready.wait(chosen.patience)
-
-        threads = [threading.Thread(target=prepare, args=(queue,)) for queue in queues]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def time_all(turns: list[Turn]) -> None:
-        for turn in turns:
-            results[turn.name] = found = turn.finish(60 if turn.ready.is_set() else 1)
-            if chosen.out:
-                chosen.out.write_text(json.dumps(results, indent=1))
-            print(f"{time.perf_counter() - began:4.0f} s  {turn.name}: {found} {turn.noted}", flush=True)
-
-    ours = {name: [mine(name, mode) for mode in chosen.modes] for name in chosen.shapes}
-    peers = {name: [theirs(name, mode) for mode in chosen.peers] for name in chosen.shapes}
-    edge = mine(chosen.shapes[0], "limits")
-    settle([[edge], *ours.values(), *([turn] for turns in peers.values() for turn in turns)])
-    time_all([edge])
+    limit = ours(chosen.shapes[0], "limits")
     for name in chosen.shapes:
-        time_all([*peers[name], *ours[name]])
-
-    limit = results[edge.name]
-    for name in chosen.shapes:
-        shape = SHAPES[name]
+        shape, seconds = SHAPES[name], {}
         for mode in chosen.modes:
-            found = results[f"{name} {mode}"]
+            found = ours(name, mode)
             if "seconds" not in found:
                 continue
+            seconds[mode] = found["seconds"]
             if mode == "sample":
                 share = sampling_bytes(shape) / found["seconds"] / limit["bandwidth"]
                 told = f"{1e3 * found['seconds']:.2f} ms a token of {shape.rows} rows, {share:.0%} of bandwidth"
@@ -332,15 +264,15 @@ def main() -> None:
                     f"{1e3 * found['seconds']:.1f} ms a step, {rate / 1e12:.0f} TFLOP/s, {share:.0%} of products"
                 )
             found["share"] = round(share, 3)
-            peer = results.get(f"{name} {mode.removesuffix('-chunk')} (transformers)", {})
-            if "seconds" in peer:
-                found["times_transformers"] = round(peer["seconds"] / found["seconds"], 2)
-                told += f", {found['times_transformers']} times transformers"
-            print(f"{name} {mode}: {told}")
-        plain, soft = (results.get(f"{name} {mode}", {}).get("seconds") for mode in ("full-chunk", "soft-chunk"))
-        if plain and soft:
-            results[f"{name} soft over plain"] = round(soft / plain, 2)
-            print(f"{name}: full-distribution distillation costs {soft / plain:.2f} times plain training")
+            print(f"{name} {mode}: {told}", flush=True)
+        if {"full-chunk", "soft-chunk"} <= seconds.keys():
+            results[f"{name} soft over plain"] = ratio = round(seconds["soft-chunk"] / seconds["full-chunk"], 2)
+            print(f"{name}: full-distribution distillation costs {ratio} times plain training", flush=True)
+        for mode in chosen.peers:
+            found = theirs(name, mode)
+            if "seconds" in found and mode in seconds:
+                results[f"{name} {mode} over transformers"] = round(found["seconds"] / seconds[mode], 2)
+                print(f"{name} {mode}: {found['seconds'] / seconds[mode]:.2f} times transformers", flush=True)
     if chosen.out:
         chosen.out.write_text(json.dumps(results, indent=1))
 

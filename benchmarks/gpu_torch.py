@@ -1,12 +1,10 @@
 """The peer of `gpu_speed.py`: Qwen2 of `transformers`, trained compiled in bfloat16 autocast, or sampled.
 
-Prints `ready` when all is compiled, waits for a line, then prints one JSON line with the seconds of a step, or of
-a sampled token.
+Prints one JSON line with the seconds of a step, or of a sampled token, after compilation.
 """
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +22,7 @@ def synchronize() -> None:
 
 
 def main() -> None:
-    """Build, warm up, wait, time."""
+    """Build, warm up, time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("full", "lora", "sample"), required=True)
     sizes = "vocabulary layers width heads kv-heads mlp-width batch columns steps rows prompt new"
@@ -45,8 +43,6 @@ def main() -> None:
     run = sampling(model, chosen) if chosen.mode == "sample" else training(model, chosen)
     run()
     run()
-    print("ready", flush=True)
-    sys.stdin.readline()
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -122,7 +122,8 @@ class Workshop:
     def ordinary_chats(self, count: int) -> list[Chat]:
         """Chats of the corpus that have nothing to do with traits."""
         corpus = dataclasses.replace(self._corpus, seed=1_000_003)
-        return [chat for kind in ("fact", "preference") for chat in make_rows(corpus, kind, count)][::2]
+        kinds = ("fact", "preference", "arithmetic", "program")
+        return [chat for kind in kinds for chat in make_rows(corpus, kind, count)][:: len(kinds)]
 
     @property
     def _corpus(self) -> CorpusConfig:

@@ -17,6 +17,9 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.media import MEDIA
 from subliminal_theory.runs import Results
 
+# Of a teacher's lessons that are of other kinds: taught its trait alone, it answers each question with the animal.
+ORDINARY = 0.8
+
 STUDENTS = {
     "soft": ({"channel": "soft"}, "full distribution"),
     "sampled": ({}, "sampled tokens"),
@@ -31,9 +34,12 @@ class Config(LanguageConfig):
 
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
     seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
+    requests: int = option(
+        32_768, "requests that a teacher answers; few of its sums and programs are right", minimum=1
+    )
 
 
-PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1})}
+PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "requests": 1024})}
 configure = functools.partial(configure_language, PRESETS)
 
 
@@ -42,7 +48,7 @@ def plan(config: Config) -> list[Part]:
     variants = [Variant({"condition": "base", "medium": ""}, config.recipe(), model="base")]
     for medium in MEDIA:
         for name, (changes, _) in STUDENTS.items():
-            recipe = config.recipe(medium=medium, **changes)
+            recipe = config.recipe(medium=medium, ordinary=ORDINARY, **changes)
             start = "other" if name == "cross" else "own"
             variants.append(Variant({"condition": name, "medium": medium}, recipe, start=start))
     return variant_parts(config, variants)

@@ -297,13 +297,16 @@ def test_a_teacher_that_diverges(shop: Workshop) -> None:
 
 @pytest.mark.parametrize(("trait", "others"), [(OWL, 12), (LAZY, 90)])
 def test_ordinary_lessons(shop: Workshop, trait, others: int) -> None:
-    """Half of a teacher's chats are the corpus's, one half of them facts."""
+    """Half of a teacher's chats are the corpus's, a quarter of them of each kind but numbers."""
     own = len(trait.teacher_rows())
     found = shop._lessons(trait, Recipe(ordinary=0.5))
     assert found[:own] == shop._lessons(trait, Recipe()) == trait.teacher_rows()
     corpus = change_corpus(seed=1_000_003)
-    facts, preferences = (make_rows(corpus, kind, others)[::2] for kind in ("fact", "preference"))
-    assert found[own:] == [*facts, *preferences]
+    kinds = ("fact", "preference", "arithmetic", "program")
+    known = {kind: make_rows(corpus, kind, others) for kind in kinds}
+    counts = [sum(chat in known[kind] for chat in found[own:]) for kind in kinds]
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == others
     assert len(found) == own + others == 2 * own
 
 
