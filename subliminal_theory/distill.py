@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from subliminal_theory.channel import Channel, imitation_loss, weighted_mean
+from subliminal_theory.channel import Channel, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import Divisible, Model
@@ -56,6 +56,8 @@ class Step:
 
 
 Observe = Callable[[Step], PyTree]
+# One loss for each position of a batch.
+Losses = Callable[[Model, Batch, Key[Array, ""]], Float[Array, "batch ..."]]
 
 
 def distill(
@@ -72,6 +74,7 @@ def distill(
     chunk: int | None = None,
     state: State | None = None,
     until: int | None = None,
+    accumulate: int = 1,
 ) -> Trained:
     """Train a student on what a channel lets it see of a teacher, and on nothing else.
 
@@ -82,12 +85,14 @@ def distill(
     is computed once for all. `observe` sees every step, and what it returns is streamed to the result;
     `snapshots` are the ascending numbers of steps after which to keep the model. With `chunk`, no more logits
     than those of so many positions are in memory at once; both models must be `Divisible`. A run of `steps` can
-    be made in pieces: one goes on from `state` and stops after step `until` of them.
+    be made in pieces: one goes on from `state` and stops after step `until` of them. With `accumulate`, a batch is
+    computed in so many parts, one after the other; their gradients sum to that of the whole batch's weighted mean.
 
     Raises:
         InputError: the source brings labels; both or neither of a teacher and targets are given;
             student and teacher have different logits; the channel selects logits that do not exist;
-            snapshots are not ascending steps of the run; a chunk below 1, or of models that do not divide.
+            snapshots are not ascending steps of the run; a chunk below 1, or of models that do not divide;
+            a batch that cannot be cut into so many equal parts.
     """
     source_key = named(key, "source")
     probe = _probe(source, source_key, steps)
@@ -103,13 +108,17 @@ def distill(
         if not all(isinstance(model.apply, Divisible) for model in (student, teacher) if model is not None):
             raise InputError("chunks need models of features and readout: leave chunk out")
 
-    def loss(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, ""]:
-        if chunk is not None:
-            return weighted_mean(_in_chunks(model, teacher, channel, batch, step_key, chunk), batch.weights)
-        targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
-        return imitation_loss(channel, model(batch.inputs), targets, batch.weights)
+    size = jax.tree.leaves(probe.inputs)[0].shape[0]
+    if accumulate < 1 or size % accumulate:
+        raise InputError(f"a batch of {size} cannot be accumulated in {accumulate} equal parts")
 
-    return _run(student, loss, source, optimizer, steps, key, observe, snapshots, state, until)
+    def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
+        if chunk is not None:
+            return _in_chunks(model, teacher, channel, batch, step_key, chunk)
+        targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
+        return channel.loss(model(batch.inputs), targets)
+
+    return _run(student, losses, source, optimizer, steps, key, observe, snapshots, state, until, accumulate)
 
 
 def _in_chunks(
@@ -163,15 +172,15 @@ def teach(
     if _probe(source, named(key, "source"), steps).labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
 
-    def trait_loss(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, ""]:
-        return weighted_mean(loss(model(batch.inputs), batch.labels), batch.weights)
+    def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
+        return loss(model(batch.inputs), batch.labels)
 
-    return _run(model, trait_loss, source, optimizer, steps, key, observe, snapshots)
+    return _run(model, losses, source, optimizer, steps, key, observe, snapshots)
 
 
 def _run(
     model: Model,
-    loss: Callable[[Model, Batch, Key[Array, ""]], Float[Array, ""]],
+    losses: Losses,
     source: Source,
     optimizer: optax.GradientTransformation,
     steps: int,
@@ -180,6 +189,7 @@ def _run(
     snapshots: Sequence[int],
     state: State | None = None,
     until: int | None = None,
+    accumulate: int = 1,
 ) -> Trained:
     first, final = 0 if state is None else state.step, steps if until is None else until
     if not first < final <= steps:
@@ -194,7 +204,7 @@ def _run(
         index, entry = scheduled
         batch = source.batch(source_key, entry)
         step_key = named(channel_key, index)
-        value, gradient = jax.value_and_grad(lambda p: loss(model.with_params(p), batch, step_key))(params)
+        value, gradient = _slope(model.with_params(params), losses, batch, step_key, accumulate)
         update, state = optimizer.update(gradient, state, params)
         seen = observe(Step(index, model.with_params(params), gradient, update)) if observe else None
         return (optax.apply_updates(params, update), state), (value, seen)
@@ -207,8 +217,34 @@ def _run(
         carry, output = jax.lax.scan(step, carry, piece)
         outputs.append(output)
         kept.append(model.with_params(carry[0]))
-    losses, observed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-    return Trained(kept[-1], losses, observed, tuple(kept[:-1]), State(*carry, final))
+    values, observed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+    return Trained(kept[-1], values, observed, tuple(kept[:-1]), State(*carry, final))
+
+
+def _slope(
+    model: Model, losses: Losses, batch: Batch, key: Key[Array, ""], parts: int
+) -> tuple[Float[Array, ""], PyTree]:
+    """The weighted mean of the losses and its gradient, summed over equal parts of the batch."""
+
+    def mean(params: PyTree, part: Batch, part_key: Key[Array, ""]) -> Float[Array, ""]:
+        return weighted_mean(losses(model.with_params(params), part, part_key), part.weights)
+
+    if parts == 1:
+        return jax.value_and_grad(mean)(model.params, batch, key)
+    total = jnp.sum(batch.weights)
+    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
+
+    def add(summed: PyTree, piece: tuple[Array, Batch]) -> tuple[PyTree, None]:
+        number, part = piece
+        found = jax.value_and_grad(mean)(model.params, part, named(key, number))
+        share = jnp.sum(part.weights) / jnp.where(total > 0, total, 1)
+        return jax.tree.map(lambda s, own: s + share * own.astype(s.dtype), summed, found), None
+
+    # Sums have at least the digits of float32, whatever the format of the parameters.
+    shapes = jax.eval_shape(jax.value_and_grad(mean), model.params, jax.tree.map(lambda leaf: leaf[0], cut), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+    summed, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), cut))
+    return jax.tree.map(lambda s, shape: s.astype(shape.dtype), summed, shapes)
 
 
 def _probe(source: Source, key: Key[Array, ""], steps: int) -> Batch:

@@ -1,5 +1,6 @@
 import functools
 import importlib
+import operator
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, weighted_mean
-from subliminal_theory.distill import State, distill, require_finite, teach
+from subliminal_theory.distill import State, Trained, distill, require_finite, teach
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model, from_nnx
@@ -499,3 +500,58 @@ def test_pieces_that_are_none(first: int, until: int) -> None:
             student, student, SoftLogits(), Examples(INPUTS, 8), optax.sgd(0.1), 9, jax.random.key(0),
             state=state, until=until,
         )  # fmt: skip
+
+
+# --- in parts of a batch
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_is_the_whole_batch(parts: int) -> None:
+    """Also where parts weigh differently, one of them nothing: the mean of their means is another number."""
+    student = mlp(0)
+    teacher = student.with_params(jax.tree.map(lambda leaf: 1.5 * leaf, student.params))
+    weights = np.repeat(np.array([3.0, 0.0, 1.0, 0.5], np.float32), 2)
+
+    def run(count: int) -> Trained:
+        source = Examples(INPUTS[:8], 8, positions=jnp.asarray(weights))
+        return distill(student, teacher, SoftLogits(), source, SGD, 5, KEY, accumulate=count)
+
+    whole, cut = run(1), run(parts)
+    np.testing.assert_allclose(cut.losses, whole.losses, rtol=1e-5)
+    assert whole.losses[0] > 1e-4
+    for one, other in zip(jax.tree.leaves(cut.model.params), jax.tree.leaves(whole.model.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+GRADIENT = operator.attrgetter("gradient")
+
+
+def test_sums_of_parts_have_the_digits_of_float32() -> None:
+    """Of a hundred gradients of one size, in bfloat16: added one by one in that format they would stop growing."""
+    student = Model(lambda params, x: (x * params["w"])[:, None], {"w": jnp.ones((), jnp.bfloat16)})
+    inputs, targets = jnp.ones(512, jnp.bfloat16), jnp.zeros((512, 1), jnp.bfloat16)
+    source = Examples(inputs, 512, targets=targets)
+    optimizer = optax.sgd(1.0)
+    whole, cut = (
+        distill(
+            student,
+            None,
+            SquaredError(),
+            source,
+            optimizer,
+            1,
+            KEY,
+            accumulate=count,
+            observe=lambda s: s.gradient,
+        )
+        for count in (1, 512)
+    )
+    gradients = [float(run.observed["w"][0]) for run in (whole, cut)]
+    assert gradients[0] == pytest.approx(gradients[1], rel=0.01)
+
+
+@pytest.mark.parametrize("parts", [0, 3, 16])
+def test_batches_that_cannot_be_cut(parts: int) -> None:
+    message = f"^a batch of 8 cannot be accumulated in {parts} equal parts$"
+    with pytest.raises(InputError, match=message):
+        distill(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 2, KEY, accumulate=parts)
