@@ -29,6 +29,7 @@ from subliminal_theory.runs import Results, Row
 
 STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
 MODELS = ("student", "teacher", "base")
+COMPUTE = ("float32", "bfloat16")
 HEADER = "probability of the trait's word on held-out questions, mean and 95% t interval over runs"  # of reports
 
 
@@ -57,6 +58,9 @@ class LanguageConfig:
     decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
     checkpoint: str = option("", "folder of a checkpoint, in the place of the compact model; seeds are then runs")
     other_checkpoint: str = option("", "another one, for students of another base")
+    compute: str = option(
+        "float32", "format in which a checkpoint computes; what trains stays in float32", choices=COMPUTE
+    )
     checkpoint_text: str = derived("")
     base_dir: str | None = dataclasses.field(
         default=None,
@@ -112,6 +116,8 @@ def configure_language(
     validate(config)
     if config.checkpoint:
         return _configure_checkpoint(config)
+    if config.compute != "float32":
+        raise InputError("--compute is for a --checkpoint: the compact model computes in float32")
     if config.width % 4:
         raise InputError(f"--width must be a multiple of 4, got {config.width}")
     tokenizer = ChatTokenizer.of_corpus(config.base(0).corpus)
@@ -188,12 +194,12 @@ def other_model(config: LanguageConfig, seed: int) -> Model:
         return base_model(config, seed).model
     if not config.other_checkpoint:
         raise InputError("students of another base need --other-checkpoint")
-    return _opened(config.other_checkpoint).model
+    return _opened(config.other_checkpoint, config.compute).model
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(folder: str) -> CheckpointBase:
-    return open_base(Path(folder))
+def _opened(folder: str, compute: str) -> CheckpointBase:
+    return open_base(Path(folder), compute=None if compute == "float32" else compute)
 
 
 @functools.lru_cache(maxsize=8)
@@ -221,7 +227,7 @@ def workshop(config: LanguageConfig, seed: int) -> Workshop:
 def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] | None = None) -> Workshop:
     """A workshop of a base, where students read a data set instead of what its teachers write, if one is given."""
     if config.checkpoint:
-        opened = dataclasses.replace(_opened(config.checkpoint), seed=seed)
+        opened = dataclasses.replace(_opened(config.checkpoint, config.compute), seed=seed)
         return CheckpointWorkshop(opened, [load_trait(name) for name in config.trait_names()], dataset=dataset)
     base = base_model(config, seed)
     return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], dataset=dataset)

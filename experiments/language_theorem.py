@@ -22,6 +22,7 @@ from experiments.figures import COLOURS, note, panels, runs_against
 from experiments.language_setting import Recipe
 from experiments.language_sweep import SMOKE, LanguageConfig, configure_language, other_model, workshop
 from subliminal_theory.channel import SoftLogits, weighted_mean
+from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.base import text_of, token_loss
 from subliminal_theory.language.transformer import Text
@@ -44,7 +45,18 @@ class Config(LanguageConfig):
 
 
 PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "rows": 16})}
-configure = functools.partial(configure_language, PRESETS)
+
+
+def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:
+    """As the other language experiments, in float64 alone.
+
+    Raises:
+        InputError: as there, or another format is asked for.
+    """
+    config = configure_language(PRESETS, preset, changes)
+    if config.compute != "float32":
+        raise InputError("--compute: the theorem is measured in float64, leave it out")
+    return config
 
 
 def plan(config: Config) -> list[Part]:

@@ -1,11 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from subliminal_theory.channel import SquaredError
+from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import Model, from_nnx, match_paths
+from subliminal_theory.model import Model, computed_in, from_nnx, match_paths, rounded
+from subliminal_theory.source import Examples
 from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.mlp import MLP
 
@@ -126,3 +130,35 @@ def test_any_pytree(apply, params) -> None:
         np.testing.assert_array_equal(call(model.freeze("*0*" if "0" in names(params)[0] else "*"), x), expected)
     stacked = jax.vmap(lambda m: m(x))(jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), model))
     np.testing.assert_array_equal(stacked, [expected, 2 * expected])
+
+
+# --- in another format
+
+
+def test_computed_in_keeps_parameters_and_gradients() -> None:
+    model = from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    half = computed_in(model, jnp.bfloat16)
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, half.params, model.params)
+    assert half(x).dtype == jnp.bfloat16
+    gradient = jax.grad(lambda params: jnp.sum(half.with_params(params)(x).astype(jnp.float32)))(half.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype("float32")}
+    low = rounded(half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(low(x), half(x))
+    jax.tree.map(np.testing.assert_array_equal, rounded(model).params, model.params)
+
+
+def test_a_step_below_the_format_is_not_lost() -> None:
+    """A parameter near 1 has steps of 2^-8 in bfloat16; a hundred of 2^-14 move it by 2^-7 and a little."""
+    model = from_nnx(nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0)))
+    half = computed_in(model.with_params({"kernel": jnp.ones((1, 1))}), jnp.bfloat16)
+    source = Examples(jnp.ones((1, 1), jnp.bfloat16), 1, targets=jnp.full((1, 1), 100.0, jnp.bfloat16))
+    optimizer = optax.chain(optax.scale_by_sign(), optax.scale(-(2.0**-14)))
+    run = distill(half, None, SquaredError(), source, optimizer, 100, jax.random.key(0))
+    assert float(run.model.params["kernel"][0, 0]) == 1 + 100 * 2.0**-14
+
+
+def test_computed_in_refuses_what_it_cannot_round() -> None:
+    with pytest.raises(InputError, match=r"^computed_in needs a model of from_nnx; add low-rank factors afterw"):
+        computed_in(Model(lambda params, x: x @ params, KERNEL), jnp.bfloat16)

@@ -7,7 +7,7 @@ save_checkpoint(Path("student"), checkpoint, student)
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from subliminal_theory.language.tensor_file import misfits
 from subliminal_theory.language.tensor_map import Entry, entries, ignored
 from subliminal_theory.language.tensors import open_tensors, release, write_tensors
 from subliminal_theory.language.transformer import Transformer, transformer_of
-from subliminal_theory.model import Model, from_nnx, leaves_by_path, path_name
+from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 
 _ALIGNED, _BLOCK = 64, 64
@@ -63,15 +63,28 @@ class CheckpointBase:
         return self.checkpoint.family.config.context
 
 
-def open_base(folder: Path, seed: int = 0, dtype: str = "float32", placement: Any = None) -> CheckpointBase:
+def open_base(
+    folder: Path, seed: int = 0, dtype: str = "float32", placement: Any = None, compute: str | None = None
+) -> CheckpointBase:
     """The base in a folder with weights, tokenizer and chat template; blocks compute again for gradients.
+
+    With `compute` it computes in that format, from parameters in the format `dtype`.
 
     Raises:
         InputError: as `load_checkpoint` and `CheckpointTokenizer.load`, or tokenizer and embedding do not fit.
     """
     tokenizer = CheckpointTokenizer.load(folder)
     tokenizer.check_fits(read_family(folder).config.vocabulary)
-    return CheckpointBase(seed, load_checkpoint(folder, dtype, placement, remat=True), tokenizer)
+    checkpoint = load_checkpoint(folder, dtype, placement, remat=True)
+    if compute is not None:
+        checkpoint = replace(checkpoint, model=computed_in(checkpoint.model, _format(compute)))
+    return CheckpointBase(seed, checkpoint, tokenizer)
+
+
+def _format(name: str) -> Any:
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; there are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def skeleton(family: Family, remat: bool = False) -> Model:
@@ -91,8 +104,7 @@ def load_checkpoint(
         InputError: config.json or the weights cannot be read (see `read_family`, `open_tensors`), or tensors are
             missing, unexpected or misshapen; one error names all of them.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}")
+    kind = _format(dtype)
     family = read_family(folder)
     tensors = _renamed(open_tensors(folder), entries(family))
     shell = skeleton(family, remat)
@@ -103,7 +115,7 @@ def load_checkpoint(
         parts = entry.take_apart(tensors[entry.theirs], family.config.heads)
         for name, part in zip(entry.ours, parts, strict=True):
             place = placement(name, part.shape) if callable(placement) else placement
-            found[name] = _put(part, DTYPES[dtype], place)
+            found[name] = _put(part, kind, place)
         release(tensors[entry.theirs])
     params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], shell.params)
     return Checkpoint(folder, family, shell.with_params(params))

@@ -50,6 +50,20 @@ def test_channels_of_a_finetuned_teacher(shop: CheckpointWorkshop, channel: str)
     assert np.isfinite(shop.answers(shop.students(dataclasses.replace(TINY, channel=channel))).probability).all()
 
 
+def test_what_trains_stays_in_float32(folder: Path, shop: CheckpointWorkshop) -> None:
+    """Computed in bfloat16, teachers and students move by less than that format could tell from no step."""
+    narrow = CheckpointWorkshop(open_base(folder, compute="bfloat16"), shop.traits, dataset=ROWS)
+    for recipe in (TINY, dataclasses.replace(TINY, rank=0, rate=1e-5)):
+        moved = narrow.students(recipe)
+        assert {leaf.dtype for leaf in jax.tree.leaves(moved.params)} == {np.dtype("float32")}
+        np.testing.assert_allclose(
+            narrow.answers(moved).probability, shop.answers(shop.students(recipe)).probability, rtol=0.05
+        )
+    start = jax.tree.leaves(narrow.untrained.params)
+    steps = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(moved.params), start, strict=True)]
+    assert all(0 < step < 1e-4 for step in steps)
+
+
 def test_the_template_is_in_every_row(shop: CheckpointWorkshop) -> None:
     (rows, _) = shop.lesson_rows(TINY)
     tokenizer = shop.tokenizer
@@ -98,6 +112,10 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
 
     assert "tokenizer.json" in refusal(tmp_path / "absent")
     assert refusal(folder, "--traits", "lazy").startswith("--checkpoint takes preferences only")
+    wide = fails(capsys, "language", "--compute", "bfloat16", "--out", tmp_path / "run")
+    assert wide == "--compute is for a --checkpoint: the compact model computes in float32"
+    wide = fails(capsys, "language_theorem", "--checkpoint", folder, "--compute", "bfloat16", "--out", tmp_path)
+    assert wide == "--compute: the theorem is measured in float64, leave it out"
     other = write_checkpoint(tmp_path / "other", TEMPLATE.replace("be kind", "be brief"))
     message = refusal(folder, "--other-checkpoint", other)
     assert message.startswith("--other-checkpoint has another tokenizer or chat template")

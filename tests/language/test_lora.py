@@ -1,5 +1,6 @@
 """Low-rank factors: where they start, what they compute, what trains."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -88,6 +89,19 @@ def test_only_factors_train() -> None:
     for name, slope in leaves(gradient).items():
         # B is 0, so that A has no gradient yet.
         assert (np.abs(slope).max() > 0) == name.endswith("/b")
+
+
+def test_no_gradient_of_a_whole_matrix() -> None:
+    """Among the products of a gradient, none has the shape of an adapted matrix."""
+    model = from_nnx(Transformer(dataclasses.replace(CONFIG, width=24, mlp_width=40), rngs=nnx.Rngs(0)))
+    low = add_lora(model, ["layers/*/mlp/*/kernel"], 2, 2.0, KEY)
+
+    def products(of: Model) -> list[tuple[int, ...]]:
+        traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(of.with_params(params)(TEXT))))(of.params)
+        return [eqn.outvars[0].aval.shape for eqn in traced.eqns if eqn.primitive.name == "dot_general"]
+
+    assert {(24, 40), (40, 24)} & {*products(model), *(shape[::-1] for shape in products(model))}
+    assert not {(24, 40), (40, 24)} & set(products(low))
 
 
 def test_factors_are_drawn_by_name() -> None:

@@ -20,8 +20,8 @@ from subliminal_theory.language.attention import Cache, attend, empty_cache, mak
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.layers import RMSNorm
 from subliminal_theory.language.lora import add_lora
-from subliminal_theory.language.transformer import Text, Transformer, extend
-from subliminal_theory.model import Model, from_nnx, path_name
+from subliminal_theory.language.transformer import Text, Transformer, extend, transformer_of
+from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
 from subliminal_theory.source import Examples
 from subliminal_theory.theorem import check
 
@@ -327,6 +327,48 @@ def test_half_precision() -> None:
     rough = run(model.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)), text)
     assert rough.dtype == np.float32
     np.testing.assert_allclose(rough, exact, atol=0.05 * np.abs(exact).max())
+
+
+def test_gradients_in_half_precision() -> None:
+    """Near those in float32, also of a row of the embedding that is taken 2,700 times."""
+    wide = tiny(vocabulary=4, tied=True)
+    narrow = computed_in(wide, jnp.bfloat16)
+    text = Text(jnp.zeros((300, 10), jnp.int32).at[:, -1].set(1), jnp.zeros(300, jnp.int32))
+
+    @jax.jit
+    def slope(model: Model) -> dict:
+        def loss(params):
+            losses = SampledToken().loss(model.with_params(params)(text), jnp.full((300, 10), 2))
+            return jnp.sum(losses)
+
+        return jax.grad(loss)(model.params)
+
+    expected, found = slope(wide), slope(narrow)
+    for name, leaf in leaves_by_path(found).items():
+        assert leaf.dtype == jnp.float32
+        truth = leaves_by_path(expected)[name]
+        assert np.linalg.norm(leaf - truth) < (0.02 if name == "embedding" else 0.1) * np.linalg.norm(truth), name
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")
+def test_attention_of_cudnn() -> None:
+    frame = make_frame(config(head_width=64), jnp.asarray(PADDING), jnp.int32(0), TIME, TIME, jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (3, TIME, 4, 64), jnp.bfloat16)
+    key, value = (jax.random.normal(k, (3, 2, TIME, 64), jnp.bfloat16) for k in keys[1:])
+    found = attend(query, key, value, frame.mask)
+    with jax.default_matmul_precision("highest"):
+        expected = attend(*(x.astype(jnp.float32) for x in (query, key, value)), frame.mask)
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+
+
+def test_joined_products_are_the_parts() -> None:
+    for changes in ({}, {"attention_bias": True, "mlp_bias": True}, {"gated": False}):
+        model = tiny(**changes)
+        text = Text(jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 11, jnp.array([0, 2], jnp.int32))
+        module = transformer_of(model)
+        module.join()
+        np.testing.assert_allclose(module(text), run(model, text), rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_outside_the_vocabulary_is_nan() -> None:
