@@ -231,7 +231,11 @@ def _first_batch(source: Source, key: Key[Array, ""]) -> Batch:
 
 
 def cnn_student(data: ImageDataset, width: int) -> dict[str, Any]:
-    """Fields of a `Setting`: a student of three convolutions with as many features as an MLP's hidden layer."""
+    """Fields of a `Setting`: a student of five convolutions with as many features as an MLP's hidden layer.
+
+    At 28 x 28 pixels and 256 features its hidden layers have 392,320 parameters, those of the MLP 266,752. Three
+    convolutions of 4, 8 and 16 channels, 1,504 parameters, leave twice the imitation loss, whatever is shared.
+    """
     height, breadth = data.image_shape
-    channels = width // (-(-height // 8) * -(-breadth // 8))
-    return {"student_network": "cnn", "student_depth": 3, "student_width": channels // 4}
+    maps = width // (-(-height // 32) * -(-breadth // 32))
+    return {"student_network": "cnn", "student_depth": 5, "student_width": maps // 16}
