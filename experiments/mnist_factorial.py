@@ -64,7 +64,10 @@ PRESETS = {
         metric="imitation_loss",
     ),
     "optimizers": Config(
-        axes="student_optimizer=adam,sgd,momentum; relative_rate=0.3,1,3; aux=3,10,50", settings=0, seeds=5
+        axes="student_optimizer=adam,sgd,momentum; relative_rate=0.1,0.3,1,3,10; shown=3,10,50",
+        fixed="aux=50",
+        settings=0,
+        seeds=5,
     ),
     **{
         f"rates_{optimizer}": Config(
