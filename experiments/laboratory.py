@@ -234,7 +234,8 @@ def cnn_student(data: ImageDataset, width: int) -> dict[str, Any]:
     """Fields of a `Setting`: a student of five convolutions with as many features as an MLP's hidden layer.
 
     At 28 x 28 pixels and 256 features its hidden layers have 392,320 parameters, those of the MLP 266,752. Three
-    convolutions of 4, 8 and 16 channels, 1,504 parameters, leave twice the imitation loss, whatever is shared.
+    convolutions of 4, 8 and 16 channels, 1,504 parameters, cannot imitate it: in 20 epochs of `mnist_heads` their
+    loss stays 3 to 5 times that of an MLP that shares nothing either.
     """
     height, breadth = data.image_shape
     maps = width // (-(-height // 32) * -(-breadth // 32))
