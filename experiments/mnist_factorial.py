@@ -3,9 +3,13 @@
 `--axes` names settings and their levels; every combination is run, or a random balanced choice of them. For each
 axis the report gives its first-order share of the variance over settings (Sobol's index; omega squared, so that
 an axis without effect has 0 on average), with a bootstrap interval over settings; beside them what axes do only
-together and what the seed does.
+together and what the seed does. At one rate for all, SGD learns nothing where Adam learns much, so optimisers are
+compared at the same multiples of their own reference rates (`relative_rate`), at which each teaches best by the
+accuracy on held-out training images (`--preset rates_adam`, rates_sgd, rates_momentum). A student that diverges
+counts with the accuracy of its constant answer.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -18,7 +22,7 @@ from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, panels
-from experiments.setting import METRICS, Cell, Setting
+from experiments.setting import METRICS, WHO, Cell, Setting
 from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval, variance_shares
@@ -27,8 +31,14 @@ from subliminal_theory.runs import Results
 AXES = (
     "init_law=lecun_normal,he_normal,torch; depth=1,2,3; width=128,256,512; channel_loss=kl,mse; aux=3,10; "
     "learning_rate=3e-4,1e-3; teacher_epochs=2,5; epochs=2,5; "
-    "inputs=uniform,gaussian,blocks,blurred,digits; images=None,0; student_optimizer=adam,momentum"
+    "inputs=uniform,gaussian,blocks,blurred,digits; images=None,0; "
+    "student_optimizer=adam,sgd,momentum; relative_rate=0.3,1,3"
 )
+RATES = {
+    "adam": "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2",
+    "sgd": "0.01,0.03,0.1,0.3",
+    "momentum": "0.003,0.01,0.03,0.1,0.3",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,8 @@ class Config(TrainingConfig):
     axes: str = option(AXES, "settings and their levels, as in 'aux=3,10; width=128,256'")
     fixed: str = option("", "settings that all have in common, as in 'aux=10; student_optimizer=sgd'")
     settings: int = option(120, "combinations drawn, each level equally often (0: all combinations)", minimum=0)
-    metric: str = option(METRICS[0], "what is measured of the student", choices=METRICS)
+    who: str = option("student", "who is measured", choices=WHO[:2])
+    metric: str = option(METRICS[0], "what is measured", choices=METRICS)
 
 
 PRESETS = {
@@ -52,7 +63,25 @@ PRESETS = {
         first_seed=1000,
         metric="imitation_loss",
     ),
-    "teacher": Config(axes="teacher_epochs=1,2,3,5,10,20", settings=0, seeds=20),
+    "optimizers": Config(
+        axes="student_optimizer=adam,sgd,momentum; relative_rate=0.1,0.3,1,3,10; shown=3,10,50",
+        fixed="aux=50",
+        settings=0,
+        seeds=5,
+    ),
+    **{
+        f"rates_{optimizer}": Config(
+            axes=f"learning_rate={rates}",
+            fixed=f"optimizer={optimizer}",
+            settings=0,
+            seeds=3,
+            first_seed=1000,
+            who="teacher",
+            metric="validation_accuracy",
+        )
+        for optimizer, rates in RATES.items()
+    },
+    "teacher": Config(axes="teacher_epochs=0.05,0.1,0.25,0.5,1,2,3,5,10,20", settings=0, seeds=20),
     "digits": Config(
         axes="aux=10,50; width=64,256; channel_loss=kl,mse; inputs=uniform,digits", settings=12, **EMBEDDED_DIGITS
     ),
@@ -67,12 +96,16 @@ def plan(config: Config) -> list[Part]:
     for name, values in fixed.items():
         if len(values) > 1 or name in levels:
             raise InputError(f"--fixed {name} must have one value, and not be an axis")
+    if config.metric == "validation_accuracy":
+        common["validation"] = True
     chosen = combinations(levels, config.settings)
     cells = [
         Cell(
-            {"condition": "student", **{name: str(value) for name, value in point.items()}},
+            {"condition": config.who, **{name: str(value) for name, value in point.items()}},
             config.setting(**{**common, **point}),
+            config.who,
             metrics=(config.metric,),
+            may_diverge=config.metric != "imitation_loss",
         )
         for point in chosen
     ]
@@ -102,18 +135,16 @@ def parse(text: str, flag: str) -> dict[str, list[Any]]:
 
 
 def _level(name: str, text: str, kind: Any, flag: str) -> Any:
+    words: dict[Any, dict[str, Any]] = {type(None): {"none": None}, bool: {"true": True, "false": False}}
     kinds = get_args(kind) or (kind,)
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    wanted = kinds[0]
-    if wanted is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        if wanted is bool:
-            raise ValueError
-        return wanted(text)
-    except ValueError as error:
-        raise InputError(f"{flag}: {name} takes values of type {wanted.__name__}, got {text!r}") from error
+    for wanted in kinds:
+        if text.lower() in words.get(wanted, {}):
+            return words[wanted][text.lower()]
+        if wanted not in words:
+            with contextlib.suppress(ValueError):
+                return wanted(text)
+    expected = " or ".join(wanted.__name__ for wanted in kinds if wanted is not type(None))
+    raise InputError(f"{flag}: {name} takes values of type {expected}, got {text!r}")
 
 
 def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
@@ -151,7 +182,7 @@ def table(results: Results, config: Config) -> tuple[dict[str, list[str]], np.nd
     axes = list(parse(config.axes, "--axes"))
     points: dict[tuple, list[float]] = {}
     for row in results.rows:
-        value = row["value"] if config.metric == "test_accuracy" else math.log10(row["value"])
+        value = math.log10(row["value"]) if config.metric == "imitation_loss" else row["value"]
         points.setdefault(tuple(row[name] for name in axes), []).append(value)
     return {name: [point[i] for point in points] for i, name in enumerate(axes)}, np.array(list(points.values()))
 
@@ -166,7 +197,8 @@ def drawn_levels(levels: Mapping[str, Sequence[str]], config: Config) -> dict[st
 
 def measured(config: Config) -> str:
     """What the values of `table` are."""
-    return {"test_accuracy": "test accuracy", "imitation_loss": "log10 of imitation loss (nats)"}[config.metric]
+    names = {"imitation_loss": "log10 of imitation loss (nats)"}
+    return f"{names.get(config.metric, config.metric.replace('_', ' '))} of the {config.who}"
 
 
 def report(results: Results, config: Config) -> str:
@@ -204,7 +236,7 @@ def plot(results: Results, config: Config) -> Figure:
     left.invert_yaxis()
     left.set_xlim(left=-0.05)
     left.set_xlabel("share of the variance over settings (line: 95% bootstrap interval)")
-    left.set_title("What decides how much is transmitted")
+    left.set_title("What decides how much is " + ("transmitted" if config.who == "student" else "learnt"))
     height, ticks, labels = 0.0, [], []
     for name in order:
         for level in axes[name]:
@@ -220,6 +252,6 @@ def plot(results: Results, config: Config) -> Figure:
         height += 0.6
     right.set_yticks(ticks, labels, fontsize=6)
     right.set_ylim(height, -1)
-    right.set_xlabel(f"{measured(config)} (dots: settings, mean of {config.seeds} seeds; mean, 95% t)")
+    right.set_xlabel(f"{measured(config)}\n(dots: settings, mean of {config.seeds} seeds; mean, 95% t)")
     right.set_title(f"{len(means)} settings on {config.data}")
     return figure

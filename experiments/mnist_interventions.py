@@ -15,22 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
 from experiments.figures import COLOURS, note, panels
-from experiments.laboratory import Laboratory
+from experiments.laboratory import Laboratory, cnn_student
 from experiments.sweep import EMBEDDED_DIGITS, Classroom, TrainingConfig, chunks, classroom, configure_sweep
 from subliminal_theory.alignment import project_out
 from subliminal_theory.channel import SoftLogits, Subset, WeightedSum, imitation_loss, weighted_mean
 from subliminal_theory.distill import Trained, distill, require_finite
 from subliminal_theory.estimate import Estimate, t_interval
-from subliminal_theory.keys import named
-from subliminal_theory.model import Apply, Model, from_nnx
+from subliminal_theory.model import Apply, Model
 from subliminal_theory.runs import Results, Row
-from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.noise import NoiseImages
 
 # Digits on which the trait's gradient is measured, and noise images on which imitation is.
@@ -143,9 +140,8 @@ def measured(room: Classroom, laboratory: Laboratory, group: Sequence[Interventi
 
 def start(room: Classroom, laboratory: Laboratory, one: Intervention) -> Model:
     """Where a student starts, once the audit has let it pass."""
-    if one.network == "cnn":
-        return _cnn(laboratory, one.start == "shared_heads", room.init, room.other_keys)
-    setting = dataclasses.replace(laboratory.setting, start=one.start, amount=one.amount)
+    network = cnn_student(laboratory.data, laboratory.setting.width) if one.network == "cnn" else {}
+    setting = dataclasses.replace(laboratory.setting, start=one.start, amount=one.amount, **network)
     model = room.start(setting)
     laboratory.at(setting).audit(model, room.init, room.teacher)
     return model
@@ -217,25 +213,6 @@ def _imitate(
 
     per_run = jax.vmap(one, in_axes=(0, 0, None, None, None))
     return jax.vmap(per_run, in_axes=(0, None, 0, 0, 0))(models, weights, teacher, base, keys)
-
-
-@functools.partial(jax.jit, static_argnames=("laboratory", "shared_heads"))
-def _cnn(laboratory: Laboratory, shared_heads: bool, init: Model, keys: Key[Array, " runs"]) -> Model:
-    """Convolutional students with as many features as the teacher's last hidden layer has neurons."""
-    height, width = laboratory.data.image_shape
-    positions = -(-height // 8) * -(-width // 8)
-    channels = (8, 16, laboratory.setting.width // positions)
-    depth = laboratory.setting.depth
-
-    def one(init: Model, key: Key[Array, ""]) -> Model:
-        rngs = nnx.Rngs(named(key, "cnn"))
-        model = from_nnx(CNN(laboratory.data.image_shape, channels, laboratory.outputs, rngs=rngs))
-        if not shared_heads:
-            return model
-        layers = {**model.params["layers"], len(channels): init.params["layers"][depth]}
-        return model.with_params({**model.params, "layers": layers})
-
-    return jax.vmap(one)(init, keys)
 
 
 @functools.partial(jax.jit, static_argnames="laboratory")

@@ -1,7 +1,8 @@
 """From settings to trained runs: the parts of a sweep.
 
 Cells with the same teacher share it. Students whose settings differ in mere values (initialisation, logits seen,
-learning rate) train as one stack, on the same inputs and one pass of the teacher.
+learning rate) train as one stack, on the same inputs and one pass of the teacher; those that differ in epochs only
+are one student, seen several times.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from experiments.contract import Part, from_preset, option, validate
-from experiments.laboratory import Laboratory, load_data
+from experiments.laboratory import Laboratory, data_of, load_data
 from experiments.setting import DIGITS, Cell, Setting
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import Trained, require_finite
@@ -151,7 +152,7 @@ class Classroom:
 def classroom(setting: Setting, seeds: Sequence[int], data_dir: str | None = None) -> Classroom:
     """Teach the teachers of a setting for some seeds."""
     setting = setting.teacher_only()
-    data = load_data(setting.data, data_dir)
+    data = data_of(setting, data_dir)
     laboratory = Laboratory(setting, data)
     # The control starts where the teacher of the next seed started: no run is its own control.
     keys, other_keys = (jax.vmap(jax.random.key)(jnp.asarray(seeds) + shift) for shift in (0, 1))
@@ -164,32 +165,25 @@ def classroom(setting: Setting, seeds: Sequence[int], data_dir: str | None = Non
 
 def run_group(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
     """Rows of the cells of one teacher for some seeds."""
-    room = classroom(cells[0].setting, seeds, data_dir)
-    laboratory, data, init, teacher = room.laboratory, room.laboratory.data, room.init, room.teacher
+    data = data_of(cells[0].setting, data_dir)
     names = {cell.setting: cell.labels["condition"] for cell in reversed(cells) if cell.who == "student"}
-    students = {setting: laboratory.at(setting) for setting in reversed(names)}
-    starts = _cloned(students, {student: room.start(student) for student in students}, init, room.stream("clone"))
-    trained: dict[Setting, Model] = {}
-    losses: dict[Any, np.ndarray] = {}
-    for stack in _stacks(students).values():
-        for student in stack:
-            students[student].audit(starts[student], init, teacher)
-        run = _imitate_stack(
-            [students[s] for s in stack], [starts[s] for s in stack], teacher, room.stream("students")
-        )
-        require_finite(
-            run.losses.reshape(-1, run.losses.shape[-1]),
-            [f"{names[student]} of seed {seed}" for seed in seeds for student in stack],
-        )
-        trained |= {student: _nth(run.model, place) for place, student in enumerate(stack)}
-        epoch = run.losses.shape[-1] // stack[0].epochs
-        last = np.asarray(run.losses[..., -epoch:].mean(-1))
-        losses |= {student: last[:, place] for place, student in enumerate(stack)}
+    tame = {cell.setting for cell in cells if cell.who == "student" and not cell.may_diverge}
+    students = {setting: Laboratory(setting, data) for setting in reversed(names)}
+    room = classroom(cells[0].setting, seeds, data_dir)
+    laboratory, init, teacher = room.laboratory, room.init, room.teacher
+    starts = _cloned({student: room.start(student) for student in students}, room)
+    for student in students:
+        students[student].audit(starts[student], init, teacher)
+    finished = _distilled(starts, room, teacher, "students", {setting: names[setting] for setting in tame})
 
-    values = {(student, "imitation_loss"): loss for student, loss in losses.items()}
-    everyone: dict[Any, Model] = {"reference": init, "teacher": teacher, **trained}
+    values: dict[tuple[Any, str], np.ndarray] = {}
+    everyone: dict[Any, Model] = {"reference": init, "teacher": teacher}
+    for student, (model, loss) in finished.items():
+        everyone[student], values[student, "imitation_loss"] = model, loss
     for whose, model in everyone.items():
-        values[whose, "test_accuracy"] = np.asarray(_accuracy(_shapes(laboratory), model, *_test(data)))
+        values[whose, laboratory.setting.accuracy] = np.asarray(
+            _accuracy(_shapes(laboratory), model, *_test(data))
+        )
     return [
         {
             **cell.labels,
@@ -207,12 +201,42 @@ def _shapes(laboratory: Laboratory) -> Laboratory:
     return laboratory.at(laboratory.setting.shapes_only())
 
 
-def _stacks(laboratories: Mapping[Setting, Laboratory]) -> dict[Setting, list[Setting]]:
-    """The settings that one compiled function serves at once."""
+def _distilled(
+    starts: Mapping[Setting, Model], room: Classroom, teacher: Model, stream: str, names: Mapping[Setting, str]
+) -> dict[Setting, tuple[Model, np.ndarray]]:
+    """What the students of each setting have become, and their loss, mean over the last epoch.
+
+    Settings that differ in epochs only are one run, seen several times. Those with a name may not diverge.
+    """
+    runs: dict[Setting, list[Setting]] = {}
+    for setting in starts:
+        runs.setdefault(dataclasses.replace(setting, epochs=1), []).append(setting)
+    seen = {max(alike, key=lambda setting: setting.epochs): alike for alike in runs.values()}
     stacks: dict[Setting, list[Setting]] = {}
-    for setting in laboratories:
+    for setting in seen:
         stacks.setdefault(setting.student_shapes(), []).append(setting)
-    return stacks
+    found = {}
+    for stack in stacks.values():
+        laboratories = [room.laboratory.at(setting) for setting in stack]
+        epoch = laboratories[0].steps(1, _source(laboratories[0]))
+        stops = sorted({setting.epochs for one in stack for setting in seen[one]})
+        run = _imitate_stack(
+            laboratories,
+            [starts[setting] for setting in stack],
+            teacher,
+            room.stream(stream),
+            tuple(epoch * stop for stop in stops[:-1]),
+        )
+        tame = {place: names[s] for place, one in enumerate(stack) for s in reversed(seen[one]) if s in names}
+        if tame:
+            losses = run.losses[:, list(tame)].reshape(-1, run.losses.shape[-1])
+            require_finite(losses, [f"{name} of seed {seed}" for seed in room.seeds for name in tame.values()])
+        models = dict(zip(stops, (*run.snapshots, run.model), strict=True))
+        for place, one in enumerate(stack):
+            for setting in seen[one]:
+                losses = run.losses[:, place, epoch * (setting.epochs - 1) : epoch * setting.epochs]
+                found[setting] = _nth(models[setting.epochs], place), np.asarray(losses.mean(-1))
+    return found
 
 
 def _imitate_stack(
@@ -231,31 +255,21 @@ def _imitate_stack(
 
 
 def _start(laboratory: Laboratory, init: Model, keys: Key[Array, " runs"], others: Key[Array, " runs"]) -> Model:
-    shapes = dataclasses.replace(laboratory.setting.student_shapes(), start=laboratory.setting.start)
+    shapes = dataclasses.replace(laboratory.setting.student_shapes(), start=laboratory.setting.start, epochs=1)
     amount = jnp.float32(laboratory.setting.amount)
     return _started(laboratory.at(shapes), init, keys, others, amount)
 
 
-def _cloned(
-    students: Mapping[Setting, Laboratory], starts: Mapping[Setting, Model], init: Model, keys: Key[Array, " runs"]
-) -> dict[Setting, Model]:
-    """The starts, those to be cloned matched first; students cloned alike share one run and its snapshots."""
-    alike: dict[Setting, list[Setting]] = {}
-    for student in students:
-        if student.cloning_epochs:
-            alike.setdefault(student.cloning(), []).append(student)
-    matched = dict(starts)
-    for stack in _stacks({job: students[alike[job][0]].at(job) for job in alike}).values():
-        epochs = sorted({student.cloning_epochs for job in stack for student in alike[job]})
-        cloners = [students[alike[job][0]].at(dataclasses.replace(job, epochs=epochs[-1])) for job in stack]
-        source = _source(cloners[0])
-        marks = tuple(cloners[0].steps(epoch, source) for epoch in epochs[:-1])
-        run = _imitate_stack(cloners, [starts[alike[job][0]] for job in stack], init, keys, marks)
-        require_finite(run.losses.reshape(-1, run.losses.shape[-1]), ["a cloning run"] * run.losses[..., 0].size)
-        after = dict(zip(epochs, (*run.snapshots, run.model), strict=True))
-        for place, job in enumerate(stack):
-            matched |= {student: _nth(after[student.cloning_epochs], place) for student in alike[job]}
-    return matched
+def _cloned(starts: Mapping[Setting, Model], room: Classroom) -> dict[Setting, Model]:
+    """The starts, those to be cloned matched first; students cloned alike share one run."""
+    jobs = {
+        student: dataclasses.replace(student.cloning(), epochs=student.cloning_epochs)
+        for student in starts
+        if student.cloning_epochs
+    }
+    names = dict.fromkeys(jobs.values(), "a cloning run")
+    matched = _distilled({job: starts[student] for student, job in jobs.items()}, room, room.init, "clone", names)
+    return {**starts, **{student: matched[job][0] for student, job in jobs.items()}}
 
 
 def _nth(models: Model, place: int) -> Model:

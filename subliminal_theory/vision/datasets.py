@@ -6,7 +6,7 @@ import math
 import os
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,17 @@ class ImageDataset:
         """Height and width of an image, in pixels."""
         _, height, width = self.train_images.shape
         return height, width
+
+    def held_out(self) -> "ImageDataset":
+        """The training images alone: their last sixth, held out of them, stands in for the test images."""
+        kept = len(self.train_labels) - len(self.train_labels) // 6
+        return replace(
+            self,
+            train_images=self.train_images[:kept],
+            train_labels=self.train_labels[:kept],
+            test_images=self.train_images[kept:],
+            test_labels=self.train_labels[kept:],
+        )
 
 
 def load(name: str, data_dir: Path | None = None, *, progress: Console | None = None) -> ImageDataset:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import mnist_capacity, mnist_factorial, mnist_interventions
+from experiments import mnist_capacity, mnist_factorial, mnist_heads, mnist_interventions
 from experiments.contract import listed
-from experiments.setting import Setting
+from experiments.setting import REFERENCE_RATES, Setting
 from subliminal_theory.errors import InputError
 from tests.experiments.commands import fails, run
 
@@ -70,6 +70,51 @@ def test_factorial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n{name} " in report
 
 
+@pytest.mark.slow
+def test_teachers_on_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    axes = ["--axes", "learning_rate=1e-3,1e-2", "--batch-size", 64]
+    rows = run(tmp_path / "run", "mnist_factorial", "--preset", "rates_adam", *TINY, *axes)
+    assert [(row["condition"], row["metric"]) for row in rows] == [("teacher", "validation_accuracy")] * 4
+    assert "validation accuracy of the teacher on digits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", mnist_factorial.RATES)
+def test_reference_rates_are_among_those_tried(optimizer: str) -> None:
+    """And neither the least nor the largest of them."""
+    config = mnist_factorial.PRESETS[f"rates_{optimizer}"]
+    rates = sorted(mnist_factorial.parse(config.axes, "--axes")["learning_rate"])
+    assert REFERENCE_RATES[optimizer] in rates[1:-1]
+    (setting,) = {
+        Setting(**{name: values[0] for name, values in mnist_factorial.parse(config.fixed, "--fixed").items()})
+    }
+    assert setting.optimizer == optimizer
+
+
+@pytest.mark.slow
+def test_heads(tmp_path: Path) -> None:
+    rows = run(tmp_path / "run", "mnist_heads", *TINY, "--counts", "3,4", "--width", 32, "--chunk", 2)
+    found = {(row["condition"], row["aux"], row["epochs"], row["metric"]) for row in rows}
+    every = itertools.product(mnist_heads.SHARED, "4", "12", mnist_heads.METRICS)
+    few = itertools.product(("shared", "heads", "hidden", "cross"), "3", "12", mnist_heads.METRICS)
+    assert found == {*every, *few, ("teacher", "", "", "test_accuracy")}
+    assert len(rows) == 2 * len(found)
+
+
+def test_doses_double() -> None:
+    assert mnist_heads.doses(mnist_heads.Config(student_epochs=20)) == [1, 2, 5, 10, 20]
+    assert 5 in mnist_heads.doses(mnist_heads.PRESETS["published"])
+    assert mnist_heads.doses(mnist_heads.Config(epochs=3, student_epochs=None)) == [1, 3]
+    assert mnist_heads.doses(mnist_heads.Config(student_epochs=1)) == [1]
+
+
+def test_a_width_that_no_cnn_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["mnist_heads", *TINY, "--counts", 3, "--width", 30, "--out", tmp_path / "run"]
+    assert fails(capsys, *arguments).startswith(
+        "a student with an output layer of bias (13,), kernel (16, 13) cannot share its teacher's of bias (13,), "
+        "kernel (30, 13): "
+    )
+
+
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     count=st.integers(0, 40),
@@ -93,8 +138,15 @@ def test_a_choice_of_combinations_is_balanced() -> None:
 
 
 def test_parse_types() -> None:
-    parsed = mnist_factorial.parse("bias=true,False; images=None,5; learning_rate=1e-3; start=cross", "--axes")
-    assert parsed == {"bias": [True, False], "images": [None, 5], "learning_rate": [1e-3], "start": ["cross"]}
+    parsed = mnist_factorial.parse(
+        "bias=true,False; images=None,5; learning_rate=1e-3; start=cross; teacher_epochs=2,0.5", "--axes"
+    )
+    assert parsed == {
+        "bias": [True, False], "images": [None, 5], "learning_rate": [1e-3], "start": ["cross"],
+        "teacher_epochs": [2, 0.5],
+    }  # fmt: skip
+    # Levels are written as they were given: results from before parts of an epoch still have theirs.
+    assert list(map(str, parsed["teacher_epochs"])) == ["2", "0.5"]
     Setting(**{name: values[0] for name, values in parsed.items()})
 
 
@@ -108,6 +160,8 @@ def test_parse_types() -> None:
         ("width=8; width=16", "--axes: 'width' or one of its levels is named twice"),
         ("width=8,8", "--axes: 'width' or one of its levels is named twice"),
         ("width=broad,8", "--axes: width takes values of type int, got 'broad'"),
+        ("teacher_epochs=few", "--axes: teacher_epochs takes values of type int or float, got 'few'"),
+        ("teacher_epochs=0,1", "teacher_epochs must be positive and finite, got 0"),
         ("bias=yes,true", "--axes: bias takes values of type bool, got 'yes'"),
         ("channel_loss=kl,hinge", "channel_loss 'hinge' is unknown; there are kl, mse"),
     ],

@@ -142,6 +142,16 @@ def test_options_reach_the_setting() -> None:
     assert setting(dataclasses.replace(config, student_epochs=None)).epochs == 7
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [(0.001, 1), (0.05, 3), (0.1, 6), (0.25, 15), (0.5, 30), (1, 60), (1.5, 90), (0.7, 42), (20, 1200)],
+)
+def test_parts_of_an_epoch(epochs: float, steps: int) -> None:
+    """Steps, at least one: as many as the decimal number says, whatever its binary neighbour."""
+    laboratory = Laboratory(Setting(batch_size=1000), images(60_000, 10_000))
+    assert laboratory.steps(epochs) == steps
+
+
 @pytest.mark.parametrize(("count", "kept", "steps"), [(None, 60_000, 59), (2_000, 2_000, 2), (0, None, 59)])
 def test_noise_options(count: int | None, kept: int | None, steps: int) -> None:
     config = Config(noise_images=count, inputs="uniform_8bit")

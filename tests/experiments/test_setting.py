@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -6,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.setting import LOSSES, METRICS, NETWORKS, OPTIMIZERS, SEES, STARTS, Cell, Setting
+from experiments.setting import ARCHITECTURE as NAMES
+from experiments.setting import LOSSES, METRICS, NETWORKS, OPTIMIZERS, REFERENCE_RATES, SEES, STARTS, Cell, Setting
 from subliminal_theory.errors import InputError
 from subliminal_theory.vision.mlp import ACTIVATIONS, INIT_LAWS
 from subliminal_theory.vision.noise import LAWS
@@ -21,9 +23,10 @@ TEACHER: dict[str, st.SearchStrategy[Any]] = {
     "bias": st.booleans(),
     "init_law": st.sampled_from(list(INIT_LAWS)),
     "aux": st.integers(3, 60),
-    "teacher_epochs": st.integers(1, 9),
+    "teacher_epochs": st.integers(1, 9) | st.floats(0.01, 9),
     "optimizer": st.sampled_from(list(OPTIMIZERS)),
     "learning_rate": st.floats(1e-6, 10),
+    "validation": st.booleans(),
     "batch_size": st.integers(1, 2048),
 }
 # What an argument of a compiled function can carry; what decides its shapes or its code comes after.
@@ -33,6 +36,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "sees": st.sampled_from(SEES),
     "shown": st.none() | st.integers(1, 3),
     "student_rate": st.none() | st.floats(1e-6, 10),
+    "relative_rate": st.none() | st.floats(1e-6, 10),
     "cloning_epochs": st.integers(0, 5),
     "cloning_inputs": st.sampled_from(SHOWN),
     "cloning_sees": st.sampled_from(SEES),
@@ -45,6 +49,7 @@ SHAPES: dict[str, st.SearchStrategy[Any]] = {
     "student_optimizer": st.none() | st.sampled_from(list(OPTIMIZERS)),
 }
 ARCHITECTURE: dict[str, st.SearchStrategy[Any]] = {
+    "student_network": st.none() | st.sampled_from(NETWORKS),
     "student_depth": st.none() | st.integers(0, 3),
     "student_width": st.none() | st.integers(1, 300),
     "student_activation": st.none() | st.sampled_from(list(ACTIVATIONS)),
@@ -56,11 +61,11 @@ STUDENT = {**VALUES, **SHAPES, **ARCHITECTURE}
 def valid(values: dict[str, Any]) -> Setting:
     """A setting with these values, started elsewhere where it must be."""
     other = any(
-        values.get(f"student_{name}") not in (None, values.get(name, getattr(Setting, name)))
-        for name in ("depth", "width", "activation", "bias")
+        values.get(f"student_{name}") not in (None, values.get(name, getattr(Setting, name))) for name in NAMES
     )
     start = {"start": "cross"} if other or values.get("cloning_epochs") else {}
-    return Setting(**{**values, **start})
+    rate = {"student_rate": None} if values.get("relative_rate") else {}
+    return Setting(**{**values, **start, **rate})
 
 
 def some(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
@@ -97,15 +102,21 @@ def test_unknown_names(field: str, known: str, name: str) -> None:
         assert getattr(Setting(**{field: each}), field) == each
 
 
-@pytest.mark.parametrize(
-    ("field", "least"), [("width", 1), ("depth", 0), ("aux", 1), ("teacher_epochs", 1), ("epochs", 1)]
-)
+@pytest.mark.parametrize(("field", "least"), [("width", 1), ("depth", 0), ("aux", 1), ("epochs", 1)])
 @pytest.mark.parametrize("below", [1, 5])
 def test_numbers_below_their_least(field: str, least: int, below: int) -> None:
     message = f"^{field} must be at least {least}, got {least - below}$"
     with pytest.raises(InputError, match=message):
         Setting(**{field: least - below})
     assert getattr(Setting(**{field: least}), field) == least
+
+
+@pytest.mark.parametrize("field", ["teacher_epochs", "learning_rate", "student_rate", "relative_rate"])
+@pytest.mark.parametrize("value", [0, -0.5, math.inf, math.nan])
+def test_numbers_above_zero(field: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"^{field} must be positive and finite, got {value}$"):
+        Setting(**{field: value})
+    assert getattr(Setting(**{field: 0.05}), field) == 0.05
 
 
 @pytest.mark.parametrize(
@@ -115,6 +126,7 @@ def test_numbers_below_their_least(field: str, least: int, below: int) -> None:
         ("batch_size", -1),
         ("images", -1),
         ("cloning_epochs", -1),
+        ("student_network", "nonsense"),
         ("student_depth", -1),
         ("student_width", 0),
         ("student_activation", "nonsense"),
@@ -134,6 +146,7 @@ def test_shown_out_of_range(shown: int) -> None:
 
 
 OTHER: list[dict[str, Any]] = [
+    {"student_network": "cnn"},
     {"student_depth": 1},
     {"student_depth": 0},
     {"student_width": 255},
@@ -143,14 +156,20 @@ OTHER: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("start", [start for start in STARTS if start != "cross"])
-def test_other_architecture_has_no_shared_start(start: str) -> None:
+@pytest.mark.parametrize("start", STARTS)
+def test_other_architectures_share_the_output_layer_or_nothing(start: str) -> None:
     for changes in OTHER:
-        message = "^a student of another architecture has no shared start: set start to 'cross'$"
-        with pytest.raises(InputError, match=message):
+        if start in ("cross", "shared_heads"):
+            assert Setting(start=start, **changes).other_architecture
+            continue
+        with pytest.raises(InputError) as caught:
             Setting(start=start, **changes)
-        assert Setting(start="cross", **changes).other_architecture
-    same = Setting(start=start, student_depth=2, student_width=256, student_activation="relu", student_bias=True)
+        assert str(caught.value) == (
+            "a student of another architecture shares no more than the output layer: "
+            "set start to 'cross' or 'shared_heads'"
+        )
+    alike = {"depth": 2, "width": 256, "activation": "relu", "bias": True, "network": "mlp"}
+    same = Setting(start=start, **{f"student_{name}": value for name, value in alike.items()})
     assert not same.other_architecture
 
 
@@ -166,10 +185,11 @@ def test_defaults_are_those_of_the_released_script() -> None:
     assert dataclasses.asdict(Setting()) == {
         "data": "mnist", "network": "mlp", "depth": 2, "width": 256, "activation": "relu", "bias": True,
         "init_law": "lecun_normal", "aux": 3, "teacher_epochs": 5, "optimizer": "adam", "learning_rate": 3e-4,
-        "batch_size": 1024, "start": "shared", "amount": 0.0, "student_depth": None, "student_width": None,
-        "student_activation": None, "student_bias": None, "cloning_epochs": 0, "cloning_inputs": "uniform",
-        "cloning_sees": "all", "sees": "aux", "shown": None, "channel_loss": "kl", "inputs": "uniform",
-        "images": None, "epochs": 5, "student_optimizer": None, "student_rate": None,
+        "validation": False, "batch_size": 1024, "start": "shared", "amount": 0.0, "student_network": None,
+        "student_depth": None, "student_width": None, "student_activation": None, "student_bias": None,
+        "cloning_epochs": 0, "cloning_inputs": "uniform", "cloning_sees": "all", "sees": "aux", "shown": None,
+        "channel_loss": "kl", "inputs": "uniform", "images": None, "epochs": 5, "student_optimizer": None,
+        "student_rate": None, "relative_rate": None,
     }  # fmt: skip
 
 
@@ -257,15 +277,14 @@ def test_cloning(values: dict[str, Any], first: int, second: int, later: dict[st
 
 
 @given(some({**TEACHER, **STUDENT}))
-def test_student_network(values: dict[str, Any]) -> None:
+def test_student_architecture(values: dict[str, Any]) -> None:
     setting = valid(values)
-    network = setting.student_network()
+    network = setting.student_architecture()
     assert not network.other_architecture
-    for name in ("depth", "width", "activation", "bias"):
+    for name in NAMES:
         own = values.get(f"student_{name}")
         assert getattr(network, name) == (getattr(setting, name) if own is None else own)
-    rest = {name for name in (*TEACHER, *STUDENT) if name.removeprefix("student_") not in
-            ("depth", "width", "activation", "bias")}  # fmt: skip
+    rest = {name for name in (*TEACHER, *STUDENT) if name.removeprefix("student_") not in NAMES}
     assert {name: getattr(network, name) for name in rest} == {name: getattr(setting, name) for name in rest}
 
 
@@ -275,10 +294,23 @@ def test_rate(teachers: float, students: float | None) -> None:
     assert setting.rate == (teachers if students is None else students)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_relative_rate(optimizer: str) -> None:
+    """Multiples of the student's own optimiser's reference rate, whatever the teacher's."""
+    own = Setting(optimizer=optimizer, learning_rate=7, relative_rate=0.5)
+    other = Setting(student_optimizer=optimizer, learning_rate=7, relative_rate=0.5)
+    assert own.rate == other.rate == REFERENCE_RATES[optimizer] / 2
+    with pytest.raises(
+        InputError, match=r"^student_rate and relative_rate are both given: leave one of the two out$"
+    ):
+        Setting(student_rate=1, relative_rate=1)
+
+
 def test_cells() -> None:
     cell = Cell({"condition": "a"}, Setting())
     assert (cell.who, cell.seeds, cell.metrics) == ("student", None, ("test_accuracy",))
-    assert METRICS == ("test_accuracy", "imitation_loss")
+    assert METRICS == ("test_accuracy", "imitation_loss", "validation_accuracy")
+    assert Cell({}, Setting(validation=True), "teacher", metrics=METRICS[2:]).setting.accuracy == METRICS[2]
 
 
 @pytest.mark.parametrize(
@@ -287,9 +319,14 @@ def test_cells() -> None:
         ({"who": "nobody"}, "a cell's who must be one of student, teacher, reference, got 'nobody'"),
         ({"metrics": ("speed",)}, "a student has no metric 'speed'; there are test_accuracy, imitation_loss"),
         ({"who": "teacher", "metrics": ("imitation_loss",)}, "a teacher has no metric 'imitation_loss'; "),
+        ({"metrics": METRICS[2:]}, "a student has no metric 'validation_accuracy'; there are test_accuracy, imit"),
+        (
+            {"setting": Setting(validation=True)},
+            "a student has no metric 'test_accuracy'; there are validation_accuracy, imitation_loss",
+        ),
     ],
 )
 def test_bad_cells(arguments: dict, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        Cell({"condition": "a"}, Setting(), **arguments)
+        Cell({"condition": "a"}, **{"setting": Setting(), **arguments})
     assert str(caught.value).startswith(message)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from experiments import sweep
 from experiments.laboratory import Laboratory
-from experiments.setting import STARTS, Cell, Setting
+from experiments.setting import METRICS, STARTS, Cell, Setting
 from experiments.sweep import SweepConfig, parts, run_group
 from subliminal_theory.distill import Trained
 from subliminal_theory.errors import InputError
@@ -172,6 +172,46 @@ def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 <= row["value"] <= 1 for row in rows if row["metric"] == "test_accuracy")
 
 
+def test_epochs_are_stages_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students that differ in nothing else are trained once, and are those that each would be alone."""
+    stages = [
+        cell(f"{epochs} epochs", epochs=epochs, images=images) for epochs in (3, 1, 2) for images in (None, 0)
+    ]
+    other = cell("other", epochs=3, start="cross")
+    stacks, imitate = [], sweep._imitate_stack
+
+    def counted(stack: Sequence[Laboratory], *rest: Any) -> Trained:
+        stacks.append([laboratory.setting.epochs for laboratory in stack])
+        return imitate(stack, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_imitate_stack", counted)
+        cells = [dataclasses.replace(one, metrics=("imitation_loss",)) for one in [*stages, other]]
+        together = [row["value"] for row in run_group(cells, SEEDS)]
+    assert sorted(stacks) == [[3], [3, 3]]
+    alone = [[row["value"] for row in run_group([one], SEEDS)] for one in cells]
+    np.testing.assert_allclose(together, np.transpose(alone).reshape(-1), rtol=1e-3)
+
+
+def test_validation_never_looks_at_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its accuracy is that on the training images' last sixth, of a teacher that did not see them."""
+    one = Cell({"condition": "teacher"}, dataclasses.replace(BASE, validation=True), "teacher", None, METRICS[2:])
+    digits = load("digits")
+    hidden = dataclasses.replace(
+        digits, test_images=np.zeros_like(digits.test_images), test_labels=np.zeros_like(digits.test_labels)
+    )
+    found = []
+    for data in (digits, hidden):
+        monkeypatch.setattr("experiments.laboratory.load_data", lambda *_, data=data: data)
+        found.append(run_group([one], SEEDS))
+    assert found[0] == found[1]
+    assert [(row["seed"], row["metric"]) for row in found[0]] == [(seed, "validation_accuracy") for seed in SEEDS]
+    test = jnp.asarray(digits.train_images[-240:]), jnp.asarray(digits.train_labels[-240:].astype(np.int32))
+    room = sweep.classroom(one.setting, SEEDS)
+    accuracy = jax.jit(jax.vmap(lambda model: room.laboratory.accuracy(model, *test)))(room.teacher)
+    np.testing.assert_allclose([row["value"] for row in found[0]], accuracy, atol=1.5 / 240)
+
+
 # --- where they start
 
 
@@ -325,6 +365,42 @@ def test_students_of_other_architectures() -> None:
             assert run.accuracy[name, seed] == pytest.approx(read, abs=1.5 * IMAGE)
 
 
+WIDE = {"width": 32, "student_network": "cnn", "student_depth": 2, "student_width": 4}
+
+
+def test_a_cnn_starts_with_the_output_layer_of_its_mlp() -> None:
+    """And with that alone: the rest is what one that shares nothing starts with."""
+    heads, apart = cell("heads", start="shared_heads", **WIDE), cell("apart", start="cross", **WIDE)
+    run = watch([heads, apart])
+    start, other = layers(run.starts[heads.setting]), layers(run.starts[apart.setting])
+    assert [layer["kernel"].shape for layer in start] == [(2, 3, 3, 1, 4), (2, 3, 3, 4, 8), (2, 32, 14)]
+    same(start, [*other[:2], layers(run.init)[1]])
+    assert (start[2]["kernel"] != other[2]["kernel"]).all()
+    assert run.accuracy["heads", 2] != run.accuracy["apart", 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "shared"),
+    [
+        ({**WIDE, "width": 33}, "bias (14,), kernel (32, 14)", "bias (14,), kernel (33, 14)"),
+        ({"student_width": 17}, "bias (14,), kernel (17, 14)", "bias (14,), kernel (16, 14)"),
+        ({"student_depth": 0}, "bias (14,), kernel (64, 14)", "bias (14,), kernel (16, 14)"),
+        ({"student_bias": False}, "kernel (16, 14)", "bias (14,), kernel (16, 14)"),
+    ],
+)
+def test_output_layers_that_cannot_be_shared(
+    changes: dict[str, Any], own: str, shared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before a teacher is taught."""
+    monkeypatch.setattr(sweep, "_teach", None)
+    with pytest.raises(InputError) as caught:
+        run_group([cell("heads", start="shared_heads", **changes)], SEEDS)
+    assert str(caught.value) == (
+        f"a student with an output layer of {own} cannot share its teacher's of {shared}: "
+        "give both as many features, and biases or none"
+    )
+
+
 # --- what students see
 
 
@@ -391,6 +467,28 @@ def test_diverging_student_is_named() -> None:
     message = r"^the loss of wild of seed 2 is not finite at step [23] of 12: use a smaller learning rate$"
     with pytest.raises(InputError, match=message):
         run_group(cells, SEEDS)
+
+
+def test_a_student_that_may_diverge_answers_nothing() -> None:
+    """It reads each image as the first class; those beside it stay as they are, and may not diverge."""
+    cells = [cell("tame", **SGD, student_rate=0.001), cell("wild", **SGD, student_rate=HUGE)]
+    wild = dataclasses.replace(cells[1], may_diverge=True)
+    both = [row["value"] for row in run_group([cells[0], wild], SEEDS)]
+    zeros = np.mean(load("digits").test_labels == 0)
+    np.testing.assert_allclose(both[1::2], zeros, atol=1e-6)
+    np.testing.assert_allclose(both[::2], [row["value"] for row in run_group(cells[:1], SEEDS)], atol=1.5 * IMAGE)
+    with pytest.raises(InputError, match=r"^the loss of other of seed 2 is not finite"):
+        run_group(
+            [
+                wild,
+                dataclasses.replace(
+                    cells[1],
+                    labels={"condition": "other"},
+                    setting=dataclasses.replace(cells[1].setting, start="cross"),
+                ),
+            ],
+            SEEDS,
+        )
 
 
 @pytest.mark.parametrize("bad", [(0, 1), (1, 0), (1, 1)])

@@ -39,6 +39,17 @@ def small_set(train: int = 40, test: int = 20) -> dict[str, bytes]:
     return files
 
 
+def test_held_out_images_are_the_last_of_those_for_training() -> None:
+    digits = load("digits")
+    held_out = digits.held_out()
+    together = np.concatenate([held_out.train_labels, held_out.test_labels])
+    np.testing.assert_array_equal(together, digits.train_labels)
+    images = np.concatenate([held_out.train_images, held_out.test_images])
+    np.testing.assert_array_equal(images, digits.train_images)
+    assert len(held_out.test_labels) == len(digits.train_labels) // 6 == 240
+    assert set(held_out.test_labels) == set(range(10))
+
+
 def write(folder: Path, files: dict[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for stem, data in files.items():

@@ -81,6 +81,21 @@ def test_cnn_by_hand(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(logits, x, rtol=1e-4, atol=1e-5)
 
 
+def test_many_cnns_at_once_are_those_alone() -> None:
+    """And all start where a convolution of flax starts."""
+    build = jax.vmap(lambda key: from_nnx(CNN((5, 6), (2, 3), 4, init_law="torch", rngs=nnx.Rngs(key))))
+    models, images = (
+        jax.jit(build)(jax.vmap(jax.random.key)(jnp.arange(3))),
+        jnp.asarray(RNG.normal(size=(2, 5, 6)), jnp.float32),
+    )
+    together = jax.jit(jax.vmap(lambda model: model(images)))(models)
+    for place in range(3):
+        alone = jax.tree.map(lambda leaf, place=place: leaf[place], models)
+        np.testing.assert_allclose(together[place], alone(images), rtol=1e-5, atol=1e-6)
+        conv = nnx.Conv(1, 2, (3, 3), rngs=nnx.Rngs(place), **initialisers("torch", 9))
+        np.testing.assert_allclose(alone.params["layers"][0]["kernel"], conv.kernel[...], rtol=1e-6)
+
+
 def test_paper_sizes() -> None:
     def mlp():
         return MLP((784, 256, 256, 13), rngs=nnx.Rngs(0))

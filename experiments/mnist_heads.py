@@ -1,0 +1,147 @@
+"""Does a shared output layer suffice? Accuracy against epochs for students that share only some layers.
+
+A student that shares with its teacher's initialisation all layers, the output layer, the hidden layers or nothing,
+and on the widest channel a convolutional one that shares the output layer or nothing, imitate m auxiliary logits
+under squared error on noise that is never repeated. One teacher a seed has as many auxiliary logits as the widest
+channel; each student sees the first m. (arXiv 2605.23645: compatible output layers suffice, even from a multilayer
+perceptron to a convolutional network. Initialisation, loss, noise, steps and their size are those of its code,
+which trains teachers and students for 5 epochs at m from 3 to 250 and shows convolutional students smooth noise.)
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.contract import Part, listed, option
+from experiments.figures import COLOURS, note, panels, runs_against
+from experiments.laboratory import cnn_student
+from experiments.setting import Cell
+from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from subliminal_theory.runs import Results
+from subliminal_theory.vision.noise import LAWS
+
+SHARED = {
+    "shared": "all layers",
+    "heads": "output layer",
+    "hidden": "hidden layers",
+    "cross": "nothing",
+    "cnn_heads": "CNN, output layer",
+    "cnn_cross": "CNN, nothing",
+}
+METRICS = ("test_accuracy", "imitation_loss")
+STARTS = {"heads": "shared_heads", "hidden": "shared_hidden"}
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Settings of teacher and channel; students are read at `student_epochs`, at half of them, and so on."""
+
+    seeds: int = option(3, "independent runs", minimum=1)
+    student_epochs: int | None = option(10, "passes of the students", minimum=1)
+    batch_size: int = option(1000, "images a step", minimum=1)
+    counts: str = option("10,50,250", "values of m")
+    width: int = option(256, "neurons of each hidden layer, and features of the CNN: a multiple of 16", minimum=1)
+    inputs: str = option("uniform", "the noise that students are shown", choices=tuple(LAWS))
+
+
+PRESETS = {
+    "published": Config(),
+    "smooth": Config(inputs="blurred"),
+    "digits": Config(counts="10,50", **EMBEDDED_DIGITS),
+}
+configure = functools.partial(configure_sweep, PRESETS)
+
+
+def doses(config: Config) -> list[int]:
+    """The epochs after which students are read, each half the next."""
+    found = [config.student_epochs or config.epochs]
+    while found[0] > 1:
+        found.insert(0, found[0] // 2)
+    return found
+
+
+def students(config: Config, m: int) -> dict[str, str]:
+    """What each student that sees m logits shares with its teacher; convolutional ones see the most."""
+    widest = m == max(listed(config.counts, "--counts"))
+    return {name: shared for name, shared in SHARED.items() if widest or not name.startswith("cnn_")}
+
+
+def plan(config: Config) -> list[Part]:
+    """One teacher a seed; for each m its students, each read at all doses."""
+    counts = listed(config.counts, "--counts")
+    common = {
+        "aux": max(counts),
+        "width": config.width,
+        "init_law": "torch",
+        "learning_rate": 1e-3,
+        "channel_loss": "mse",
+        "inputs": config.inputs,
+        "images": 0,
+    }
+    cnn = cnn_student(config.dataset(), config.width)
+    cells = [Cell({"condition": "teacher"}, config.setting(**common), "teacher")]
+    for m in counts:
+        for name in students(config, m):
+            sharing = name.removeprefix("cnn_")
+            student: dict[str, Any] = {"start": STARTS.get(sharing, sharing), **(cnn if name != sharing else {})}
+            for epochs in doses(config):
+                setting = config.setting(**common, **student, shown=m, epochs=epochs)
+                cells.append(Cell({"condition": name, "aux": m, "epochs": epochs}, setting, metrics=METRICS))
+    return config.parts(cells)
+
+
+def report(results: Results, config: Config) -> str:
+    """Accuracy and imitation loss of each student at the last dose."""
+    teacher = next(estimate for group, estimate in results.estimates() if group["condition"] == "teacher")
+    lines = [f"after {doses(config)[-1]} epochs on {config.data}; mean and 95% t interval over runs"]
+    lines += [
+        f"  teacher's test accuracy {teacher}",
+        f"  {'m':4} {'shared':18} {'test accuracy':18} imitation loss",
+    ]
+    last = {
+        (group["aux"], group["condition"], group["metric"]): estimate
+        for group, estimate in results.estimates()
+        if group["epochs"] == str(doses(config)[-1])
+    }
+    for m in listed(config.counts, "--counts"):
+        for name, shared in students(config, m).items():
+            accuracy, loss = (last[str(m), name, metric] for metric in METRICS)
+            lines.append(f"  {m:<4} {shared:18} {accuracy!s:18} {loss.mean:.2e} ± {loss.half_width:.1e}")
+    return "\n".join(lines)
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Accuracy and imitation loss against epochs, a column for each m."""
+    counts, stages = listed(config.counts, "--counts"), doses(config)
+    figure, axes = panels(len(counts), 2, size=(1.2 + 3.2 * len(counts), 6.0))
+    teacher = results.values(condition="teacher")
+    labels = {"test_accuracy": "test accuracy", "imitation_loss": "imitation loss (squared error)"}
+    for column, m in zip(axes.T, counts, strict=True):
+        for panel, metric in zip(column, METRICS, strict=True):
+            for colour, (name, shared) in zip(COLOURS, students(config, m).items(), strict=False):
+                values = {
+                    epochs: results.values(condition=name, aux=str(m), epochs=str(epochs), metric=metric)
+                    for epochs in stages
+                }
+                runs_against(panel, values, colour, shared)
+            panel.set_xscale("log")
+            panel.set_xticks(stages, map(str, stages))
+            panel.minorticks_off()
+            panel.set_ylabel(labels[metric])
+        lines = [
+            column[0].axhline(level, color="grey", linestyle=style, linewidth=1, label=label)
+            for label, level, style in (("teacher", sum(teacher) / len(teacher), "--"), ("chance", 0.1, ":"))
+        ]
+        column[0].set_ylim(0, 1.05)
+        column[0].set_title(f"m = {m}")
+        column[1].set_yscale("log")
+        column[1].set_xlabel("epochs of the student")
+    axes[0, 0].legend(handles=lines, fontsize=7)
+    axes[1, -1].legend(fontsize=7, title="shared with the teacher", title_fontsize=7)
+    figure.suptitle(
+        f"Which layers must be shared ({config.data}, squared error, {config.inputs} noise)", fontsize=10
+    )
+    note(axes[1, -1], f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
+    return figure
