@@ -47,14 +47,18 @@ def taught(models: Model, sources: Examples, rate: Array, keys: Array, *, steps:
 def students(
     runs: tuple[Model, Model | None, Examples, Array], channel: Channel, recipe: Recipe, logits: int
 ) -> tuple[Model, Float[Array, "runs steps"]]:
-    """Students [runs] and their losses [runs, steps]; runs are their starts, teachers, rows and keys."""
+    """Students [runs] and their losses [runs, steps]; runs are their starts, teachers, rows and keys.
+
+    The starts are used up: students take their memory.
+    """
     shape = (recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, CHUNK if logits > MANY else None)
-    return _students(runs, channel, jnp.float32(recipe.rate), shape)
+    return _students(runs[0], runs[1:], channel, jnp.float32(recipe.rate), shape)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
+@functools.partial(jax.jit, static_argnames="shape", donate_argnames="starts")
 def _students(
-    runs: tuple[Model, Model | None, Examples, Array],
+    starts: Model,
+    others: tuple[Model | None, Examples, Array],
     channel: Channel,
     rate: Array,
     shape: tuple[str, int, int, str, int | None],
@@ -68,7 +72,7 @@ def _students(
         run = distill(model, teacher, channel, source, chain, steps, key, chunk=chunk)
         return run.model, run.losses
 
-    return ensemble(one, runs)
+    return ensemble(one, (starts, *others))
 
 
 @jax.jit
