@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import jax
@@ -25,7 +25,7 @@ class State:
 
     params: PyTree
     optimizer: PyTree
-    step: int = field(metadata={"static": True})
+    step: Int[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +73,7 @@ def distill(
     snapshots: Sequence[int] = (),
     chunk: int | None = None,
     state: State | None = None,
-    until: int | None = None,
+    count: int | None = None,
     accumulate: int = 1,
 ) -> Trained:
     """Train a student on what a channel lets it see of a teacher, and on nothing else.
@@ -85,13 +85,15 @@ def distill(
     is computed once for all. `observe` sees every step, and what it returns is streamed to the result;
     `snapshots` are the ascending numbers of steps after which to keep the model. With `chunk`, no more logits
     than those of so many positions are in memory at once; both models must be `Divisible`. A run of `steps` can
-    be made in pieces: one goes on from `state` and stops after step `until` of them. With `accumulate`, a batch is
+    be made in pieces: one goes on from `state` and makes `count` of them, all that are left if None; pieces of one
+    length are one program. With `accumulate`, a batch is
     computed in so many parts, one after the other; their gradients sum to that of the whole batch's weighted mean.
 
     Raises:
         InputError: the source brings labels; both or neither of a teacher and targets are given;
             student and teacher have different logits; the channel selects logits that do not exist;
-            snapshots are not ascending steps of the run; a chunk below 1, or of models that do not divide;
+            snapshots are not ascending steps of the run, or are asked of a piece that goes on; a piece without
+            steps, or with more than are left; a chunk below 1, or of models that do not divide;
             a batch that cannot be cut into so many equal parts.
     """
     source_key = named(key, "source")
@@ -118,7 +120,7 @@ def distill(
         targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
         return channel.loss(model(batch.inputs), targets)
 
-    return _run(student, losses, source, optimizer, steps, key, observe, snapshots, state, until, accumulate)
+    return _run(student, losses, source, optimizer, steps, key, observe, snapshots, state, count, accumulate)
 
 
 def _in_chunks(
@@ -188,15 +190,23 @@ def _run(
     observe: Observe | None,
     snapshots: Sequence[int],
     state: State | None = None,
-    until: int | None = None,
+    count: int | None = None,
     accumulate: int = 1,
 ) -> Trained:
-    first, final = 0 if state is None else state.step, steps if until is None else until
-    if not first < final <= steps:
-        raise InputError(f"a run of {steps} steps cannot go from step {first} to {final}")
-    bounds = [first, *snapshots, final]
-    if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > final:
-        raise InputError(f"snapshots must be ascending steps from {first + 1} to {final}, got {list(snapshots)}")
+    first: int | Array = 0 if state is None else state.step
+    # Within a compiled program the first step is no number yet; the length of a piece always is one.
+    known = None if isinstance(first, jax.core.Tracer) else int(first)
+    if count is None:
+        if known is None:
+            raise InputError("a compiled piece of a run needs count, the number of its steps")
+        count = steps - known
+    if not 0 < count <= steps - (known or 0):
+        raise InputError(f"a run of {steps} steps has no {count} steps after step {known or 0}")
+    if state is not None and snapshots:
+        raise InputError("a piece that goes on keeps no snapshots: leave them out")
+    bounds = [0, *snapshots, count]
+    if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > count:
+        raise InputError(f"snapshots must be ascending steps from 1 to {count}, got {list(snapshots)}")
     source_key, channel_key = named(key, "source"), named(key, "channel")
 
     def step(carry: PyTree, scheduled: PyTree) -> tuple[PyTree, tuple[Float[Array, ""], PyTree]]:
@@ -213,12 +223,17 @@ def _run(
     carry = (model.params, optimizer.init(model.params)) if state is None else (state.params, state.optimizer)
     outputs, kept = [], []
     for start, stop in pairwise(bounds):
-        piece = jax.tree.map(lambda leaf, start=start, stop=stop: leaf[start:stop], schedule)
+        piece = jax.tree.map(
+            lambda leaf, start=start, stop=stop: jax.lax.dynamic_slice_in_dim(leaf, first + start, stop - start),
+            schedule,
+        )
         carry, output = jax.lax.scan(step, carry, piece)
         outputs.append(output)
         kept.append(model.with_params(carry[0]))
     values, observed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-    return Trained(kept[-1], values, observed, tuple(kept[:-1]), State(*carry, final))
+    return Trained(
+        kept[-1], values, observed, tuple(kept[:-1]), State(*carry, jnp.asarray(first + count, jnp.int32))
+    )
 
 
 def _slope(

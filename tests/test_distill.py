@@ -475,31 +475,49 @@ def test_a_run_in_pieces_is_the_run() -> None:
     student, source = linear_model(0), Examples(INPUTS, 8)
     teacher, optimizer = student.with_params(jax.tree.map(lambda leaf: leaf + 1, student.params)), optax.adam(0.1)
 
-    @functools.partial(jax.jit, static_argnames="until")
-    def piece(student, teacher, source, state, *, until: int):
+    @functools.partial(jax.jit, static_argnames="count")
+    def piece(student, teacher, source, state, *, count: int):
         return distill(
-            student, teacher, SoftLogits(), source, optimizer, 9, jax.random.key(1), state=state, until=until
+            student, teacher, SoftLogits(), source, optimizer, 9, jax.random.key(1), state=state, count=count
         )
 
-    whole, state, losses = piece(student, teacher, source, None, until=9), None, []
-    for until in (3, 5, 9):
-        part = piece(student, teacher, source, state, until=until)
+    whole, state, losses = piece(student, teacher, source, None, count=9), None, []
+    for count in (3, 2, 2, 2):
+        part = piece(student, teacher, source, state, count=count)
         state, losses = part.state, [*losses, part.losses]
-        assert state.step == until
+        assert state.step == sum(map(len, losses))
+    assert piece._cache_size() == 3  # the whole, the first piece, and one program for all that go on
     np.testing.assert_array_equal(np.concatenate(losses), whole.losses)
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole.state), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("first", "until"), [(3, 3), (3, 2), (0, 0), (0, 10)])
-def test_pieces_that_are_none(first: int, until: int) -> None:
+@pytest.mark.parametrize(("first", "count"), [(3, 0), (3, -1), (0, 0), (0, 10), (3, 7), (9, None)])
+def test_pieces_that_are_none(first: int, count: int | None) -> None:
     student = linear_model(0)
-    state = State(student.params, optax.sgd(0.1).init(student.params), first)
-    with pytest.raises(InputError, match=f"^a run of 9 steps cannot go from step {first} to {until}$"):
+    state = State(student.params, optax.sgd(0.1).init(student.params), jnp.int32(first))
+
+    def run(**more) -> Trained:
+        source = Examples(INPUTS, 8)
+        return distill(student, student, SoftLogits(), source, SGD, 9, KEY, state=state, **more)
+
+    made = 9 - first if count is None else count
+    with pytest.raises(InputError, match=f"^a run of 9 steps has no {made} steps after step {first}$"):
+        run(count=count)
+    with pytest.raises(InputError, match=r"^a piece that goes on keeps no snapshots: leave them out$"):
         distill(
-            student, student, SoftLogits(), Examples(INPUTS, 8), optax.sgd(0.1), 9, jax.random.key(0),
-            state=state, until=until,
-        )  # fmt: skip
+            student, student, SoftLogits(), Examples(INPUTS, 8), SGD, 20, KEY, state=state, count=2, snapshots=[1]
+        )
+
+
+def test_a_compiled_piece_says_how_long_it_is() -> None:
+    student = linear_model(0)
+    state = State(student.params, SGD.init(student.params), jnp.int32(0))
+    piece = jax.jit(
+        lambda state: distill(student, student, SoftLogits(), Examples(INPUTS, 8), SGD, 9, KEY, state=state)
+    )
+    with pytest.raises(InputError, match=r"^a compiled piece of a run needs count, the number of its steps"):
+        piece(state)
 
 
 # --- in parts of a batch

@@ -1,11 +1,11 @@
 """A long run in pieces, saved after each: whatever ends the process, the same call goes on from the last save.
 
-    @functools.partial(jax.jit, static_argnames="until")
-    def go_on(student, teacher, source, state, *, until):
-        return distill(student, teacher, channel, source, optimizer, 900, key, state=state, until=until)
+    @functools.partial(jax.jit, static_argnames="count")
+    def go_on(student, teacher, source, state, *, count):
+        return distill(student, teacher, channel, source, optimizer, 900, key, state=state, count=count)
 
-    def piece(state, until):
-        return go_on(student, teacher, source, state, until=until)
+    def piece(state, count):
+        return go_on(student, teacher, source, state, count=count)
 
     run = run_in_pieces(student, piece, 900, 100, Path("runs/owl"), mark=hash_of_all_that_decides_it)
 
@@ -50,7 +50,7 @@ def run_in_pieces(
 ) -> Trained:
     """Make a run of `steps`, `every` steps at a time, and go on where an earlier call with this folder ended.
 
-    `piece(state, until)` goes on from a state, or begins where that is None, up to step `until`: `distill` with
+    `piece(state, count)` goes on from a state, or begins where that is None, for `count` steps: `distill` with
     its arguments of these names. It must be one that `jax.eval_shape` can trace, and the same in every call:
     `mark` is a hash of all that decides the run (configuration, base, data). A resumed run has the same pieces,
     so the same programs, and ends with the same parameters and losses bit for bit on the same devices. `report`
@@ -68,7 +68,7 @@ def run_in_pieces(
     Raises:
         InputError: steps or every are below 1; the folder is of another mark, steps or every, is a file, holds
             something else or cannot be written, or its disk is full; a loss is not finite, in which case its piece
-            is not saved; no checkpoint can be read; `piece` does not stop at `until`.
+            is not saved; no checkpoint can be read; `piece` makes another number of steps.
     """
     bounds = piece_bounds(steps, every)
     _claim(folder, {"format": FORMAT, "mark": mark, "steps": steps, "every": every})
@@ -76,14 +76,16 @@ def run_in_pieces(
     # Leaving the manager waits for a save under way, also when a piece fails.
     with ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options) as manager:
         state, losses = _resume(manager, folder, lambda: piece(None, bounds[0]), shardings)
-        if state is not None:
-            report(state.step, steps)
+        reached = 0 if state is None else int(state.step)
+        if reached:
+            report(reached, steps)
         for until in bounds:
-            if state is not None and until <= state.step:
+            if until <= reached:
                 continue
-            part = piece(state, until)
-            if part.state is None or part.state.step != until:
-                raise InputError(f"the piece up to step {until} did not stop there: pass it `state` and `until`")
+            part = piece(state, until - reached)
+            reached = 0 if part.state is None else int(part.state.step)
+            if part.state is None or reached != until:
+                raise InputError(f"the piece up to step {until} did not stop there: pass it `state` and `count`")
             state, losses = part.state, [*losses, np.asarray(part.losses)]
             done = np.concatenate(losses)
             require_finite(jnp.asarray(np.pad(done, (0, steps - until)))[None], ["the student"])
@@ -201,7 +203,7 @@ def _restore(
         return jax.tree.unflatten(jax.tree.structure(tree), [jnp.asarray(leaf) for leaf in leaves])
 
     params, optimizer = rebuilt(target.params, got["params"]), rebuilt(target.optimizer, got["optimizer"])
-    return State(params, optimizer, step), got["losses"]
+    return State(params, optimizer, jnp.int32(step)), got["losses"]
 
 
 def _shape(leaf: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:

@@ -58,12 +58,17 @@ def pieces(
     chosen = optimizer or optax.adam(0.01)
     source = Examples(INPUTS, 8)
 
-    @functools.partial(jax.jit, static_argnames="until", donate_argnames="state")
-    def go_on(student, teacher, source, state, *, until: int):
+    @functools.partial(jax.jit, static_argnames="count", donate_argnames="state")
+    def go_on(student, teacher, source, state, *, count: int):
         key = jax.random.key(2)
-        return distill(student, teacher, SoftLogits(), source, chosen, steps, key, state=state, until=until)
+        return distill(student, teacher, SoftLogits(), source, chosen, steps, key, state=state, count=count)
 
-    return lambda state, until: go_on(student, teacher, source, state, until=until)
+    return lambda state, count: go_on(student, teacher, source, state, count=count)
+
+
+def end(state: State | None, count: int) -> int:
+    """The step at which a piece ends."""
+    return count + (0 if state is None else int(state.step))
 
 
 STEPS, EVERY = 11, 3
@@ -82,7 +87,7 @@ def whole() -> Trained:
     """The run with no folder: piece by piece, by hand."""
     state, losses = None, []
     for until in BOUNDS:
-        part = PIECE(state, until)
+        part = PIECE(state, until - end(state, 0))
         # A copy, as the next piece is given the arrays to use again.
         state, losses = part.state, [*losses, np.array(part.losses)]
     assert state is not None
@@ -138,10 +143,11 @@ def test_interrupted_at_every_piece(tmp_path: Path, where: str) -> None:
     """Each call makes one piece and is then interrupted: no step is made twice, and the end is the same."""
     made: list[int] = []
 
-    def piece(state: State | None, until: int) -> Trained:
+    def piece(state: State | None, count: int) -> Trained:
+        until = end(state, count)
         if where == "piece" and until > allowed:
             raise Interrupted
-        part = PIECE(state, until)
+        part = PIECE(state, count)
         if not traced(part):
             made.append(until)
         return part
@@ -162,10 +168,10 @@ def test_interrupted_at_every_piece(tmp_path: Path, where: str) -> None:
 def until_step(last: int) -> Callable[[State | None, int], Trained]:
     """A piece that is interrupted after that step."""
 
-    def piece(state: State | None, until: int) -> Trained:
-        if until > last:
+    def piece(state: State | None, count: int) -> Trained:
+        if end(state, count) > last:
             raise Interrupted
-        return PIECE(state, until)
+        return PIECE(state, count)
 
     return piece
 
@@ -271,12 +277,14 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
 def test_random_keys_in_the_state(tmp_path: Path) -> None:
     """They are typed keys, where an optimiser draws noise; with numbers of 16 bits."""
 
-    def piece(state: State | None, until: int) -> Trained:
-        key, step = (jax.random.key(7), 0) if state is None else (state.optimizer[0], state.step)
+    def piece(state: State | None, count: int) -> Trained:
+        key, step = (jax.random.key(7), 0) if state is None else (state.optimizer[0], int(state.step))
         after, drawn = jax.random.split(key)
         params = {"a": jax.random.normal(drawn, (3,), jnp.bfloat16), "none": None}
-        after = (after, ())
-        return Trained(STUDENT, jnp.arange(step, until, dtype=jnp.float32), state=State(params, after, until))
+        after, until = (after, ()), step + count
+        return Trained(
+            STUDENT, jnp.arange(step, until, dtype=jnp.float32), state=State(params, after, jnp.int32(until))
+        )
 
     def report(done: int, steps: int) -> None:
         if done == 6:
@@ -297,8 +305,9 @@ def test_random_keys_in_the_state(tmp_path: Path) -> None:
 def test_diverged(tmp_path: Path) -> None:
     """The bad piece is not saved, and the step is that of the run."""
 
-    def piece(state: State | None, until: int) -> Trained:
-        part = PIECE(state, until)
+    def piece(state: State | None, count: int) -> Trained:
+        until = end(state, count)
+        part = PIECE(state, count)
         return part if until < 6 else dataclasses.replace(part, losses=part.losses.at[1].set(jnp.nan))
 
     with pytest.raises(InputError, match=r"^the loss of the student is not finite at step 5 of 11: use a smaller"):
@@ -308,9 +317,9 @@ def test_diverged(tmp_path: Path) -> None:
 
 def test_piece_that_does_not_stop(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"^the piece up to step 3 did not stop there: pass it `state` and `until`$"
+        InputError, match=r"^the piece up to step 3 did not stop there: pass it `state` and `count`$"
     ):
-        run(tmp_path, lambda state, until: PIECE(state, STEPS))
+        run(tmp_path, lambda state, count: PIECE(state, STEPS))
 
 
 @pytest.mark.parametrize("name", ["steps", "every"])
@@ -431,9 +440,9 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == 0
 
-    def never(state: State | None, until: int) -> Trained:
+    def never(state: State | None, count: int) -> Trained:
         assert state is None, "the run is finished"
-        return pieces(STUDENT, TEACHER, LONG)(state, until)
+        return pieces(STUDENT, TEACHER, LONG)(state, count)
 
     assert_same(run_in_pieces(STUDENT, never, LONG, EVERY, folder, "m"), expected)
 
@@ -457,10 +466,10 @@ def run_sharded(folder: Path) -> None:
     student, teacher = jax.device_put((STUDENT, TEACHER), everywhere)
     go_on = pieces(student, teacher, STEPS)
 
-    def piece(state: State | None, until: int) -> Trained:
+    def piece(state: State | None, count: int) -> Trained:
         for leaf in jax.tree.leaves(state):
             assert leaf.ndim != 2 or len({str(shard.index) for shard in leaf.addressable_shards}) == 8
-        return go_on(state, until)
+        return go_on(state, count)
 
     run_in_pieces(student, piece, STEPS, EVERY, folder, "m", say, shardings)
 
