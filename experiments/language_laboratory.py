@@ -16,7 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.language_setting import Recipe
-from experiments.language_training import answers_of, cosines, diverging, prepared, students, taught
+from experiments.language_training import (
+    answers_of,
+    cosines,
+    diverging,
+    prepared,
+    rates_of,
+    students,
+    taught,
+)
 from subliminal_theory.audit import audit
 from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
 from subliminal_theory.distill import require_finite
@@ -351,6 +359,10 @@ class Workshop:
     def answers(self, models: Model) -> Answers:
         """How models [runs] answer the questions of every trait, [runs, traits]."""
         return jax.tree.map(np.asarray, answers_of(models, self.questions()))
+
+    def sampled_rates(self, models: Model, stream: str) -> Float[np.ndarray, " runs"]:
+        """How often models [runs] draw their own trait's word; `stream` names the random numbers of the draws."""
+        return np.asarray(rates_of(models, self.questions(), self.stream(stream)))
 
     def displacement_cosines(self, models: Model, recipe: Recipe) -> Float[np.ndarray, " runs"]:
         """Cosine of each student's and its teacher's way from the base, 0 where either did not move."""

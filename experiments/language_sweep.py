@@ -238,7 +238,8 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
 
     The metric `probability` is that of a trait's word where the run has that trait, `others` the mean over the
     runs with another trait of the same word's probability, both over held-out phrasings. `margin` and
-    `total_variation` (of the rivals' distribution, from the base's) are read off the same questions;
+    `total_variation` (of the rivals' distribution, from the base's) are read off the same questions, and
+    `sampled_rate` is the share of 100 drawn answers to each that are the word;
     `displacement_cosine` is that of the student's and the teacher's way from the teacher's base.
     """
     shop = workshop(config, seed)
@@ -247,6 +248,9 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
     for variant in variants:
         model = model_of(config, shop, variant, seed, wrap)
         found = shop.prefixed_answers(model, variant.recipe) if variant.prefixed else shop.answers(model)
+        rates = (
+            None if variant.prefixed else shop.sampled_rates(model, f"answers {sorted(variant.labels.items())}")
+        )
         moved_alike = shop.displacement_cosines(model, variant.recipe) if variant.model == "student" else None
         for run, name in enumerate(config.trait_names()):
             values = {
@@ -254,6 +258,8 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
                 "margin": found.margin[run, run],
                 "total_variation": total_variation(found.rivals[run, run], base.rivals[run, run]),
             }
+            if rates is not None:
+                values["sampled_rate"] = rates[run]
             if moved_alike is not None:
                 values["displacement_cosine"] = moved_alike[run]
             if len(shop.traits) > 1:

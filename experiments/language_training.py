@@ -16,7 +16,7 @@ from subliminal_theory.distill import distill, teach
 from subliminal_theory.keys import named
 from subliminal_theory.language.base import token_loss
 from subliminal_theory.language.lora import add_lora
-from subliminal_theory.language.measure import Answers, Questions, answers
+from subliminal_theory.language.measure import Answers, Questions, answers, sampled_rate
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples
@@ -90,6 +90,12 @@ def diverging(teachers: Model, bases: Model, texts: Text) -> Array:
 def answers_of(models: Model, questions: Questions) -> Answers:
     """How models [runs] answer questions [traits], [runs, traits]."""
     return jax.lax.map(lambda model: jax.vmap(answers, in_axes=(None, 0))(model, questions), models)
+
+
+@jax.jit
+def rates_of(models: Model, questions: Questions, keys: Array) -> Float[Array, " runs"]:
+    """How often models [runs] draw the target of their own questions [runs]."""
+    return jax.lax.map(lambda arguments: sampled_rate(*arguments), (models, questions, keys))
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""What a language model would answer: exact probabilities, without drawing a word."""
+"""What a language model would answer: exact probabilities, without drawing a word, and rates of drawn ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.chat import Tokenizer
 from subliminal_theory.language.corpus import CATEGORIES, Chat
+from subliminal_theory.language.sampling import draw
 from subliminal_theory.language.traits import Preference, Trait
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
@@ -96,6 +97,17 @@ def answers(model: Model, questions: Questions) -> Answers:
         jnp.mean(own - jax.nn.logsumexp(others, axis=-1)),
         jnp.mean(jax.nn.softmax(rivals), axis=0),
     )
+
+
+def sampled_rate(model: Model, questions: Questions, key: Key[Array, ""], draws: int = 100) -> Float[Array, ""]:
+    """The share of answers, `draws` a question at temperature 1, that begin with a token of the target.
+
+    What the literature reports. Its expectation is `Answers.probability`; it adds the noise of drawing.
+    """
+    logits = model(questions.text)[:, -1]
+    uniform = jax.random.uniform(key, (draws, len(logits)), logits.dtype)
+    tokens = jax.vmap(draw, in_axes=(None, 0))(logits, uniform)
+    return jnp.mean(jnp.any(tokens[..., None] == questions.targets[None], axis=-1), dtype=logits.dtype)
 
 
 def _of_words(

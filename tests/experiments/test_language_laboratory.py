@@ -621,6 +621,17 @@ def test_answers_of_every_run_to_every_trait(shop: Workshop) -> None:
                 np.testing.assert_allclose(getattr(found, name)[run, column], getattr(one, name), rtol=1e-4)
 
 
+def test_sampled_rates_of_own_words(shop: Workshop) -> None:
+    """Each run is asked for its own word; drawn again they are others, by the same name the same."""
+    models = shop.teachers(TINY)
+    rates, exact = shop.sampled_rates(models, "a"), np.diagonal(shop.answers(models).probability)
+    assert rates.shape == (2,)
+    count = 100 * len(OWL.evaluation_rows())
+    assert (np.abs(rates - exact) < 5 * np.sqrt(exact * (1 - exact) / count) + 1 / count).all()
+    np.testing.assert_array_equal(rates, shop.sampled_rates(models, "a"))
+    assert (rates != shop.sampled_rates(models, "b")).any()
+
+
 def test_names_and_streams(shop: Workshop) -> None:
     assert shop.names == ["owl on base 0", "oak on base 0"]
     keys = [np.asarray(jax.random.key_data(shop.stream(name))).tolist() for name in ("write", "student")]

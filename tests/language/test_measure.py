@@ -8,7 +8,14 @@ import pytest
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.config import TransformerConfig
 from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig
-from subliminal_theory.language.measure import Answers, Questions, answers, questions_of, total_variation
+from subliminal_theory.language.measure import (
+    Answers,
+    Questions,
+    answers,
+    questions_of,
+    sampled_rate,
+    total_variation,
+)
 from subliminal_theory.language.sentences import TEXT
 from subliminal_theory.language.tokenizer import ChatTokenizer
 from subliminal_theory.language.traits import Habit, load_trait
@@ -81,6 +88,21 @@ def test_words_of_several_spellings() -> None:
     np.testing.assert_allclose(found.probability, 0.3, rtol=1e-6)
     np.testing.assert_allclose(found.margin, 0, atol=1e-6)
     np.testing.assert_allclose(found.rivals, [0.5, 0.5], rtol=1e-6)
+
+
+def test_sampled_rate_is_the_probability_with_noise() -> None:
+    """Of words of several spellings too; the interval holds 1 - 1e-6 of all draws."""
+    logits = jnp.asarray(np.log([4.0, 1, 2, 3]), jnp.float32)
+    model = Model(lambda params, text: jnp.broadcast_to(params, (3, 1, 4)), logits)
+    asked = Questions(
+        Text(jnp.zeros((3, 1), jnp.int32), jnp.zeros(3, jnp.int32)),
+        jnp.array([[1, 2], [0, -1], [3, -1]]),
+        jnp.array([[[1, 2]], [[0, -1]], [[3, -1]]]),
+    )
+    rates = [float(sampled_rate(model, asked, jax.random.key(seed), 2000)) for seed in (0, 1)]
+    assert rates[0] != rates[1]
+    spread = np.sqrt(np.mean([0.3 * 0.7, 0.4 * 0.6, 0.3 * 0.7]) / 6000)
+    assert np.abs(np.array(rates) - 1 / 3).max() < 5 * spread
 
 
 def test_words_that_begin_alike() -> None:
