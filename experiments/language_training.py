@@ -23,12 +23,19 @@ from subliminal_theory.source import Examples
 
 # Of so many logits, those of a whole batch would take more memory than the model.
 MANY, CHUNK = 8192, 1024
+# Numbers in a run's models and rows.
+LARGE = 50_000_000
 MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 
 
 def ensemble(train: Callable[[Any], Any], runs: Any) -> Any:
-    """All runs in one vectorised loop; on a CPU one after the other, where together they only fill the caches."""
-    return jax.lax.map(train, runs) if jax.default_backend() == "cpu" else jax.vmap(train)(runs)
+    """All runs in one vectorised loop; one after the other on a CPU, whose caches they would only fill, and if large.
+
+    A large model keeps a device busy alone, and what is between its layers is then there once.
+    """
+    leaves = jax.tree.leaves(runs)
+    large = sum(leaf.size for leaf in leaves) > LARGE * leaves[0].shape[0]
+    return jax.lax.map(train, runs) if large or jax.default_backend() == "cpu" else jax.vmap(train)(runs)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
