@@ -29,7 +29,7 @@ MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 
 
 def ensemble(train: Callable[[Any], Any], runs: Any) -> Any:
-    """All runs in one vectorised loop; one after the other on a CPU, whose caches they would only fill, and if large.
+    """All runs in one vectorised loop; one after the other if large, or on a CPU, whose caches they would fill.
 
     A large model keeps a device busy alone, and what is between its layers is then there once.
     """
