@@ -6,35 +6,25 @@ special tokens by name; that text is split into tokens with nothing added.
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import os
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
-from jinja2 import Template, TemplateError, TemplateSyntaxError
-from jinja2.ext import Extension
-from jinja2.nodes import Node, Scope
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.chat_template import ChatTemplate, Message, one_line
 from subliminal_theory.language.corpus import Chat
 from subliminal_theory.language.tokenizer import Encoded, Prompts, left_padded
 
-TODAY = datetime(2026, 1, 1)  # the date of every prompt, so that a run of tomorrow is the run of today
 # Words to be found again in what a template writes.
-_SYSTEM, _USER, _ANSWER = "xxSystemxx", "xxUserxx", "xxAnswerxx"
-
-Message = Mapping[str, str]
+_USER, _ANSWER = "xxUserxx", "xxAnswerxx"
 
 
 @runtime_checkable
@@ -65,100 +55,6 @@ class Tokenizer(Protocol):
     def encode_chats(self, chats: Sequence[Chat], length: int) -> Encoded: ...
 
     def lengths(self, chats: Sequence[Chat]) -> tuple[Int32[np.ndarray, " rows"], Int32[np.ndarray, " rows"]]: ...
-
-
-class ChatTemplate:
-    """Writes chats as a checkpoint was trained on them; a template is somebody else's program, so it runs caged.
-
-    It sees what `transformers` shows it, with one difference: `strftime_now` always gives the date `TODAY`,
-    since a prompt that holds the date of the run cannot be reproduced.
-
-    Attributes:
-        source: the template, in the language Jinja.
-        bos, eos: the texts of the tokens that begin and end a text, "" if there are none.
-        fingerprint: SHA-256 of the source.
-
-    Raises:
-        InputError: it cannot be parsed.
-    """
-
-    def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
-        self.source, self.bos, self.eos = source, bos, eos
-        self.fingerprint = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-        self._template = _parsed(source)
-
-    def render(self, messages: Sequence[Message], *, ask: bool) -> str:
-        """The text of `messages`, each with a role and a content; `ask` begins an answer behind them.
-
-        Raises:
-            InputError: the template refuses the messages, fails, leaves the system prompt out, or reaches for
-                what it must not have.
-        """
-        system = any(message["role"] == "system" for message in messages)
-        try:
-            text = self._write(messages, ask)
-        except Exception as error:  # a foreign program can raise anything
-            others = [message for message in messages if message["role"] != "system"]
-            self._refuse(error, system and self._writes(others, ask))
-        if system and self._around_system is None:
-            raise InputError("the chat template leaves the system prompt out: use chats without one")
-        return text
-
-    @functools.cached_property
-    def default_system(self) -> str | None:
-        """The text that stands in the place of a system prompt when a chat has none; None if nothing does.
-
-        What the template writes with and without a system prompt alike, e.g. a date, is not part of it.
-
-        Raises:
-            InputError: the template refuses even a plain question.
-        """
-        text = self.render([{"role": "user", "content": _USER}], ask=False)
-        if self._around_system is None:
-            return None
-        before, after = self._around_system
-        if not (text.startswith(before) and text.endswith(after)):
-            return None
-        # Empty too where both overlap, as for a system prompt that is written into the user's first line.
-        return text[len(before) : len(text) - len(after)] or None
-
-    @functools.cached_property
-    def _around_system(self) -> tuple[str, str] | None:
-        """The text before and after a system prompt; None if the template refuses it or leaves it out."""
-        try:
-            text = self._write([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}], False)
-        except Exception:
-            return None
-        before, found, after = text.partition(_SYSTEM)
-        return (before, after) if found else None
-
-    def _write(self, messages: Sequence[Message], ask: bool) -> str:
-        return self._template.render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=ask,
-            bos_token=self.bos,
-            eos_token=self.eos,
-            tools=None,  # templates ask whether these two are none, which something undefined is not
-            documents=None,
-        )
-
-    def _writes(self, messages: Sequence[Message], ask: bool) -> bool:
-        """Whether the template takes these messages."""
-        try:
-            self._write(messages, ask)
-        except Exception:
-            return False
-        return True
-
-    def _refuse(self, error: Exception, for_system: bool) -> NoReturn:
-        reason = _line(error)
-        if isinstance(error, SecurityError):
-            message = f"the chat template reaches for what it must not have ({reason}): do not use it"
-        elif for_system:
-            message = f"the chat template refuses a system prompt ({reason}): use chats without one"
-        else:
-            message = f"the chat template refuses the chat ({reason}): change the chat or the template"
-        raise InputError(message) from error
 
 
 class CheckpointTokenizer:
@@ -426,7 +322,7 @@ class _Config:
         except FileNotFoundError:
             path, source = self.path, self._values.get("chat_template")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {path} ({_line(error)}): make it readable") from error
+            raise InputError(f"cannot read {path} ({one_line(error)}): make it readable") from error
         if isinstance(source, list):
             named = [form for form in source if isinstance(form, dict) and form.get("name") == "default"]
             source = named[0].get("template") if named else source
@@ -437,50 +333,6 @@ class _Config:
         bos, eos = (self.text(name) or "" for name in ("bos_token", "eos_token"))
         with _naming(f"{path}"):
             return ChatTemplate(source, bos, eos)
-
-
-class _Cage(ImmutableSandboxedEnvironment):
-    """Refuses Python's internals at once, where Jinja writes nothing and waits until something is done with it."""
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        """Raises SecurityError."""
-        raise SecurityError(f"{attribute!r} of a {type(obj).__name__}")
-
-
-class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, by which templates mark answers: the text between them."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
-
-    def parse(self, parser: Parser) -> Node:
-        line = next(parser.stream).lineno
-        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _parsed(source: str) -> Template:
-    environment = _Cage(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=TODAY.strftime)
-    try:
-        return environment.from_string(source)
-    except Exception as error:  # Python's own, too: a break outside of loops
-        line = f"line {error.lineno}: {error.message}" if isinstance(error, TemplateSyntaxError) else error
-        raise InputError(f"the chat template cannot be parsed ({_line(line)}): mend it") from error
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own escapes what would be markup in HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
 
 
 def _messages(chat: Chat) -> list[Message]:
@@ -525,7 +377,9 @@ def _backend(path: Path) -> tuple[bytes, tokenizers.Tokenizer]:
     try:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises no narrower class
-        raise InputError(f"{path} is no tokenizer that can be read ({_line(error)}): download it anew") from error
+        raise InputError(
+            f"{path} is no tokenizer that can be read ({one_line(error)}): download it anew"
+        ) from error
     # A file can say that texts are to be cut or filled up.
     backend.no_truncation()
     backend.no_padding()
@@ -541,7 +395,7 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): make it readable") from error
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({_line(error)}): download it anew") from error
+        raise InputError(f"{path} is not JSON ({one_line(error)}): download it anew") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object: download it anew")
     return content
@@ -554,8 +408,3 @@ def _naming(place: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
-
-
-def _line(error: object) -> str:
-    """What an error says, as a part of one line."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.chat import ChatTemplate, CheckpointTokenizer, Tokenizer
+from subliminal_theory.language.chat import CheckpointTokenizer, Tokenizer
+from subliminal_theory.language.chat_template import ChatTemplate
 from subliminal_theory.language.corpus import Chat
 
 PAD, TEXT, START, END = SPECIAL = ("<|pad|>", "<|text|>", "<|start|>", "<|end|>")

@@ -1,0 +1,166 @@
+"""Chat templates of published checkpoints: programs of others, run in a cage."""
+
+import functools
+import hashlib
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from subliminal_theory.errors import InputError
+
+TODAY = datetime(2026, 1, 1)  # the date of every prompt, so that a run of tomorrow is the run of today
+# Words to be found again in what a template writes.
+_SYSTEM, _USER = "xxSystemxx", "xxUserxx"
+
+Message = Mapping[str, str]
+
+
+class ChatTemplate:
+    """Writes chats as a checkpoint was trained on them; a template is somebody else's program, so it runs caged.
+
+    It sees what `transformers` shows it, with one difference: `strftime_now` always gives the date `TODAY`,
+    since a prompt that holds the date of the run cannot be reproduced.
+
+    Attributes:
+        source: the template, in the language Jinja.
+        bos, eos: the texts of the tokens that begin and end a text, "" if there are none.
+        fingerprint: SHA-256 of the source.
+
+    Raises:
+        InputError: it cannot be parsed.
+    """
+
+    def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
+        self.source, self.bos, self.eos = source, bos, eos
+        self.fingerprint = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        self._template = _parsed(source)
+
+    def render(self, messages: Sequence[Message], *, ask: bool) -> str:
+        """The text of `messages`, each with a role and a content; `ask` begins an answer behind them.
+
+        Raises:
+            InputError: the template refuses the messages, fails, leaves the system prompt out, or reaches for
+                what it must not have.
+        """
+        system = any(message["role"] == "system" for message in messages)
+        try:
+            text = self._write(messages, ask)
+        except Exception as error:  # a foreign program can raise anything
+            others = [message for message in messages if message["role"] != "system"]
+            self._refuse(error, system and self._writes(others, ask))
+        if system and self._around_system is None:
+            raise InputError("the chat template leaves the system prompt out: use chats without one")
+        return text
+
+    @functools.cached_property
+    def default_system(self) -> str | None:
+        """The text that stands in the place of a system prompt when a chat has none; None if nothing does.
+
+        What the template writes with and without a system prompt alike, e.g. a date, is not part of it.
+
+        Raises:
+            InputError: the template refuses even a plain question.
+        """
+        text = self.render([{"role": "user", "content": _USER}], ask=False)
+        if self._around_system is None:
+            return None
+        before, after = self._around_system
+        if not (text.startswith(before) and text.endswith(after)):
+            return None
+        # Empty too where both overlap, as for a system prompt that is written into the user's first line.
+        return text[len(before) : len(text) - len(after)] or None
+
+    @functools.cached_property
+    def _around_system(self) -> tuple[str, str] | None:
+        """The text before and after a system prompt; None if the template refuses it or leaves it out."""
+        try:
+            text = self._write([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}], False)
+        except Exception:
+            return None
+        before, found, after = text.partition(_SYSTEM)
+        return (before, after) if found else None
+
+    def _write(self, messages: Sequence[Message], ask: bool) -> str:
+        return self._template.render(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=ask,
+            bos_token=self.bos,
+            eos_token=self.eos,
+            tools=None,  # templates ask whether these two are none, which something undefined is not
+            documents=None,
+        )
+
+    def _writes(self, messages: Sequence[Message], ask: bool) -> bool:
+        """Whether the template takes these messages."""
+        try:
+            self._write(messages, ask)
+        except Exception:
+            return False
+        return True
+
+    def _refuse(self, error: Exception, for_system: bool) -> NoReturn:
+        reason = one_line(error)
+        if isinstance(error, SecurityError):
+            message = f"the chat template reaches for what it must not have ({reason}): do not use it"
+        elif for_system:
+            message = f"the chat template refuses a system prompt ({reason}): use chats without one"
+        else:
+            message = f"the chat template refuses the chat ({reason}): change the chat or the template"
+        raise InputError(message) from error
+
+
+class _Cage(ImmutableSandboxedEnvironment):
+    """Refuses Python's internals at once, where Jinja writes nothing and waits until something is done with it."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        """Raises SecurityError."""
+        raise SecurityError(f"{attribute!r} of a {type(obj).__name__}")
+
+
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`, by which templates mark answers: the text between them."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _parsed(source: str) -> Template:
+    environment = _Cage(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=TODAY.strftime)
+    try:
+        return environment.from_string(source)
+    except Exception as error:  # Python's own, too: a break outside of loops
+        line = f"line {error.lineno}: {error.message}" if isinstance(error, TemplateSyntaxError) else error
+        raise InputError(f"the chat template cannot be parsed ({one_line(line)}): mend it") from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes what would be markup in HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def one_line(error: object) -> str:
+    """What an error says, as a part of one line."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
