@@ -195,13 +195,10 @@ def memory(job: Job, mesh: AbstractMesh) -> dict[str, float]:
     adapted = [group for group in job.groups if group.adapted]
     if job.rank:
         factors = sum(factor.split(mesh) for group in adapted for factor in group.factors(job.rank))
-        matrices = sum(group.split(mesh) for group in adapted)
         found = {
             "frozen weights, bfloat16": 2 * held,
             "low-rank factors, float32": 4 * factors,
-            # The gradient of a merged matrix is formed before it becomes that of its factors.
-            "merged matrices, bfloat16": 2 * matrices,
-            "gradients": 4 * factors + 2 * matrices / job.config.layers,
+            "gradients, float32": 4 * factors,
             "state of Adam, float32": 8 * factors,
         }
     else:
@@ -296,19 +293,22 @@ def operations(job: Job) -> float:
 
     With M the numbers in all matrices that multiply (the embedding counts if it is the output matrix too), L those
     in the blocks, and A = 4 layers heads head_width length the products of attention, a token takes F = 2 M + A
-    forward and 2 F backward: 6 M + 3 A. Recomputed activations add 2 L + A, a teacher F. With low-rank factors the
-    gradient of the matrices outside of the blocks is spared, which leaves 4 M + 2 L + 3 A, and the merge of rank r
-    adds 6 r L a step. It would be 4 M + 3 A if factors were applied to activations instead of merged.
+    forward and 2 F backward: 6 M + 3 A. Recomputed activations add 2 L + A, a teacher F. Low-rank factors spare
+    the gradients of matrices, which leaves 4 M + 3 A, and that of what the first block reads; they themselves add
+    6 r (inputs + outputs) for each matrix.
     """
     config = job.config
     blocks = sum(group.size for group in job.groups if group.adapted)
     matrices = blocks + config.vocabulary * config.width
     attention = 4 * config.layers * config.heads * config.head_width * job.length
     forward = 2 * matrices + attention
-    token = forward + 2 * forward - (2 * (matrices - blocks) if job.rank else 0)
+    readers = ("query", "key", "value", *(("gate", "up") if config.parallel else ()))
+    first = sum(math.prod(g.shape) for g in job.groups if g.adapted and g.name.split("/")[-2] in readers)
+    token = forward + 2 * forward - (2 * (matrices + first) if job.rank else 0)
+    token += 6 * sum(factor.size for group in job.groups if group.adapted for factor in group.factors(job.rank))
     token += 2 * blocks + attention if job.recomputed else 0
     token += forward if job.soft else 0
-    return float(token) * job.tokens + 6.0 * job.rank * blocks
+    return float(token) * job.tokens
 
 
 # --- the command
