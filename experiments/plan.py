@@ -161,13 +161,13 @@ def activation_bytes(job: Job, mesh: AbstractMesh, recomputed: bool, number: int
 
 
 def logit_bytes(job: Job, mesh: AbstractMesh) -> float:
-    """Bytes of float32 logits on a device, which has four tables of them at once, or five with a teacher's.
+    """Bytes of float32 logits on a device, which has two tables of them at once, or five with a teacher's.
 
     So many does the compiler make for a CPU; for accelerators it may join some.
     """
     tokens = job.tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
     at_once = min(tokens, job.chunk or tokens)
-    return at_once * job.config.vocabulary / mesh.shape["tensor"] * 4 * (5 if job.soft else 4)
+    return at_once * job.config.vocabulary / mesh.shape["tensor"] * 4 * (5 if job.soft else 2)
 
 
 def gathered_bytes(job: Job, mesh: AbstractMesh) -> float:

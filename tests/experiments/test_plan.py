@@ -138,7 +138,7 @@ def test_activations_and_logits() -> None:
     job, alone = job_of(GATED), plan.make_abstract(1, 1, 1)
     assert plan.logit_bytes(job, alone) == 8 * 128 * 1000 * 4 * 5
     assert plan.logit_bytes(job, plan.make_abstract(2, 2, 2)) == 8 * 128 * 1000 * 4 * 5 / 8
-    assert plan.logit_bytes(dataclasses.replace(job, chunk=64, soft=False), alone) == 64 * 1000 * 4 * 4
+    assert plan.logit_bytes(dataclasses.replace(job, chunk=64, soft=False), alone) == 64 * 1000 * 4 * 2
     kept, recomputed = (plan.activation_bytes(job, alone, again) for again in (False, True))
     assert kept - recomputed == 3 * 8 * 128 * (plan.block_bytes(GATED, 128) - 2 * 256) - (
         8 * 128 * 2 * 256 - 512 * 1024
@@ -177,7 +177,7 @@ def test_table_of_one_device(qwen: Path, capsys: Capture) -> None:
     assert "\n16 rows x 512 tokens a step\nmesh: data 1 x fsdp 1 x tensor 1\n" in output
     for name, each in (("master weights, float32", 4), ("gradients, float32", 4), ("state of Adam, float32", 8)):
         assert entry(output, name) == [pytest.approx(each * QWEN_SIZE / 2**30, abs=6e-4)] * 2
-    assert entry(output, "logits") == [pytest.approx(16 * 512 * 151936 * 4 * 4 / 2**30, abs=6e-4)] * 2
+    assert entry(output, "logits") == [pytest.approx(16 * 512 * 151936 * 4 * 2 / 2**30, abs=6e-4)] * 2
     # 6 N tokens, N = all parameters (the head is the embedding), and attention.
     token = 6 * QWEN_SIZE + 3 * 4 * 24 * 896 * 512
     (operations, each) = re.findall(r"([\d.e+]+) operations a step, ([\d.e+]+) a token", output)[0]
