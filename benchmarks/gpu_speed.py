@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.language_training import MATRICES
 from subliminal_theory.channel import SampledToken, SoftLogits
 from subliminal_theory.distill import Trained, distill
 from subliminal_theory.language.config import TransformerConfig
@@ -38,8 +39,6 @@ from subliminal_theory.language.sampling import sample
 from subliminal_theory.language.transformer import Text, Transformer
 from subliminal_theory.model import Model, computed_in, from_nnx, rounded
 from subliminal_theory.source import Examples
-
-PROJECTIONS = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
         model = computed_in(from_nnx(Transformer(config, rngs=nnx.Rngs(0))), jnp.bfloat16)
         teacher = rounded(model) if mode.startswith("soft") else None
         if mode.startswith("lora"):
-            model = add_lora(rounded(model), PROJECTIONS, 8, 8.0, jax.random.key(1))
+            model = add_lora(rounded(model), MATRICES, 8, 8.0, jax.random.key(1))
         return (rounded(model) if mode == "sample" else model), teacher
 
     @jax.jit

@@ -199,7 +199,7 @@ def other_model(config: LanguageConfig, seed: int) -> Model:
 
 @functools.lru_cache(maxsize=2)
 def _opened(folder: str, compute: str) -> CheckpointBase:
-    return open_base(Path(folder), compute=None if compute == "float32" else compute)
+    return open_base(Path(folder), compute=compute)
 
 
 @functools.lru_cache(maxsize=8)

@@ -61,7 +61,7 @@ def imitation_loss(
     targets: Array,
     weights: Float[Array, "*batch"],
 ) -> Float[Array, ""]:
-    """The student's loss; the theorem verifies and `distill` descends this very function."""
+    """The student's loss, which the theorem verifies; `distill` descends these losses under this reduction."""
     return weighted_mean(channel.loss(student_logits, targets), weights)
 
 

@@ -86,8 +86,8 @@ def distill(
     `snapshots` are the ascending numbers of steps after which to keep the model. With `chunk`, no more logits
     than those of so many positions are in memory at once; both models must be `Divisible`. A run of `steps` can
     be made in pieces: one goes on from `state` and makes `count` of them, all that are left if None; pieces of one
-    length are one program. With `accumulate`, a batch is
-    computed in so many parts, one after the other; their gradients sum to that of the whole batch's weighted mean.
+    length are one program. With `accumulate`, a batch is computed in so many parts, one after the other; their
+    gradients sum to that of the whole batch's weighted mean.
 
     Raises:
         InputError: the source brings labels; both or neither of a teacher and targets are given;

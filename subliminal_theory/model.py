@@ -57,9 +57,7 @@ class Model:
         already = leaves_by_path(self.frozen)
 
         def frozen(path: Any) -> bool:
-            return path_name(path) in already or any(
-                fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns
-            )
+            return path_name(path) in already or matches(path, patterns)
 
         split = jax.tree_util.tree_map_with_path
         return Model(
@@ -72,6 +70,11 @@ class Model:
 def path_name(path: Any) -> str:
     """The name of a leaf, such as `layers/0/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def matches(path: Any, patterns: Sequence[str]) -> bool:
+    """Whether the name of a leaf matches one of some glob patterns."""
+    return any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
@@ -124,8 +127,8 @@ class Functional:
             return params
 
         def one(path: Any, leaf: Array) -> Array:
-            kept = any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in but)
-            return leaf if kept or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(self.dtype)
+            kept = matches(path, but) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+            return leaf if kept else leaf.astype(self.dtype)
 
         return jax.tree_util.tree_map_with_path(one, params)
 

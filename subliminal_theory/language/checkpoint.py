@@ -79,7 +79,7 @@ def open_base(
     tokenizer = CheckpointTokenizer.load(folder)
     tokenizer.check_fits(read_family(folder).config.vocabulary)
     checkpoint = load_checkpoint(folder, dtype, placement, remat=True)
-    if compute is not None:
+    if compute not in (None, dtype):
         checkpoint = replace(checkpoint, model=computed_in(checkpoint.model, _format(compute)))
     return CheckpointBase(seed, checkpoint, tokenizer)
 
@@ -130,7 +130,9 @@ def load_checkpoint(
 
 def _put(tensor: np.ndarray, dtype: Any, place: Any) -> jax.Array:
     if isinstance(place, jax.sharding.Sharding):  # each process reads its own shards alone
-        return jax.make_array_from_callback(tensor.shape, place, lambda index: _copy(tensor[index], dtype))
+        shards = place.addressable_devices_indices_map(tensor.shape).items()
+        pieces = [_put(tensor[index], dtype, device) for device, index in shards]
+        return jax.make_array_from_single_device_arrays(tensor.shape, place, pieces)
     if tensor.ndim == 2 and tensor.T.flags.c_contiguous and not tensor.flags.c_contiguous:
         # As it lies, and turned by the device: NumPy takes several times as long.
         return _turned(jax.device_put(tensor.T, place), dtype).block_until_ready()
@@ -189,7 +191,7 @@ def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | N
     if transformer_of(plain).config != like.family.config:
         raise InputError(f"save_checkpoint: the model is not of the shape of {like.folder}")
     params = leaves_by_path(plain.all_params)
-    kind = next(iter(params.values())).dtype if dtype is None else DTYPES[dtype]
+    kind = next(iter(params.values())).dtype if dtype is None else _format(dtype)
     tensors = {}
     for entry in entries(like.family):
         parts = [np.asarray(params[name]).astype(kind, copy=False) for name in entry.ours]

@@ -1,8 +1,7 @@
 """Low-rank adaptation (arXiv 2106.09685): matrices become W + (alpha / rank) A B, and only A and B train."""
 
-import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.layers import Factored
-from subliminal_theory.model import Apply, Divisible, Model, match_paths, path_name
+from subliminal_theory.model import Apply, Divisible, Model, match_paths, matches, path_name
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,17 @@ class Adapted:
 
     def merged(self, params: PyTree) -> PyTree:
         """Parameters of `apply`: sums in the place of what is factored, in the format of W."""
-        return self._map(params, lambda path: False)
+        return self._opened(params, ())
 
-    def _opened(self, params: PyTree) -> PyTree:
-        kept = getattr(self.apply, "factored", ())
-        return self._map(params, lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in kept))
+    def _opened(self, params: PyTree, kept: Sequence[str] | None = None) -> PyTree:
+        """Factors, with the scale in B, where `apply` takes them, or where a pattern matches; sums elsewhere."""
+        patterns = getattr(self.apply, "factored", ()) if kept is None else kept
 
-    def _map(self, params: PyTree, keep: Callable[[str], bool]) -> PyTree:
         def one(path: Any, node: Any) -> Any:
             if not isinstance(node, Factored):
                 return node
             base, a, b = jax.tree.leaves(node)
-            if keep(path_name(path)):
+            if matches(path, patterns):
                 return Factored(base, a, self.scale * b)
             return (base + self.scale * (a @ b)).astype(base.dtype)
 
@@ -82,12 +80,8 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
     everything = model.all_params
     match_paths(everything, patterns)
 
-    def matched(path: Any) -> bool:
-        return any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
-
-    chosen = {
-        path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(everything) if matched(p)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(everything)
+    chosen = {path_name(path): leaf.shape for path, leaf in leaves if matches(path, patterns)}
     others = [f"{name} {shape}" for name, shape in chosen.items() if len(shape) != 2]
     if others:
         raise InputError(f"add_lora: only matrices can be adapted, and the patterns match {', '.join(others)}")
@@ -96,7 +90,7 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
             raise InputError(f"add_lora: rank must be from 1 to {min(shape)} for {name} {shape}, got {rank}")
 
     def factors(path: Any, leaf: Array) -> Factored | None:
-        if not matched(path):
+        if not matches(path, patterns):
             return None
         inputs, outputs = leaf.shape
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -104,7 +98,7 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
         return Factored(None, a, jnp.zeros((rank, outputs), dtype))
 
     def base(path: Any, leaf: Array) -> Any:
-        return Factored(leaf, None, None) if matched(path) else leaf
+        return Factored(leaf, None, None) if matches(path, patterns) else leaf
 
     return Model(
         Adapted(model.apply, alpha / rank),
