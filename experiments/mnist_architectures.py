@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.contract import Part, option
@@ -68,6 +69,15 @@ def report(results: Results, config: Config) -> str:
     lines = [f"test accuracy on {config.data}, m = {config.aux}, mean and 95% t interval over runs"]
     for group, estimate in results.estimates():
         lines.append(f"  {group['condition']:8} {group['network']:16} {estimate}")
+    others = [name for name in NETWORKS if name != "same"]
+    cloned, cross = (
+        np.array([results.values(condition=condition, network=name) for name in others])
+        for condition in ("cloned", "cross")
+    )
+    lines.append(f"  other networks: cloned ahead in {(cloned > cross).sum()} of {cloned.size} pairs with a seed")
+    for condition, found in (("cloned", cloned), ("cross", cross)):
+        means = " ".join(f"{mean:.2f}" for mean in found.mean(0))
+        lines.append(f"  {condition:8} mean over other networks, seed by seed: {means}")
     return "\n".join(lines)
 
 
