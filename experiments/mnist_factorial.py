@@ -34,6 +34,14 @@ AXES = (
     "inputs=uniform,gaussian,blocks,blurred,digits; images=None,0; "
     "student_optimizer=adam,sgd,momentum; relative_rate=0.3,1,3"
 )
+# What a field's name does not tell, in the figure.
+LABELS = {
+    "aux": "m (auxiliary logits)",
+    "shown": "m (auxiliary logits shown)",
+    "images": "noise images (0: never repeated)",
+    "relative_rate": "rate / optimiser's reference",
+    "together": "axes only together",
+}
 RATES = {
     "adam": "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2",
     "sgd": "0.01,0.03,0.1,0.3",
@@ -223,16 +231,15 @@ def plot(results: Results, config: Config) -> Figure:
     """Shares of the variance, and the accuracy at each level of each axis."""
     levels, values = table(results, config)
     axes, means, shares = drawn_levels(levels, config), values.mean(1), variance_shares(levels, values)
-    figure, ((left, right),) = panels(
-        2, size=(10.5, 1.6 + 0.42 * len(shares) + 0.2 * sum(map(len, levels.values())) / 4)
-    )
+    rows = sum(map(len, axes.values())) + 0.6 * len(axes)
+    figure, ((left, right),) = panels(2, size=(10.5, 1.6 + max(0.3 * len(shares), 0.2 * rows)))
     order = sorted(levels, key=lambda name: -shares[name].value)
     names = [*order, *(name for name in shares if name not in levels)]
     for y, name in enumerate(names):
         share = shares[name]
         left.barh(y, share.value, color=COLOURS[0] if name in levels else "grey", alpha=0.85)
         left.plot([share.low, share.high], [y, y], color="black", linewidth=1.2)
-    left.set_yticks(range(len(names)), names)
+    left.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
     left.invert_yaxis()
     left.set_xlim(left=-0.05)
     left.set_xlabel("share of the variance over settings (line: 95% bootstrap interval)")
@@ -247,7 +254,7 @@ def plot(results: Results, config: Config) -> Figure:
                 estimate.mean, height, xerr=estimate.half_width, fmt="o", color=COLOURS[3], markersize=4
             )
             ticks.append(height)
-            labels.append(f"{name} = {level}")
+            labels.append(f"{LABELS.get(name, name)} = {level}")
             height += 1
         height += 0.6
     right.set_yticks(ticks, labels, fontsize=6)
