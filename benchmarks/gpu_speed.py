@@ -2,25 +2,30 @@
 
     python benchmarks/gpu_speed.py [--shapes 0.5b 1.5b] [--out FILE]
 
-Each measurement has a process of its own, `transformers` with PyTorch (compiled for training, `gpu_torch.py`) as
-well as this project; they run one after the other, and what is done is told at once. The device's own limits come
-first: the rate of a product of 8192 x 8192 matrices in bfloat16, and the bandwidth of a copy.
+Each measurement has a process of its own. Those of this project compile beside each other (`--beside`) and are
+measured one at a time, while nothing compiles (a file lock, shared or exclusive); then `transformers` with PyTorch
+(compiled for training, `gpu_torch.py`), one after the other. What is done is told at once. The device's own limits
+come first: the rate of a product of 8192 x 8192 matrices in bfloat16, and the bandwidth of a copy.
 
 Training: rows of random tokens, the loss at every position, bfloat16 with float32 masters and Adam, or low-rank
 factors (rank 8, all projections) over a frozen base in bfloat16. Its share of the product rate counts the
 operations that are needed: three times a forward pass, or twice where only factors train. Sampling: 256 rows, 64
-tokens of prompt and 64 drawn; its share of the bandwidth counts weights and the cache's filled part, each read
-once a token.
+tokens of prompt and 64 drawn, all of it compared with `generate`; the share of the bandwidth is that of the tokens
+after the first and counts weights and the cache's filled part, each read once a token.
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +72,7 @@ SHAPES = {
     "1.5b": Shape(qwen(151_936, 28, 1536, 12, 2, 8960), 64, 128, 4096, rows=256, prompt=64, new=64),
     "tiny": Shape(qwen(512, 2, 64, 4, 2, 128), 8, 16, 64, rows=8, prompt=8, new=8),
 }
-MODES = ("full", "full-chunk", "soft-chunk", "lora", "sample")
+MODES = ("full", "soft", "lora", "sample")
 PEERS = ("full", "lora", "sample")
 
 
@@ -96,7 +101,7 @@ def sampling_bytes(shape: Shape) -> float:
 
 def passes(mode: str) -> float:
     """Forward passes that the products of a step are worth."""
-    return 2 if mode.startswith("lora") else 4 if mode.startswith("soft") else 3
+    return 2 if mode == "lora" else 4 if mode == "soft" else 3
 
 
 def worker(shape: Shape, mode: str, steps: int) -> None:
@@ -106,8 +111,8 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
     def start() -> tuple[Model, Model | None]:
         """The student and the teacher, of which only the shapes matter: one program draws all of a shape."""
         model = computed_in(from_nnx(Transformer(config, rngs=nnx.Rngs(0))), jnp.bfloat16)
-        teacher = rounded(model) if mode.startswith("soft") else None
-        if mode.startswith("lora"):
+        teacher = rounded(model) if mode == "soft" else None
+        if mode == "lora":
             model = add_lora(rounded(model), MATRICES, 8, 8.0, jax.random.key(1))
         return (rounded(model) if mode == "sample" else model), teacher
 
@@ -116,41 +121,55 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
         tokens = jax.random.randint(
             jax.random.key(2), (4 * shape.batch, shape.columns), 0, config.vocabulary, jnp.int32
         )
-        targets = None if mode.startswith("soft") else jnp.roll(tokens, -1, axis=1)
+        targets = None if mode == "soft" else jnp.roll(tokens, -1, axis=1)
         weigh = jnp.ones(tokens.shape, jnp.float32)
         text = Text(tokens, jnp.zeros(len(tokens), jnp.int32))
         return Examples(text, shape.batch, targets=targets, positions=weigh)
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4))
-    channel = SoftLogits() if mode.startswith("soft") else SampledToken()
-    chunk = shape.chunk if mode.endswith("chunk") else None
+    channel = SoftLogits() if mode == "soft" else SampledToken()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train(model: Model, teacher: Model | None, source: Examples) -> Trained:
-        return distill(model, teacher, channel, source, optimizer, steps, jax.random.key(3), chunk=chunk)
+        return distill(model, teacher, channel, source, optimizer, steps, jax.random.key(3), chunk=shape.chunk)
 
-    def draw(model: Model, text: Text) -> Any:
-        return sample(model, text, steps=shape.new, key=jax.random.key(4))
+    def draw(count: int) -> Any:
+        return sample(model, text, steps=count, key=jax.random.key(4))
 
     if mode == "sample":
-        model, _ = start()
-        tokens = jax.random.randint(jax.random.key(5), (shape.rows, shape.prompt), 0, config.vocabulary, jnp.int32)
-        text = Text(tokens, jnp.zeros(shape.rows, jnp.int32))
-        jax.block_until_ready(draw(model, text))
-        report(timed(lambda: draw(model, text), 3) / shape.new)
+        with device(fcntl.LOCK_SH):
+            model, _ = start()
+            tokens = jax.random.randint(
+                jax.random.key(5), (shape.rows, shape.prompt), 0, config.vocabulary, jnp.int32
+            )
+            text = Text(tokens, jnp.zeros(shape.rows, jnp.int32))
+            jax.block_until_ready([draw(count) for count in (1, shape.new)])
+        with device(fcntl.LOCK_EX):
+            first, whole = (timed(functools.partial(draw, count), 5) for count in (1, shape.new))
+        report(whole / shape.new, after_first=(whole - first) / (shape.new - 1), first=first)
         return
-    began = time.perf_counter()
-    compiled = train.lower(*jax.eval_shape(start), jax.eval_shape(rows)).compile()
-    compiling = time.perf_counter() - began
-    (model, teacher), source = start(), rows()
+    with device(fcntl.LOCK_SH):
+        began = time.perf_counter()
+        compiled = train.lower(*jax.eval_shape(start), jax.eval_shape(rows)).compile()
+        compiling = time.perf_counter() - began
+        (model, teacher), source = jax.block_until_ready((start(), rows()))
     losses: list[float] = []
     seconds: list[float] = []
-    for _ in range(4):
-        began = time.perf_counter()
-        done = jax.block_until_ready(compiled(model, teacher, source))
-        seconds.append((time.perf_counter() - began) / steps)
-        model, losses = done.model, [*losses, *map(float, done.losses[:1])]
+    with device(fcntl.LOCK_EX):
+        for _ in range(4):
+            began = time.perf_counter()
+            done = jax.block_until_ready(compiled(model, teacher, source))
+            seconds.append((time.perf_counter() - began) / steps)
+            model, losses = done.model, [*losses, *map(float, done.losses[:1])]
     report(sorted(seconds[1:])[1], losses=losses, compiling=round(compiling))
+
+
+@contextlib.contextmanager
+def device(kind: int) -> Iterator[None]:
+    """Beside others that compile too (LOCK_SH), or alone (LOCK_EX)."""
+    with open(os.environ["GPU_TURN"], "w") as lock:
+        fcntl.flock(lock, kind)
+        yield
 
 
 def limits(shape: Shape) -> None:
@@ -204,14 +223,29 @@ def run(command: list[str], patience: float) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def told(shape: Shape, mode: str, found: dict[str, Any], limit: dict[str, Any]) -> str:
+    """A measurement in words; the share of the limit is added to it."""
+    seconds = found["seconds"]
+    if mode == "sample":
+        found["share"] = round(sampling_bytes(shape) / found["after_first"] / limit["bandwidth"], 3)
+        return (
+            f"{1e3 * seconds:.2f} ms a token of {shape.rows} rows, the first {1e3 * found['first']:.1f}, "
+            f"others {1e3 * found['after_first']:.2f}, {found['share']:.0%} of bandwidth"
+        )
+    rate = training_operations(shape, passes(mode)) / seconds
+    found["share"] = round(rate / limit["rate"], 3)
+    return f"{1e3 * seconds:.1f} ms a step, {rate / 1e12:.0f} TFLOP/s, {found['share']:.0%} of products"
+
+
 def main() -> None:
     """Print a line a measurement, and all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["0.5b", "1.5b"], choices=SHAPES, help="(default both)")
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES, help="(default all)")
+    parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES, help="(default all)")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of PyTorch (default all)")
     parser.add_argument("--steps", type=int, default=8, help="of training a call (default 8)")
-    parser.add_argument("--patience", type=float, default=200, help="seconds for one measurement (default 200)")
+    parser.add_argument("--beside", type=int, default=4, help="workers that start and compile at once (default 4)")
+    parser.add_argument("--patience", type=float, default=300, help="seconds for one measurement (default 300)")
     parser.add_argument("--out", type=Path, help="also write the results there as JSON")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -219,61 +253,64 @@ def main() -> None:
         name, mode = chosen.worker
         limits(SHAPES[name]) if mode == "limits" else worker(SHAPES[name], mode, chosen.steps)
         return
+    with tempfile.NamedTemporaryFile() as lock:
+        os.environ["GPU_TURN"] = lock.name
+        measure_all(chosen)
 
+
+def measure_all(chosen: argparse.Namespace) -> None:
+    """Every measurement that was asked for."""
     began = time.perf_counter()
     results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
-    def measure(name: str, command: list[Any]) -> dict[str, Any]:
-        results[name] = found = run([sys.executable, *map(str, command)], chosen.patience)
+    def tell(line: str) -> None:
+        print(f"{time.perf_counter() - began:4.0f} s  {line}", flush=True)
         if chosen.out:
             chosen.out.write_text(json.dumps(results, indent=1))
-        print(f"{time.perf_counter() - began:4.0f} s  {name}: {found}", flush=True)
-        return found
 
-    def ours(name: str, mode: str) -> dict[str, Any]:
-        return measure(f"{name} {mode}", [__file__, "--steps", chosen.steps, "--worker", name, mode])
+    def ours(name: str, mode: str) -> list[Any]:
+        return [__file__, "--steps", chosen.steps, "--worker", name, mode]
 
-    def theirs(name: str, mode: str) -> dict[str, Any]:
+    def theirs(name: str, mode: str) -> list[Any]:
         shape = SHAPES[name]
         config = shape.config
-        command = [
+        return [
             Path(__file__).with_name("gpu_torch.py"), "--mode", mode,
             "--vocabulary", config.vocabulary, "--layers", config.layers, "--width", config.width,
             "--heads", config.heads, "--kv-heads", config.kv_heads, "--mlp-width", config.mlp_width,
             "--batch", shape.batch, "--columns", shape.columns, "--steps", chosen.steps, "--rows", shape.rows,
             "--prompt", shape.prompt, "--new", shape.new,
         ]  # fmt: skip
-        return measure(f"{name} {mode} (transformers)", command)
 
-    limit = ours(chosen.shapes[0], "limits")
+    def measured(name: str, mode: str, command: list[Any], own: bool) -> None:
+        found = run([sys.executable, *map(str, command)], chosen.patience)
+        results[f"{name} {mode}" + ("" if own else " (transformers)")] = found
+        if "failed" in found or mode == "limits":
+            tell(f"{name} {mode}: {found}")
+        elif own:
+            tell(f"{name} {mode}: {told(SHAPES[name], mode, found, limit)}; {found}")
+        else:
+            tell(f"{name} {mode} (transformers): {1e3 * found['seconds']:.2f} ms; {found}")
+
+    first = chosen.shapes[0]
+    measured(first, "limits", ours(first, "limits"), True)
+    limit = results[f"{first} limits"]
     for name in chosen.shapes:
-        shape, seconds = SHAPES[name], {}
-        for mode in chosen.modes:
-            found = ours(name, mode)
-            if "seconds" not in found:
-                continue
-            seconds[mode] = found["seconds"]
-            if mode == "sample":
-                share = sampling_bytes(shape) / found["seconds"] / limit["bandwidth"]
-                told = f"{1e3 * found['seconds']:.2f} ms a token of {shape.rows} rows, {share:.0%} of bandwidth"
-            else:
-                rate = training_operations(shape, passes(mode)) / found["seconds"]
-                share = rate / limit["rate"]
-                told = (
-                    f"{1e3 * found['seconds']:.1f} ms a step, {rate / 1e12:.0f} TFLOP/s, {share:.0%} of products"
-                )
-            found["share"] = round(share, 3)
-            print(f"{name} {mode}: {told}", flush=True)
-        if {"full-chunk", "soft-chunk"} <= seconds.keys():
-            results[f"{name} soft over plain"] = ratio = round(seconds["soft-chunk"] / seconds["full-chunk"], 2)
-            print(f"{name}: full-distribution distillation costs {ratio} times plain training", flush=True)
+        with ThreadPoolExecutor(chosen.beside) as pool:
+            list(pool.map(lambda mode, name=name: measured(name, mode, ours(name, mode), True), chosen.modes))
         for mode in chosen.peers:
-            found = theirs(name, mode)
-            if "seconds" in found and mode in seconds:
-                results[f"{name} {mode} over transformers"] = round(found["seconds"] / seconds[mode], 2)
-                print(f"{name} {mode}: {found['seconds'] / seconds[mode]:.2f} times transformers", flush=True)
-    if chosen.out:
-        chosen.out.write_text(json.dumps(results, indent=1))
+            measured(name, mode, theirs(name, mode), False)
+
+    def ratio(label: str, over: str, under: str) -> None:
+        pair = [results.get(key, {}).get("seconds") for key in (over, under)]
+        if None not in pair:
+            results[label] = round(pair[0] / pair[1], 2)
+            tell(f"{label}: {results[label]}")
+
+    for name in chosen.shapes:
+        ratio(f"{name} cost of full distributions over plain", f"{name} soft", f"{name} full")
+        for mode in PEERS:
+            ratio(f"{name} {mode}: times transformers", f"{name} {mode} (transformers)", f"{name} {mode}")
 
 
 if __name__ == "__main__":

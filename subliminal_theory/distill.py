@@ -58,6 +58,8 @@ class Step:
 Observe = Callable[[Step], PyTree]
 # One loss for each position of a batch.
 Losses = Callable[[Model, Batch, Key[Array, ""]], Float[Array, "batch ..."]]
+# The weighted mean of a batch's losses, and its gradient.
+Slope = Callable[[Model, Batch, Key[Array, ""]], tuple[Float[Array, ""], PyTree]]
 
 
 def distill(
@@ -115,44 +117,58 @@ def distill(
         raise InputError(f"a batch of {size} cannot be accumulated in {accumulate} equal parts")
 
     def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
-        if chunk is not None:
-            return _in_chunks(model, teacher, channel, batch, step_key, chunk)
         targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
         return channel.loss(model(batch.inputs), targets)
 
-    return _run(student, losses, source, optimizer, steps, key, observe, snapshots, state, count, accumulate)
+    def in_chunks(model: Model, batch: Batch, step_key: Key[Array, ""]) -> tuple[Float[Array, ""], PyTree]:
+        assert chunk is not None
+        return _slope_in_chunks(model, teacher, channel, batch, step_key, chunk)
+
+    slope = _slope_of(losses) if chunk is None else in_chunks
+    return _run(student, slope, source, optimizer, steps, key, observe, snapshots, state, count, accumulate)
 
 
-def _in_chunks(
+def _slope_in_chunks(
     student: Model, teacher: Model | None, channel: Channel, batch: Batch, key: Key[Array, ""], chunk: int
-) -> Float[Array, "*batch"]:
-    """The channel's loss at every position, of logits that are made, used and made again chunk by chunk."""
-    models = [model for model in (student, teacher) if model is not None]
-    read = [model.apply.features(model.all_params, batch.inputs) for model in models]  # type: ignore[attr-defined]
-    shape = read[0].shape[:-1]
+) -> tuple[Float[Array, ""], PyTree]:
+    """The slope of a batch, chunk by chunk of its positions: logits are made once, for loss and gradient both."""
+
+    def features(params: PyTree) -> Float[Array, "*batch width"]:
+        return student.apply.features(student.with_params(params).all_params, batch.inputs)  # type: ignore[attr-defined]
+
+    read, back = jax.vjp(features, student.params)
+    taught = None if teacher is None else teacher.apply.features(teacher.all_params, batch.inputs)  # type: ignore[attr-defined]
+    shape = read.shape[:-1]
     positions = math.prod(shape)
     chunks = -(-positions // chunk)
+    total = jnp.sum(batch.weights)
 
-    def cut(leaf: Array, whole: int) -> Array:
-        flat = leaf.reshape(positions, *leaf.shape[whole:])
+    def cut(leaf: Array) -> Array:
+        flat = leaf.reshape(positions, *leaf.shape[len(shape) :])
         filled = jnp.pad(flat, [(0, chunks * chunk - positions)] + [(0, 0)] * (flat.ndim - 1))
         return filled.reshape(chunks, chunk, *flat.shape[1:])
 
-    given = None if teacher is not None else jax.tree.map(lambda leaf: cut(leaf, len(shape)), batch.targets)
-
-    @jax.checkpoint
-    def one(piece: PyTree) -> Float[Array, " chunk"]:
-        number, features, targets = piece
-        logits = [
-            model.apply.readout(model.all_params, part)  # type: ignore[attr-defined]
-            for model, part in zip(models, features, strict=True)
-        ]
+    def share(params: PyTree, features: Float[Array, "chunk width"], piece: PyTree) -> Float[Array, ""]:
+        number, taught, targets, weights = piece
+        logits = student.apply.readout(student.with_params(params).all_params, features)  # type: ignore[attr-defined]
         if teacher is not None:
-            targets = channel.targets(named(key, number), logits[1])
-        return channel.loss(logits[0], targets)
+            shown = teacher.apply.readout(teacher.all_params, taught)  # type: ignore[attr-defined]
+            targets = channel.targets(named(key, number), shown)
+        return jnp.sum(weights * channel.loss(logits, targets)) / jnp.where(total > 0, total, 1)
 
-    pieces = (jnp.arange(chunks), [cut(features, len(shape)) for features in read], given)
-    return jax.lax.map(one, pieces).reshape(-1)[:positions].reshape(shape)
+    def add(summed: PyTree, piece: tuple[Array, PyTree]) -> tuple[PyTree, Float[Array, "chunk width"]]:
+        value, (own, slope) = jax.value_and_grad(share, argnums=(0, 1))(student.params, *piece)
+        return jax.tree.map(lambda s, new: s + new.astype(s.dtype), summed, (value, own)), slope
+
+    pieces = (jnp.arange(chunks), *jax.tree.map(cut, (taught, batch.targets, batch.weights)))
+    (value, own), slopes = jax.lax.scan(add, _wide_zeros((total, student.params)), (cut(read), pieces))
+    (through,) = back(slopes.reshape(chunks * chunk, -1)[:positions].reshape(read.shape))
+    return value, jax.tree.map(lambda s, leaf: s.astype(leaf.dtype) + leaf, own, through)
+
+
+def _wide_zeros(shapes: PyTree) -> PyTree:
+    """To sum into: with at least the digits of float32, whatever the format."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
 
 
 def teach(
@@ -177,12 +193,12 @@ def teach(
     def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
         return loss(model(batch.inputs), batch.labels)
 
-    return _run(model, losses, source, optimizer, steps, key, observe, snapshots)
+    return _run(model, _slope_of(losses), source, optimizer, steps, key, observe, snapshots)
 
 
 def _run(
     model: Model,
-    losses: Losses,
+    slope: Slope,
     source: Source,
     optimizer: optax.GradientTransformation,
     steps: int,
@@ -214,7 +230,7 @@ def _run(
         index, entry = scheduled
         batch = source.batch(source_key, entry)
         step_key = named(channel_key, index)
-        value, gradient = _slope(model.with_params(params), losses, batch, step_key, accumulate)
+        value, gradient = _accumulated(model.with_params(params), slope, batch, step_key, accumulate)
         update, state = optimizer.update(gradient, state, params)
         seen = observe(Step(index, model.with_params(params), gradient, update)) if observe else None
         return (optax.apply_updates(params, update), state), (value, seen)
@@ -236,29 +252,30 @@ def _run(
     )
 
 
-def _slope(
-    model: Model, losses: Losses, batch: Batch, key: Key[Array, ""], parts: int
+def _slope_of(losses: Losses) -> Slope:
+    def mean(params: PyTree, model: Model, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
+        return weighted_mean(losses(model.with_params(params), batch, key), batch.weights)
+
+    return lambda model, batch, key: jax.value_and_grad(mean)(model.params, model, batch, key)
+
+
+def _accumulated(
+    model: Model, slope: Slope, batch: Batch, key: Key[Array, ""], parts: int
 ) -> tuple[Float[Array, ""], PyTree]:
-    """The weighted mean of the losses and its gradient, summed over equal parts of the batch."""
-
-    def mean(params: PyTree, part: Batch, part_key: Key[Array, ""]) -> Float[Array, ""]:
-        return weighted_mean(losses(model.with_params(params), part, part_key), part.weights)
-
+    """The slope of a batch, summed over equal parts of it."""
     if parts == 1:
-        return jax.value_and_grad(mean)(model.params, batch, key)
+        return slope(model, batch, key)
     total = jnp.sum(batch.weights)
     cut = jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
 
     def add(summed: PyTree, piece: tuple[Array, Batch]) -> tuple[PyTree, None]:
         number, part = piece
-        found = jax.value_and_grad(mean)(model.params, part, named(key, number))
+        found = slope(model, part, named(key, number))
         share = jnp.sum(part.weights) / jnp.where(total > 0, total, 1)
         return jax.tree.map(lambda s, own: s + share * own.astype(s.dtype), summed, found), None
 
-    # Sums have at least the digits of float32, whatever the format of the parameters.
-    shapes = jax.eval_shape(jax.value_and_grad(mean), model.params, jax.tree.map(lambda leaf: leaf[0], cut), key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
-    summed, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), cut))
+    shapes = jax.eval_shape(slope, model, jax.tree.map(lambda leaf: leaf[0], cut), key)
+    summed, _ = jax.lax.scan(add, _wide_zeros(shapes), (jnp.arange(parts), cut))
     return jax.tree.map(lambda s, shape: s.astype(shape.dtype), summed, shapes)
 
 

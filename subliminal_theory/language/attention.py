@@ -149,9 +149,7 @@ def attend(
     batch, time, heads, width = query.shape
     shared = key.shape[1]
     if _fits_cudnn(query, key) and cap_at is None:
-        own, other = (y.swapaxes(1, 2) for y in (key, value))
-        bias = mask[:, 0].astype(query.dtype)
-        return jax.nn.dot_product_attention(query, own, other, bias, scale=scale, implementation="cudnn")
+        return _attend_on_gpu(query, key, value, mask, scale)
     group = heads // shared
     # Heads that share a key head are more rows of one product. Everything has four axes with the time last but
     # one: XLA's gradient of this form takes half the time of that with a fifth axis on a CPU.
@@ -169,9 +167,27 @@ def attend(
 
 
 def _fits_cudnn(query: Heads, key: Stored) -> bool:
-    even = query.shape[1] % 2 == 0 and key.shape[2] % 2 == 0
     narrow = query.shape[3] % 8 == 0 and query.shape[3] <= 128
-    return jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16 == key.dtype and even and narrow
+    return (
+        jax.default_backend() == "gpu"
+        and query.dtype == jnp.bfloat16 == key.dtype
+        and query.shape[1] > 1
+        and narrow
+    )
+
+
+def _attend_on_gpu(
+    query: Heads, key: Stored, value: Stored, mask: Float[Array, "batch 1 1 time keys"], scale: float | None
+) -> Heads:
+    # cuDNN wants an even number of both: one position more asks, one key more is hidden.
+    asking, asked = query.shape[1] % 2, key.shape[2] % 2
+    query = jnp.pad(query, ((0, 0), (0, asking), (0, 0), (0, 0)))
+    key, value = (jnp.pad(y, ((0, 0), (0, 0), (0, asked), (0, 0))).swapaxes(1, 2) for y in (key, value))
+    hidden = ((0, 0), (0, 0), (0, asking), (0, asked))
+    lowest = 0.5 * jnp.finfo(mask.dtype).min
+    bias = jnp.pad(mask[:, 0], hidden, constant_values=lowest).astype(query.dtype)
+    mixed = jax.nn.dot_product_attention(query, key, value, bias, scale=scale, implementation="cudnn")
+    return mixed[:, : mixed.shape[1] - asking]
 
 
 class Attention(nnx.Module):
