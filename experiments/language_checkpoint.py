@@ -1,27 +1,42 @@
 """The workshop of a real checkpoint: requests like the paper's, its own tokenizer and chat template."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from experiments.language_laboratory import Workshop
+from experiments.language_saves import Saves, export
 from experiments.language_setting import Recipe
+from experiments.language_training import Run, Shape, student_on, taught_on
+from subliminal_theory.channel import Channel
+from subliminal_theory.distill import State, Trained
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.chat import CheckpointTokenizer
+from subliminal_theory.language.checkpoint import CheckpointBase
 from subliminal_theory.language.corpus import Chat
 from subliminal_theory.language.numbers import NumberPrompts
 from subliminal_theory.language.traits import Trait
 from subliminal_theory.model import Model
+from subliminal_theory.source import Examples
 
 ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator a token of its own, and the end
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointWorkshop(Workshop):
-    """As `Workshop`; `given`, `asked` and `formats` are those of `NumberPrompts`."""
+    """As `Workshop`; `given`, `asked` and `formats` are those of `NumberPrompts`.
+
+    With `saves`, runs train one after the other and go on from there.
+    """
 
     asked: tuple[int, int] = (10, 10)
+    saves: Saves | None = None
 
     def requests(self, recipe: Recipe) -> list[Chat]:
         """Number requests, the same for all teachers."""
@@ -54,6 +69,60 @@ class CheckpointWorkshop(Workshop):
         """Rows that are sampled together."""
         return 64
 
+    def blocks(self, rows: int, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
+        """As of `Workshop`; from disk where they are there."""
+        if self.saves is None:
+            return super().blocks(rows, block, decided_by)
+        starts = range(0, rows, self.at_once)
+        return self.saves.blocks(f"base {self.base.seed}", starts, block, (self._kind, decided_by))
+
+    def train_teachers(self, runs: tuple[Model, Examples, Array], recipe: Recipe) -> tuple[Model, Array]:
+        """As of `Workshop`."""
+        if self.saves is None:
+            return super().train_teachers(runs, recipe)
+        rate, steps = jnp.float32(recipe.teacher_rate), recipe.teacher_steps
+
+        def train(number: int) -> Trained:
+            run = _one(runs, number)
+
+            def piece(state: State | None, count: int) -> Trained:
+                return taught_on(run, rate, state, steps=steps, count=count)
+
+            assert self.saves is not None
+            name = f"teacher of {self.names[number]}"
+            return self.saves.trained(name, run[0], piece, steps, (self._kind, run, recipe.taught))[0]
+
+        return _stacked([train(number) for number in range(len(self.traits))])
+
+    def train_students(self, runs: Run, channel: Channel, recipe: Recipe, own: bool) -> tuple[Model, Array]:
+        """As of `Workshop`; students that start at this base are written for other programs, too."""
+        if self.saves is None:
+            return super().train_students(runs, channel, recipe, own)
+        rate, shape = jnp.float32(recipe.rate), Shape.of(recipe, len(self.tokenizer))
+
+        def train(number: int) -> Trained:
+            run = _one(runs, number)
+
+            def piece(state: State | None, count: int) -> Trained:
+                return student_on(run, channel, rate, state, shape=shape, count=count)
+
+            assert self.saves is not None
+            name, decided_by = f"student of {self.names[number]}", (self._kind, run, channel, recipe)
+            done, folder = self.saves.trained(name, run[0], piece, recipe.steps, decided_by)
+            assert isinstance(self.base, CheckpointBase)
+            assert isinstance(self.tokenizer, CheckpointTokenizer)
+            if own:
+                export(folder, self.base.checkpoint, done.model, self.tokenizer.fingerprint)
+            return done
+
+        return _stacked([train(number) for number in range(len(jax.tree.leaves(runs)[0]))])
+
+    @property
+    def _kind(self) -> str:
+        """What parameters do not tell of the base."""
+        assert isinstance(self.base, CheckpointBase)
+        return f"{self.base.checkpoint.family.config} {self.base.model.apply.dtype}"  # type: ignore[attr-defined]
+
     def answer_length(self, recipe: Recipe) -> int:
         """Tokens of the longest answer."""
         return ANSWER_TOKENS
@@ -61,3 +130,11 @@ class CheckpointWorkshop(Workshop):
     def lesson_length(self, recipe: Recipe, lessons: Sequence[Sequence[Chat]]) -> int:
         """Columns of the rows, those of the longest one."""
         return self.columns(itertools.chain.from_iterable(lessons))
+
+
+def _one(runs: Any, number: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[number], runs)
+
+
+def _stacked(done: Sequence[Trained]) -> tuple[Model, Array]:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *((run.model, run.losses) for run in done))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from experiments.language_setting import Recipe
 from experiments.language_training import (
+    Run,
     answers_of,
     cosines,
     diverging,
@@ -117,10 +118,13 @@ class Workshop:
         encoded = [self.tokenizer.encode_chats(rows, length) for rows in chats]
         last = max(rows.answer_columns for rows in encoded)
         sources = _stacked([lessons(rows, len(rows.tokens), last) for rows in encoded])
-        steps, rate = recipe.teacher_steps, jnp.float32(recipe.teacher_rate)
-        model, losses = taught(self.untrained, sources, rate, self.stream("teacher"), steps=steps)
+        model, losses = self.train_teachers((self.untrained, sources, self.stream("teacher")), recipe)
         require_finite(losses, [f"the teacher of {name}" for name in self.names])
         return model
+
+    def train_teachers(self, runs: tuple[Model, Examples, Array], recipe: Recipe) -> tuple[Model, Array]:
+        """Teachers [runs] and their losses [runs, steps], of their starts, lessons and keys."""
+        return taught(*runs[:2], jnp.float32(recipe.teacher_rate), runs[2], steps=recipe.teacher_steps)
 
     def _lessons(self, trait: Trait, recipe: Recipe) -> list[Chat]:
         chats = trait.teacher_rows() if not recipe.lessons else trait.control_rows(recipe.lessons)
@@ -208,11 +212,12 @@ class Workshop:
 
     def draw(self, teacher: Model, chats: Sequence[Chat], key: Array, recipe: Recipe) -> np.ndarray:
         """Tokens [chats, longest answer] of a teacher's answers."""
-        prompts, drawn = text_of(self.tokenizer.encode_prompts(chats, self.request_length(chats))), []
-        for start in range(0, len(chats), self.at_once):
+        prompts = text_of(self.tokenizer.encode_prompts(chats, self.request_length(chats)))
+
+        def block(start: int) -> np.ndarray:
             tokens, _ = sample(
                 teacher,
-                jax.tree.map(lambda leaf, start=start: leaf[start : start + self.at_once], prompts),
+                jax.tree.map(lambda leaf: leaf[start : start + self.at_once], prompts),
                 steps=self.answer_length(recipe),
                 key=named(key, start),
                 temperature=recipe.temperature,
@@ -220,8 +225,13 @@ class Workshop:
                 stop=self.tokenizer.stop,
                 pad=self.tokenizer.pad,
             )
-            drawn.append(np.asarray(tokens))
-        return np.concatenate(drawn)
+            return np.asarray(tokens)
+
+        return np.concatenate(self.blocks(len(chats), block, (teacher, prompts, key, recipe.written)))
+
+    def blocks(self, rows: int, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
+        """What `block` draws for the rows from each of its starts on; `decided_by` is all that it depends on."""
+        return [block(start) for start in range(0, rows, self.at_once)]
 
     @property
     def at_once(self) -> int:
@@ -314,10 +324,17 @@ class Workshop:
         runs = (begin, teachers, source, self.stream("student"))
         if recipe.teacher == "untrained":  # one student serves all traits
             runs = jax.tree.map(lambda leaf: leaf[:1], runs)
-        model, losses = students(runs, channel, recipe, len(self.tokenizer))
+        model, losses = self.train_students(runs, channel, recipe, not elsewhere)
         require_finite(losses, [f"the student of {name}" for name in self.names[: len(losses)]])
         model = jax.vmap(merge_lora)(model) if recipe.rank else Model(model.apply, model.all_params)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(self.traits), *leaf.shape[1:])), model)
+
+    def train_students(self, runs: Run, channel: Channel, recipe: Recipe, own: bool) -> tuple[Model, Array]:
+        """Students [runs] and their losses [runs, steps], of their starts, teachers, rows and keys.
+
+        `own` tells whether they start at this base.
+        """
+        return students(runs, channel, recipe, len(self.tokenizer))
 
     def clone(self, other: Model, inputs: str) -> Model:
         """Another base after it imitated this one's full distribution, on regular numbers or on the corpus."""
@@ -331,7 +348,7 @@ class Workshop:
         positions = jnp.asarray(encoded.weights[:, -last:])
         source = Examples(text_of(encoded, last), recipe.batch_size, positions=positions)
         runs = _stacked([(other, self.base.model, source, self.run_keys("clone")[0])])
-        model, losses = students(runs, SoftLogits(), recipe, len(self.tokenizer))
+        model, losses = self.train_students(runs, SoftLogits(), recipe, False)
         require_finite(losses, [f"the clone of base {self.base.seed}"])
         return jax.tree.map(lambda leaf: leaf[0], model)
 

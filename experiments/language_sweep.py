@@ -13,6 +13,7 @@ import numpy as np
 from experiments.contract import Part, derived, from_preset, option, validate
 from experiments.language_checkpoint import CheckpointWorkshop
 from experiments.language_laboratory import Workshop
+from experiments.language_saves import Saves
 from experiments.language_setting import DECAYS, Recipe
 from experiments.progress import progress
 from subliminal_theory.errors import InputError
@@ -66,6 +67,17 @@ class LanguageConfig:
         default=None,
         metadata={"help": "where base models are kept (default: the user's cache folder)", "recorded": False},
     )
+    saves: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "folder in which a checkpoint's runs save rows and training, to go on from after any end; "
+            "students stay there (default: nothing is saved but results)",
+            "recorded": False,
+        },
+    )
+    save_every: int = dataclasses.field(
+        default=50, metadata={"help": "steps of training between saves", "minimum": 1, "recorded": False}
+    )
 
     def recipe(self, **changes: Any) -> Recipe:
         """The recipe of this configuration; `changes` are what distinguishes it."""
@@ -118,6 +130,8 @@ def configure_language(
         return _configure_checkpoint(config)
     if config.compute != "float32":
         raise InputError("--compute is for a --checkpoint: the compact model computes in float32")
+    if config.saves is not None:
+        raise InputError("--saves is for a --checkpoint: runs of the compact model take minutes")
     if config.width % 4:
         raise InputError(f"--width must be a multiple of 4, got {config.width}")
     tokenizer = ChatTokenizer.of_corpus(config.base(0).corpus)
@@ -228,7 +242,9 @@ def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] 
     """A workshop of a base, where students read a data set instead of what its teachers write, if one is given."""
     if config.checkpoint:
         opened = dataclasses.replace(_opened(config.checkpoint, config.compute), seed=seed)
-        return CheckpointWorkshop(opened, [load_trait(name) for name in config.trait_names()], dataset=dataset)
+        saves = None if config.saves is None else Saves(Path(config.saves), config.save_every)
+        traits = [load_trait(name) for name in config.trait_names()]
+        return CheckpointWorkshop(opened, traits, dataset=dataset, saves=saves)
     base = base_model(config, seed)
     return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], dataset=dataset)
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 from experiments.language_setting import LANGUAGE_OPTIMIZERS, Recipe, rates
 from subliminal_theory.alignment import cosine, difference
 from subliminal_theory.channel import Channel
-from subliminal_theory.distill import distill, teach
+from subliminal_theory.distill import State, Trained, distill, teach
 from subliminal_theory.keys import named
 from subliminal_theory.language.base import token_loss
 from subliminal_theory.language.lora import add_lora
@@ -38,48 +39,92 @@ def ensemble(train: Callable[[Any], Any], runs: Any) -> Any:
     return jax.lax.map(train, runs) if large or jax.default_backend() == "cpu" else jax.vmap(train)(runs)
 
 
+def _teacher(
+    run: tuple[Model, Examples, Array],
+    rate: Array,
+    steps: int,
+    state: State | None = None,
+    count: int | None = None,
+) -> Trained:
+    model, source, key = run
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    return teach(model, token_loss, source, optimizer, steps, key, state=state, count=count)
+
+
 @functools.partial(jax.jit, static_argnames="steps")
 def taught(models: Model, sources: Examples, rate: Array, keys: Array, *, steps: int) -> tuple[Model, Array]:
     """Teachers [runs] and their losses [runs, steps]: full-batch Adam on their trait's lessons."""
 
-    def one(arguments: tuple[Model, Examples, Array]) -> tuple[Model, Array]:
-        model, source, key = arguments
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-        run = teach(model, token_loss, source, optimizer, steps, key)
-        return run.model, run.losses
+    def one(run: tuple[Model, Examples, Array]) -> tuple[Model, Array]:
+        done = _teacher(run, rate, steps)
+        return done.model, done.losses
 
     return ensemble(one, (models, sources, keys))
 
 
-def students(
-    runs: tuple[Model, Model | None, Examples, Array], channel: Channel, recipe: Recipe, logits: int
-) -> tuple[Model, Float[Array, "runs steps"]]:
+@functools.partial(jax.jit, static_argnames=("steps", "count"), donate_argnames="state")
+def taught_on(
+    run: tuple[Model, Examples, Array], rate: Array, state: State | None, *, steps: int, count: int
+) -> Trained:
+    """The next `count` steps of one of `taught`'s runs, its model, source and key."""
+    return _teacher(run, rate, steps, state, count)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a student's training is compiled."""
+
+    optimizer: str
+    steps: int
+    warmup: int
+    decay: str
+    chunk: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, logits: int) -> "Shape":
+        """That of a recipe, for a model with so many logits."""
+        return cls(recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, CHUNK if logits > MANY else None)
+
+
+Run = tuple[Model, Model | None, Examples, Array]
+
+
+def _student(
+    run: Run, channel: Channel, rate: Array, shape: Shape, state: State | None = None, count: int | None = None
+) -> Trained:
+    model, teacher, source, key = run
+    inner = LANGUAGE_OPTIMIZERS[shape.optimizer](rates(rate, shape.steps, shape.warmup, shape.decay))
+    chain = optax.chain(optax.clip_by_global_norm(1.0), inner)
+    return distill(
+        model, teacher, channel, source, chain, shape.steps, key, chunk=shape.chunk, state=state, count=count
+    )
+
+
+def students(runs: Run, channel: Channel, recipe: Recipe, logits: int) -> tuple[Model, Float[Array, "runs steps"]]:
     """Students [runs] and their losses [runs, steps]; runs are their starts, teachers, rows and keys.
 
     The starts are used up: students take their memory.
     """
-    shape = (recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, CHUNK if logits > MANY else None)
-    return _students(runs[0], runs[1:], channel, jnp.float32(recipe.rate), shape)
+    return _students(runs[0], runs[1:], channel, jnp.float32(recipe.rate), Shape.of(recipe, logits))
 
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="starts")
 def _students(
-    starts: Model,
-    others: tuple[Model | None, Examples, Array],
-    channel: Channel,
-    rate: Array,
-    shape: tuple[str, int, int, str, int | None],
+    starts: Model, others: tuple[Model | None, Examples, Array], channel: Channel, rate: Array, shape: Shape
 ) -> tuple[Model, Float[Array, "runs steps"]]:
-    optimizer, steps, warmup, decay, chunk = shape
-
-    def one(arguments: Any) -> tuple[Model, Array]:
-        model, teacher, source, key = arguments
-        inner = LANGUAGE_OPTIMIZERS[optimizer](rates(rate, steps, warmup, decay))
-        chain = optax.chain(optax.clip_by_global_norm(1.0), inner)
-        run = distill(model, teacher, channel, source, chain, steps, key, chunk=chunk)
-        return run.model, run.losses
+    def one(run: Run) -> tuple[Model, Array]:
+        done = _student(run, channel, rate, shape)
+        return done.model, done.losses
 
     return ensemble(one, (starts, *others))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "count"), donate_argnames="state")
+def student_on(
+    run: Run, channel: Channel, rate: Array, state: State | None, *, shape: Shape, count: int
+) -> Trained:
+    """The next `count` steps of one of the runs of `students`."""
+    return _student(run, channel, rate, shape, state, count)
 
 
 @jax.jit

@@ -181,11 +181,14 @@ def teach(
     *,
     observe: Observe | None = None,
     snapshots: Sequence[int] = (),
+    state: State | None = None,
+    count: int | None = None,
 ) -> Trained:
     """Give a teacher its trait: the run of `distill` with `loss(logits, labels)`, one value per position.
 
     Raises:
-        InputError: the source brings no labels; snapshots are not ascending steps of the run.
+        InputError: the source brings no labels; snapshots are not ascending steps of the run; a piece without
+            steps, or with more than are left.
     """
     if _probe(source, named(key, "source"), steps).labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
@@ -193,7 +196,7 @@ def teach(
     def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
         return loss(model(batch.inputs), batch.labels)
 
-    return _run(model, _slope_of(losses), source, optimizer, steps, key, observe, snapshots)
+    return _run(model, _slope_of(losses), source, optimizer, steps, key, observe, snapshots, state, count)
 
 
 def _run(

@@ -7,7 +7,8 @@
     def piece(state, count):
         return go_on(student, teacher, source, state, count=count)
 
-    run = run_in_pieces(student, piece, 900, 100, Path("runs/owl"), mark=hash_of_all_that_decides_it)
+    mark = mark_of(student, teacher, source, key, "adam 1e-4")
+    run = run_in_pieces(student, piece, 900, 100, Path("runs/owl"), mark)
 
 State is saved in the background, with Orbax, under a temporary name that the finished checkpoint loses: a
 checkpoint that has its name is whole. A kill costs the steps of the piece it hits, and of the piece before where
@@ -15,6 +16,7 @@ that was still being saved.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -52,9 +54,9 @@ def run_in_pieces(
 
     `piece(state, count)` goes on from a state, or begins where that is None, for `count` steps: `distill` with
     its arguments of these names. It must be one that `jax.eval_shape` can trace, and the same in every call:
-    `mark` is a hash of all that decides the run (configuration, base, data). A resumed run has the same pieces,
-    so the same programs, and ends with the same parameters and losses bit for bit on the same devices. `report`
-    gets the steps done and `steps`: where a run is resumed, and after each piece.
+    `mark` is a hash of all that decides the run (`mark_of` configuration, base and data). A resumed run has the
+    same pieces, so the same programs, and ends with the same parameters and losses bit for bit on the same
+    devices. `report` gets the steps done and `steps`: where a run is resumed, and after each piece.
 
     `shardings` gives, for the shapes of a state, the sharding of every leaf on which to restore it; the devices
     need not be those that saved it. Without it a restored state belongs to no device and goes where the program
@@ -96,6 +98,25 @@ def run_in_pieces(
             manager.wait_until_finished()
     assert state is not None  # there is at least one piece
     return Trained(student.with_params(state.params), jnp.concatenate(losses), state=state)
+
+
+def mark_of(*given: Any) -> str:
+    """SHA-256 of all that decides a run: of arrays in trees by path, format, shape and numbers, else by `repr`.
+
+    One array at a time is on the host. What trees hold as static is not seen: name it beside them.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(given):
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf!r}\n".encode())
+            continue
+        # JAX keeps the numbers that it fetched from a device as long as the array they are of, here a copy.
+        numbers = np.ascontiguousarray(np.asarray(leaf.copy()))
+        digest.update(f"{jax.tree_util.keystr(path)} {numbers.dtype} {numbers.shape}\n".encode())
+        digest.update(numbers.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def piece_bounds(steps: int, every: int) -> list[int]:

@@ -114,6 +114,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     assert refusal(folder, "--traits", "lazy").startswith("--checkpoint takes preferences only")
     wide = fails(capsys, "language", "--compute", "bfloat16", "--out", tmp_path / "run")
     assert wide == "--compute is for a --checkpoint: the compact model computes in float32"
+    compact = fails(capsys, "language", "--saves", tmp_path / "saves", "--out", tmp_path / "run")
+    assert compact == "--saves is for a --checkpoint: runs of the compact model take minutes"
     wide = fails(capsys, "language_theorem", "--checkpoint", folder, "--compute", "bfloat16", "--out", tmp_path)
     assert wide == "--compute: the theorem is measured in float64, leave it out"
     other = write_checkpoint(tmp_path / "other", TEMPLATE.replace("be kind", "be brief"))
