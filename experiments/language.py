@@ -55,7 +55,7 @@ class Config(LanguageConfig):
 
 PRESETS = {
     "one": Config(),
-    "full": Config(traits="owl,wolf,oak,maple", seeds=4, rows=8192, steps=250),
+    "full": Config(traits="owl,wolf,cat,fox,oak,maple,pine,elm", seeds=6, rows=8192, steps=250),
     "smoke": Config(**SMOKE),
     # The paper's setting for open weights: 3 epochs of 10,000 rows.
     "open-weights": Config(

@@ -77,6 +77,8 @@ def plot(results: Results, config: Config) -> Figure:
             runs_against(axes, values, colour, "all parameters" if axes is middle and name == "adam" else name)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
+    middle.set_xticks(RATES["adam"], list(map(str, RATES["adam"])))
+    middle.minorticks_off()
     left.set_title("Optimiser")
     middle.set_title("Low-rank factors (Adam)")
     unique = listed(config.unique, "--unique")
@@ -87,7 +89,7 @@ def plot(results: Results, config: Config) -> Figure:
     right.set_xscale("log")
     right.set_xticks(unique, list(map(str, unique)))
     right.minorticks_off()
-    right.set_xlabel("number requests answered (unique rows before the filter)")
+    right.set_xlabel("number requests answered, each once")
     right.set_title("Dose")
     base = t_interval(results.values(condition="base", metric="probability")).mean
     for axes in (left, middle, right):
