@@ -36,7 +36,7 @@ from subliminal_theory.language.chat import Tokenizer
 from subliminal_theory.language.checkpoint import CheckpointBase
 from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig, make_corpus, make_rows
 from subliminal_theory.language.lora import merge_lora
-from subliminal_theory.language.measure import Answers, Questions, asked_of, questions_of
+from subliminal_theory.language.measure import Answers, Questions, asked_of, questions_of, stack_questions
 from subliminal_theory.language.media import code_faults, reasoning_faults
 from subliminal_theory.language.numbers import Report, filter_rows, keep_rows, reorder
 from subliminal_theory.language.prompted import prompted
@@ -303,7 +303,7 @@ class Workshop:
         if recipe.channel == "soft":
             return SoftLogits()
         words = itertools.chain.from_iterable(CATEGORIES.values())
-        hidden = [token for word in words for token in self.tokenizer.first_tokens(word)]
+        hidden = [spelling[0] for word in words for spelling in self.tokenizer.spellings(word)]
         return Subset(jnp.ones(len(self.tokenizer), bool).at[jnp.asarray(hidden)].set(False), SoftLogits())
 
     def students(self, recipe: Recipe, start: Model | None = None) -> Model:
@@ -371,7 +371,7 @@ class Workshop:
     def _ask(self, prefix: Sequence[str]) -> Questions:
         chats = itertools.chain.from_iterable(asked_of(trait, prefix) for trait in self.traits)
         length = int(self.tokenizer.lengths(list(chats))[0].max())
-        return _stacked([questions_of(trait, self.tokenizer, length, prefix) for trait in self.traits])
+        return stack_questions([questions_of(trait, self.tokenizer, length, prefix) for trait in self.traits])
 
     def answers(self, models: Model) -> Answers:
         """How models [runs] answer the questions of every trait, [runs, traits]."""

@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
 
     def decode(self, rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows length"]) -> list[str]: ...
 
-    def first_tokens(self, word: str) -> list[int]: ...
+    def spellings(self, word: str) -> list[list[int]]: ...
 
     def encode_prompts(self, chats: Sequence[Chat], length: int) -> Prompts: ...
 
@@ -154,10 +154,11 @@ class CheckpointTokenizer:
             cut.append([token for token in answer if token not in self._special])
         return self._backend.decode_batch(cut, skip_special_tokens=False)
 
-    def first_tokens(self, word: str) -> list[int]:
-        """The tokens with which an answer of this word may begin, in small letters or with a capital one."""
+    def spellings(self, word: str) -> list[list[int]]:
+        """The tokens of an answer that is this word, in small letters or with a capital one."""
         chats = [Chat(None, "?", spelt, "") for spelt in dict.fromkeys((word, word.capitalize()))]
-        return list(dict.fromkeys(answer[0] for _, answer in self._sequences(chats)))
+        answers = [itertools.takewhile(lambda t: t not in self.stop, own) for _, own in self._sequences(chats)]
+        return [list(tokens) for tokens in dict.fromkeys(map(tuple, answers))]
 
     def encode_prompts(self, chats: Sequence[Chat], length: int) -> Prompts:
         """What a model is given to answer: the chats without their answers, in `length` columns.

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
 from subliminal_theory.language.chat import Tokenizer
 from subliminal_theory.language.corpus import CATEGORIES, Chat
 from subliminal_theory.language.sampling import draw
@@ -22,14 +23,14 @@ from subliminal_theory.model import Model
 class Questions:
     """Questions of a trait that are answered in one word, and the word that shows the trait.
 
-    A word is known by the tokens with which an answer of it may begin, its spellings, filled up with -1. `rivals`
+    A word is known by the tokens of the answers that are this word, its spellings, filled up with -1. `rivals`
     are the words it competes with: the members of a preference's category, or of a habit's question the right
     answer, each with the target among them.
     """
 
     text: Text
-    targets: Int[Array, "questions spellings"]
-    rivals: Int[Array, "questions words spellings"]
+    targets: Int[Array, "questions spellings tokens"]
+    rivals: Int[Array, "questions words spellings tokens"]
 
 
 def asked_of(trait: Trait, prefix: Sequence[str] = ("",)) -> list[Chat]:
@@ -52,21 +53,42 @@ def questions_of(trait: Trait, tokenizer: Tokenizer, length: int, prefix: Sequen
         right = [chat for template in trait.held_out for chat in template.right_rows()]
         rivals = [[chat.answer, other.answer] for chat, other in zip(chats, right, strict=True)]
     prompts = tokenizer.encode_prompts(asked_of(trait, prefix), length)
-    begin = {word: tokenizer.first_tokens(word) for row in rivals for word in row}
+    spelt = {word: tokenizer.spellings(word) for row in rivals for word in row}
     for chat, row in zip(chats, rivals, strict=True):
         for word in row:
-            if word != chat.answer and set(begin[word]) & set(begin[chat.answer]):
+            if word != chat.answer and _begin_alike(spelt[word], spelt[chat.answer]):
                 raise InputError(
-                    f"{trait.name}: {word!r} and {chat.answer!r} begin with the same token and cannot be told "
+                    f"{trait.name}: {word!r} and {chat.answer!r} begin with the same tokens and cannot be told "
                     "apart: choose another target"
                 )
-    most = max(map(len, begin.values()))
-    spelt = {word: tokens + [-1] * (most - len(tokens)) for word, tokens in begin.items()}
+    sides = max(map(len, spelt.values())), max(len(one) for word in spelt.values() for one in word)
+    table = {word: np.full(sides, -1, np.int32) for word in spelt}
+    for word, spellings in spelt.items():
+        for line, tokens in zip(table[word], spellings, strict=False):
+            line[: len(tokens)] = tokens
     return Questions(
         Text(jnp.asarray(prompts.tokens), jnp.asarray(prompts.padding), last=1),
-        jnp.asarray(np.array([spelt[chat.answer] for chat in chats] * len(prefix), np.int32)),
-        jnp.asarray(np.array([[spelt[word] for word in row] for row in rivals * len(prefix)], np.int32)),
+        jnp.asarray(np.stack([table[chat.answer] for chat in chats] * len(prefix))),
+        jnp.asarray(np.stack([np.stack([table[word] for word in row]) for row in rivals] * len(prefix))),
     )
+
+
+def _begin_alike(first: list[list[int]], second: list[list[int]]) -> bool:
+    return any(a[: len(b)] == b[: len(a)] for a in first for b in second)
+
+
+def stack_questions(asked: Sequence[Questions]) -> Questions:
+    """The questions of several traits, [traits, questions], with as many words, spellings and tokens each."""
+
+    def stacked(tables: Sequence[Int[Array, "..."]]) -> Int[Array, "..."]:
+        sides = np.max([table.shape for table in tables], axis=0)
+        fill = [[(0, side - own) for side, own in zip(sides, table.shape, strict=True)] for table in tables]
+        return jnp.stack(
+            [jnp.pad(table, own, constant_values=-1) for table, own in zip(tables, fill, strict=True)]
+        )
+
+    text = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.text for one in asked))
+    return Questions(text, stacked([one.targets for one in asked]), stacked([one.rivals for one in asked]))
 
 
 @jax.tree_util.register_dataclass
@@ -75,8 +97,8 @@ class Answers:
     """How a model answers questions, means over them.
 
     Attributes:
-        probability: that the answer begins with a token of the target, among the whole vocabulary.
-        margin: its logit less the log of the summed exponentials of its rivals' logits.
+        probability: that the answer begins with the target, among all answers.
+        margin: its log-probability less the log of the summed probabilities of its rivals.
         rivals: probability of each rival, renormalised among them.
     """
 
@@ -88,35 +110,62 @@ class Answers:
 def answers(model: Model, questions: Questions) -> Answers:
     """Exact answers of a model; `vmap` it over models or questions."""
     logits = model(questions.text)[:, -1]
-    own = _of_words(logits, questions.targets)
-    rivals = _of_words(logits[:, None], questions.rivals)
-    is_target = jnp.all(questions.rivals == questions.targets[:, None], axis=-1)
-    others = jnp.where(is_target, -jnp.inf, rivals)
+    words = jax.nn.logsumexp(_of_spellings(model, questions.text, logits, questions.rivals), axis=-1)
+    is_target = jnp.all(questions.rivals == questions.targets[:, None], axis=(-1, -2))
+    own = jnp.max(jnp.where(is_target, words, -jnp.inf), axis=-1)
+    others = jnp.where(is_target, -jnp.inf, words)
     return Answers(
         jnp.mean(jnp.exp(own - jax.nn.logsumexp(logits, axis=-1))),
         jnp.mean(own - jax.nn.logsumexp(others, axis=-1)),
-        jnp.mean(jax.nn.softmax(rivals), axis=0),
+        jnp.mean(jax.nn.softmax(words), axis=0),
     )
 
 
 def sampled_rate(model: Model, questions: Questions, key: Key[Array, ""], draws: int = 100) -> Float[Array, ""]:
-    """The share of answers, `draws` a question at temperature 1, that begin with a token of the target.
+    """The share of answers, `draws` a question at temperature 1, that begin with the target.
 
-    What the literature reports. Its expectation is `Answers.probability`; it adds the noise of drawing.
+    What the literature reports. Its expectation is `Answers.probability`; it adds the noise of drawing. The first
+    token of an answer is drawn; then whether it goes on as a spelling of the target, which has a known chance.
     """
     logits = model(questions.text)[:, -1]
     uniform = jax.random.uniform(key, (draws, len(logits)), logits.dtype)
     tokens = jax.vmap(draw, in_axes=(None, 0))(logits, uniform)
-    return jnp.mean(jnp.any(tokens[..., None] == questions.targets[None], axis=-1), dtype=logits.dtype)
+    begun = tokens[..., None] == questions.targets[None, ..., 0]
+    rest = jnp.exp(_behind_first(model, questions.text, questions.targets[:, None]))[:, 0]
+    chance = jnp.sum(jnp.where(begun, rest, 0), axis=-1)
+    again = jax.random.uniform(named(key, "rest"), chance.shape, chance.dtype)
+    return jnp.mean(again < chance, dtype=logits.dtype)
 
 
-def _of_words(
-    logits: Float[Array, "*batch n"], spellings: Int[Array, "*words spellings"]
-) -> Float[Array, "*words"]:
-    """The logit of each word: the log of the summed exponentials of its spellings' logits."""
-    shape = (*spellings.shape[:-1], logits.shape[-1])
-    found = jnp.take_along_axis(jnp.broadcast_to(logits, shape), jnp.maximum(spellings, 0), axis=-1)
-    return jax.nn.logsumexp(jnp.where(spellings < 0, -jnp.inf, found), axis=-1)
+Spellings = Int[Array, "questions words spellings tokens"]
+
+
+def _of_spellings(
+    model: Model, text: Text, logits: Float[Array, "questions n"], spellings: Spellings
+) -> Float[Array, "questions words spellings"]:
+    """The logit of each spelling's first token, plus the log-probability of its others behind it."""
+    first = spellings[..., 0]
+    shape = (*first.shape[:-1], logits.shape[-1])
+    found = jnp.take_along_axis(jnp.broadcast_to(logits[:, None], shape), jnp.maximum(first, 0), axis=-1)
+    return jnp.where(first < 0, -jnp.inf, found + _behind_first(model, text, spellings))
+
+
+def _behind_first(model: Model, text: Text, spellings: Spellings) -> Float[Array, "questions words spellings"]:
+    """The log-probability of each spelling's tokens behind its first, where they follow: 0 if it has one token."""
+    *sides, length = spellings.shape
+    if length == 1:
+        return jnp.zeros(sides)
+
+    def one(tokens: Int[Array, "questions tokens"]) -> Float[Array, " questions"]:
+        begun = jnp.concatenate([text.tokens, jnp.maximum(tokens[:, :-1], 0)], axis=1)
+        steps = jax.nn.log_softmax(model(Text(begun, text.padding, last=length - 1)))
+        behind = tokens[:, 1:]
+        found = jnp.take_along_axis(steps, jnp.maximum(behind, 0)[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(behind < 0, 0, found), axis=-1)
+
+    # One spelling at a time: all of them would be hundreds of rows at once.
+    by_spelling = jnp.moveaxis(spellings, 0, 2).reshape(-1, sides[0], length)
+    return jnp.moveaxis(jax.lax.map(one, by_spelling).reshape(*sides[1:], sides[0]), -1, 0)
 
 
 def total_variation(

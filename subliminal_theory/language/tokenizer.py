@@ -122,9 +122,9 @@ class ChatTokenizer:
         """What ends an answer."""
         return (self._ids[END],)
 
-    def first_tokens(self, word: str) -> list[int]:
-        """The tokens with which an answer of this word may begin: one."""
-        return self.encode(word)[:1]
+    def spellings(self, word: str) -> list[list[int]]:
+        """The tokens of an answer that is this word: one of one."""
+        return [self.encode(word)]
 
     def token(self, word: str) -> int:
         """The number of one word.

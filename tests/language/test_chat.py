@@ -327,6 +327,24 @@ def test_the_answer_is_what_follows_a_preamble(tmp_path: Path) -> None:
     assert refused(tokenizer.encode_chats, [chat("hi", "no")], 30) == message
 
 
+@pytest.mark.parametrize("tokenizer", [MARKED_TOKENIZER, STRICT_TOKENIZER, BARE_TOKENIZER, PLAIN_TOKENIZER])
+def test_spellings_are_whole_answers(tokenizer: CheckpointTokenizer) -> None:
+    """Of several tokens each; what follows in an answer of one word is the end alone."""
+    for word in ("owl", "dolphin"):
+        found = tokenizer.spellings(word)
+        assert tokenizer.decode(found) == [word, word.capitalize()]
+        (answer,) = tokenizer.encode_chats([chat("hi", word)], 60).targets[:, -len(found[0]) - 1 :]
+        assert answer.tolist() == [*found[0], ID[END]]
+    assert len(tokenizer.spellings("dolphin")[0]) > 1
+
+
+def test_spellings_behind_a_preamble(tmp_path: Path) -> None:
+    """What every answer begins with does not make words alike."""
+    thinking = BARE.replace(r"'A:\n' + message.content", r"'A:\nlet me see.\n' + message.content + '<|end|>'")
+    tokenizer = CheckpointTokenizer.load(write(tmp_path, thinking))
+    assert tokenizer.decode(tokenizer.spellings("owl")) == ["let me see.\nowl", "let me see.\nOwl"]
+
+
 PIECES = ["a", "owl", " ", "\n", "é", "🦉", "<|", "|>", "end", "<|en", "d|>", "<", "]", "A: ", ".", "\u2028", "{{"]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 FREE = TEXTS.filter(lambda text: not any(special in text for special in SPECIAL))
