@@ -24,7 +24,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Interpolated, Perturbed, Policy, Shared, initialise
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model, from_nnx
-from subliminal_theory.source import Batch, Examples, Source
+from subliminal_theory.source import Examples, Source, batch_shapes
 from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.datasets import ImageDataset, load
 from subliminal_theory.vision.mlp import MLP
@@ -211,7 +211,7 @@ class Laboratory:
 
     def audit(self, start: Model, init: Model, teacher: Model) -> None:
         """Refuse what would make a student's accuracy meaningless; models have a leading axis of runs."""
-        source, key = self.source(), named(jax.random.key(0), "audit")
+        source = self.source()
         prepare = source.prepare if isinstance(source, Examples) else self.scale
         require_same_template(teacher=repr(self.scale), student=repr(prepare))
         audit(
@@ -220,14 +220,10 @@ class Laboratory:
             teacher=teacher.params,
             channel=self.channel(),
             logits=self.outputs,
-            batch=jax.eval_shape(lambda: _first_batch(source, key)),
+            batch=batch_shapes(source),
             private=range(self.data.classes) if self.setting.sees == "aux" else (),
             cross_init=self.setting.start == "cross",
         )
-
-
-def _first_batch(source: Source, key: Key[Array, ""]) -> Batch:
-    return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, 1)))
 
 
 def cnn_student(data: ImageDataset, width: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from subliminal_theory.language.corpus import Chat
 from subliminal_theory.language.numbers import NumberPrompts
 from subliminal_theory.language.traits import Trait
 from subliminal_theory.model import Model
-from subliminal_theory.source import Examples
+from subliminal_theory.source import Buckets, Examples
 
 ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator a token of its own, and the end
 
@@ -32,11 +32,13 @@ ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator
 class CheckpointWorkshop(Workshop):
     """As `Workshop`; `given`, `asked` and `formats` are those of `NumberPrompts`.
 
-    With `saves`, runs train one after the other and go on from there.
+    With `saves`, runs train one after the other and go on from there. Students read their rows in `buckets` of
+    like length.
     """
 
     asked: tuple[int, int] = (10, 10)
     saves: Saves | None = None
+    buckets: int = 1
 
     def requests(self, recipe: Recipe) -> list[Chat]:
         """Number requests, the same for all teachers."""
@@ -68,6 +70,10 @@ class CheckpointWorkshop(Workshop):
     def at_once(self) -> int:
         """Rows that are sampled together."""
         return 64
+
+    def arranged(self, rows: Examples) -> Examples | Buckets:
+        """By length, in as many parts as there are buckets; all runs have the same shapes."""
+        return rows if self.buckets == 1 else by_length(rows, self.buckets)
 
     def blocks(self, rows: int, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
         """As of `Workshop`; from disk where they are there."""
@@ -130,6 +136,32 @@ class CheckpointWorkshop(Workshop):
     def lesson_length(self, recipe: Recipe, lessons: Sequence[Sequence[Chat]]) -> int:
         """Columns of the rows, those of the longest one."""
         return self.columns(itertools.chain.from_iterable(lessons))
+
+
+def by_length(rows: Examples, parts: int) -> Buckets:
+    """Rows [runs, rows, ...] from the shortest to the longest in parts of like number, each as wide as it must be.
+
+    Raises:
+        InputError: fewer rows than parts.
+    """
+    count, width = rows.inputs.tokens.shape[1:]
+    if count < parts:
+        raise InputError(f"--buckets: {count} rows cannot be in {parts} buckets")
+    order = jnp.argsort(-rows.inputs.padding, axis=1, stable=True)
+    found = []
+    for chosen in jnp.array_split(order, parts, axis=1):
+        text, targets, positions = jax.tree.map(
+            lambda leaf, chosen=chosen: jax.vmap(lambda own, index: own[index])(leaf, chosen),
+            (rows.inputs, rows.targets, rows.positions),
+        )
+        columns = width - int(text.padding.min())
+        last = min(text.last, columns)
+        text = replace(
+            text, tokens=text.tokens[..., -columns:], padding=text.padding - (width - columns), last=last
+        )
+        targets, positions = jax.tree.map(lambda leaf, last=last: leaf[..., -last:], (targets, positions))
+        found.append(replace(rows, inputs=text, targets=targets, positions=positions))
+    return Buckets(tuple(found))
 
 
 def _one(runs: Any, number: int) -> Any:

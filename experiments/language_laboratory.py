@@ -45,7 +45,7 @@ from subliminal_theory.language.sampling import sample
 from subliminal_theory.language.tokenizer import SYSTEM, ChatTokenizer, Encoded
 from subliminal_theory.language.traits import Preference, Trait
 from subliminal_theory.model import Model
-from subliminal_theory.source import Batch, Examples
+from subliminal_theory.source import Buckets, Examples, batch_shapes
 
 CLONING_STEPS = 1000
 PREFIXES = 8  # of each question behind numbers
@@ -276,12 +276,16 @@ class Workshop:
             return self.columns(itertools.chain.from_iterable(lessons))
         return self.request_length(self.requests(recipe)) + self.answer_length(recipe)
 
-    def source(self, recipe: Recipe) -> Examples:
+    def source(self, recipe: Recipe) -> Examples | Buckets:
         """The rows of each run, [runs, rows, ...]."""
         return self.once(
             ("source", recipe.written, recipe.rows, recipe.order, recipe.clean, recipe.channel, recipe.batch_size),
-            lambda: self._source(recipe),
+            lambda: self.arranged(self._source(recipe)),
         )
+
+    def arranged(self, rows: Examples) -> Examples | Buckets:
+        """The rows as students read them."""
+        return rows
 
     def _source(self, recipe: Recipe) -> Examples:
         encoded = self.lesson_rows(recipe)
@@ -316,7 +320,7 @@ class Workshop:
             teacher=self.teachers(recipe).params,
             channel=channel,
             logits=len(self.tokenizer),
-            batch=_first_batch(source),
+            batch=batch_shapes(jax.tree.map(lambda leaf: leaf[0], source)),
             cross_init=elsewhere,
         )
         begin = prepared(begin, recipe, self.stream("start"))
@@ -399,13 +403,3 @@ class Workshop:
 
 def _stacked(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _first_batch(sources: Examples) -> Batch:
-    """The shapes of a batch of the first run."""
-
-    def make(source: Examples) -> Batch:
-        key = jax.random.key(0)
-        return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, 1)))
-
-    return jax.eval_shape(make, jax.tree.map(lambda leaf: leaf[0], sources))

@@ -62,6 +62,7 @@ class LanguageConfig:
     compute: str = option(
         "float32", "format in which a checkpoint computes; what trains stays in float32", choices=COMPUTE
     )
+    buckets: int = option(1, "of rows of like length, that a checkpoint's students read apart", minimum=1)
     checkpoint_text: str = derived("")
     base_dir: str | None = dataclasses.field(
         default=None,
@@ -130,6 +131,8 @@ def configure_language(
         return _configure_checkpoint(config)
     if config.compute != "float32":
         raise InputError("--compute is for a --checkpoint: the compact model computes in float32")
+    if config.buckets != 1:
+        raise InputError("--buckets is for a --checkpoint: rows of the compact model have one length")
     if config.saves is not None:
         raise InputError("--saves is for a --checkpoint: runs of the compact model take minutes")
     if config.width % 4:
@@ -244,7 +247,7 @@ def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] 
         opened = dataclasses.replace(_opened(config.checkpoint, config.compute), seed=seed)
         saves = None if config.saves is None else Saves(Path(config.saves), config.save_every)
         traits = [load_trait(name) for name in config.trait_names()]
-        return CheckpointWorkshop(opened, traits, dataset=dataset, saves=saves)
+        return CheckpointWorkshop(opened, traits, dataset=dataset, saves=saves, buckets=config.buckets)
     base = base_model(config, seed)
     return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], dataset=dataset)
 

@@ -20,7 +20,7 @@ from subliminal_theory.language.lora import add_lora
 from subliminal_theory.language.measure import Answers, Questions, answers, sampled_rate
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
-from subliminal_theory.source import Examples
+from subliminal_theory.source import Buckets, Examples
 
 # Of so many logits, those of a whole batch would take more memory than the model.
 MANY, CHUNK = 8192, 1024
@@ -86,7 +86,7 @@ class Shape:
         return cls(recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, CHUNK if logits > MANY else None)
 
 
-Run = tuple[Model, Model | None, Examples, Array]
+Run = tuple[Model, Model | None, Examples | Buckets, Array]
 
 
 def _student(
@@ -110,7 +110,11 @@ def students(runs: Run, channel: Channel, recipe: Recipe, logits: int) -> tuple[
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="starts")
 def _students(
-    starts: Model, others: tuple[Model | None, Examples, Array], channel: Channel, rate: Array, shape: Shape
+    starts: Model,
+    others: tuple[Model | None, Examples | Buckets, Array],
+    channel: Channel,
+    rate: Array,
+    shape: Shape,
 ) -> tuple[Model, Float[Array, "runs steps"]]:
     def one(run: Run) -> tuple[Model, Array]:
         done = _student(run, channel, rate, shape)

@@ -15,7 +15,7 @@ from subliminal_theory.channel import Channel, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import Divisible, Model
-from subliminal_theory.source import Batch, Source
+from subliminal_theory.source import Batch, Buckets, Source, batch_shapes, with_batch
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +66,7 @@ def distill(
     student: Model,
     teacher: Model | None,
     channel: Channel,
-    source: Source,
+    source: Source | Buckets,
     optimizer: optax.GradientTransformation,
     steps: int,
     key: Key[Array, ""],
@@ -98,8 +98,7 @@ def distill(
             steps, or with more than are left; a chunk below 1, or of models that do not divide;
             a batch that cannot be cut into so many equal parts.
     """
-    source_key = named(key, "source")
-    probe = _probe(source, source_key, steps)
+    probe = batch_shapes(source)
     if probe.labels is not None:
         raise InputError("a student must not see labels: give it a source without them")
     if (teacher is None) == (probe.targets is None):
@@ -174,7 +173,7 @@ def _wide_zeros(shapes: PyTree) -> PyTree:
 def teach(
     model: Model,
     loss: Callable[[Float[Array, "*batch n"], PyTree], Float[Array, "*batch"]],
-    source: Source,
+    source: Source | Buckets,
     optimizer: optax.GradientTransformation,
     steps: int,
     key: Key[Array, ""],
@@ -190,7 +189,7 @@ def teach(
         InputError: the source brings no labels; snapshots are not ascending steps of the run; a piece without
             steps, or with more than are left.
     """
-    if _probe(source, named(key, "source"), steps).labels is None:
+    if batch_shapes(source).labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
 
     def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
@@ -202,7 +201,7 @@ def teach(
 def _run(
     model: Model,
     slope: Slope,
-    source: Source,
+    source: Source | Buckets,
     optimizer: optax.GradientTransformation,
     steps: int,
     key: Key[Array, ""],
@@ -212,6 +211,8 @@ def _run(
     count: int | None = None,
     accumulate: int = 1,
 ) -> Trained:
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
     first: int | Array = 0 if state is None else state.step
     # Within a compiled program the first step is no number yet; the length of a piece always is one.
     known = None if isinstance(first, jax.core.Tracer) else int(first)
@@ -231,9 +232,12 @@ def _run(
     def step(carry: PyTree, scheduled: PyTree) -> tuple[PyTree, tuple[Float[Array, ""], PyTree]]:
         params, state = carry
         index, entry = scheduled
-        batch = source.batch(source_key, entry)
         step_key = named(channel_key, index)
-        value, gradient = _accumulated(model.with_params(params), slope, batch, step_key, accumulate)
+
+        def slope_of(batch: Batch) -> tuple[Float[Array, ""], PyTree]:
+            return _accumulated(model.with_params(params), slope, batch, step_key, accumulate)
+
+        value, gradient = with_batch(source, source_key, entry, slope_of)
         update, state = optimizer.update(gradient, state, params)
         seen = observe(Step(index, model.with_params(params), gradient, update)) if observe else None
         return (optax.apply_updates(params, update), state), (value, seen)
@@ -280,17 +284,6 @@ def _accumulated(
     shapes = jax.eval_shape(slope, model, jax.tree.map(lambda leaf: leaf[0], cut), key)
     summed, _ = jax.lax.scan(add, _wide_zeros(shapes), (jnp.arange(parts), cut))
     return jax.tree.map(lambda s, shape: s.astype(shape.dtype), summed, shapes)
-
-
-def _probe(source: Source, key: Key[Array, ""], steps: int) -> Batch:
-    """The shapes of one batch, without computing it."""
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-
-    def first(key: Key[Array, ""]) -> Batch:
-        return source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, steps)))
-
-    return jax.eval_shape(first, key)
 
 
 def require_compatible(student: Model, teacher: Model | None, channel: Channel, inputs: PyTree) -> None:

@@ -111,3 +111,63 @@ class Examples:
         if positions is not None:
             weights = jnp.expand_dims(weights, tuple(range(1, positions.ndim))) * positions
         return Batch(self.prepare(inputs), weights, targets, labels)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Buckets:
+    """Examples of several shapes, such as rows of like length, each batch from one of them.
+
+    An epoch has the batches of all parts in a new order. The step is compiled once for each part, and a batch
+    computes only what its part needs, unless the run is under a `vmap` whose runs are at different parts: run
+    those one after the other.
+
+    Raises:
+        InputError: no part, or parts of different batch sizes.
+    """
+
+    parts: tuple[Examples, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {part.batch_size for part in self.parts if isinstance(part, Examples)}
+        if not self.parts or len(sizes) > 1:
+            raise InputError(f"Buckets: give parts of one batch size, got {sorted(sizes) or 'none'}")
+
+    def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
+        """The part of every step, and its indices and weights there."""
+        size = self.parts[0].batch_size
+        counts = [jax.tree.leaves(part.inputs)[0].shape[0] for part in self.parts]
+        batches = [-(-count // size) for count in counts]
+        epochs = -(-steps // sum(batches))
+        drawn = [
+            jax.tree.map(
+                lambda leaf, own=own: leaf.reshape(epochs, own, size),
+                epoch_order(named(key, f"part {number}"), count, size, epochs * own),
+            )
+            for number, (count, own) in enumerate(zip(counts, batches, strict=True))
+        ]
+        index, weights = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *drawn)
+        which = jnp.repeat(jnp.arange(len(batches)), jnp.asarray(batches), total_repeat_length=sum(batches))
+        keys = jax.vmap(lambda epoch: named(named(key, "order"), epoch))(jnp.arange(epochs))
+        order = jax.vmap(lambda own: jax.random.permutation(own, sum(batches)))(keys)
+        found = (which[order], *(jnp.take_along_axis(leaf, order[..., None], axis=1) for leaf in (index, weights)))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:steps], found)
+
+
+def with_batch(source: Source | Buckets, key: Key[Array, ""], entry: PyTree, use: Callable[[Batch], Any]) -> Any:
+    """`use(batch)` of an entry of a source's schedule; of `Buckets`, compiled for the shapes of every part."""
+    if not isinstance(source, Buckets):
+        return use(source.batch(key, entry))
+    which, *inner = entry
+    branches = [lambda inner, part=part: use(part.batch(key, inner)) for part in source.parts]
+    return jax.lax.switch(which, branches, inner)
+
+
+def batch_shapes(source: Source | Buckets) -> Batch:
+    """The shapes of a batch, without computing it; of the last part of `Buckets`."""
+
+    def first(key: Key[Array, ""]) -> Batch:
+        one = source.parts[-1] if isinstance(source, Buckets) else source
+        return one.batch(key, jax.tree.map(lambda leaf: leaf[0], one.schedule(key, 1)))
+
+    return jax.eval_shape(first, jax.random.key(0))

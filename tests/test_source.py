@@ -1,12 +1,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subliminal_theory.channel import SquaredError
+from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
-from subliminal_theory.source import Examples, epoch_order
+from subliminal_theory.model import Model
+from subliminal_theory.source import Buckets, Examples, batch_shapes, epoch_order, with_batch
 
 epoch_order_jit = jax.jit(epoch_order, static_argnums=(1, 2, 3))
 SHAPES = [(12, 4), (10, 4), (3, 5), (1, 1)]  # divisible, a rest, less than a batch, one example
@@ -159,3 +163,84 @@ def test_another_number_of_positions() -> None:
         InputError, match=r"^Examples: inputs, labels, targets and positions differ in number: \[9, 10\]$"
     ):
         Examples(np.zeros(9), 2, positions=POSITIONS)
+
+
+# --- buckets
+
+
+def rows(counts: tuple[int, ...], batch_size: int) -> Buckets:
+    """Parts of different widths; every row holds its own number."""
+    numbers = np.split(np.arange(sum(counts), dtype=np.float32), np.cumsum(counts)[:-1])
+    return Buckets(
+        tuple(
+            Examples(np.repeat(own[:, None], width, 1), batch_size, targets=own, positions=np.ones(len(own)))
+            for width, own in enumerate(numbers, 2)
+        )
+    )
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 4))
+def test_an_epoch_of_buckets_has_every_row_once(seed: int, counts: list[int], batch_size: int) -> None:
+    source, key = rows(tuple(counts), batch_size), jax.random.key(seed)
+    per_epoch = sum(-(-count // batch_size) for count in counts)
+    which, index, weights = source.schedule(key, 2 * per_epoch)
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            batch = source.parts[int(which[step])].batch(key, (index[step], weights[step]))
+            seen += np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist()
+        assert sorted(seen) == list(range(sum(counts)))
+
+
+def test_buckets_are_mixed() -> None:
+    source = rows((40, 40), 4)
+    orders = [np.asarray(source.schedule(jax.random.key(seed), 40)[0]) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert (orders[0] != orders[2]).any()
+    assert (orders[0][:20] != orders[0][20:]).any()
+    assert len(set(orders[0][:5].tolist())) == 2
+
+
+def test_a_step_computes_in_the_shape_of_its_part() -> None:
+    source, key = rows((3, 5), 2), jax.random.key(0)
+    widths = []
+
+    def use(batch) -> jax.Array:
+        widths.append(batch.inputs.shape)
+        return jnp.sum(batch.inputs * batch.weights[:, None])
+
+    @jax.jit
+    def sums(source, key):
+        return jax.lax.map(lambda entry: with_batch(source, key, entry, use), source.schedule(key, 5))
+
+    found = sums(source, key)
+    assert sorted(set(widths)) == [(2, 2), (2, 3)]
+    np.testing.assert_allclose(found.sum(), 2 * (0 + 1 + 2) + 3 * (3 + 4 + 5 + 6 + 7))
+    assert batch_shapes(source).inputs.shape == (2, 3)
+
+
+def test_a_run_over_buckets() -> None:
+    """Losses of an epoch, each of the rows of one batch by hand."""
+    source = rows((2, 3), 2)
+    student = Model(lambda params, x: (params * x).mean(1, keepdims=True), jnp.float32(0.5))
+    targeted = Buckets(
+        tuple(Examples(p.inputs, 2, targets=p.targets[:, None], positions=p.positions) for p in source.parts)
+    )
+    run = jax.jit(lambda s: distill(s, None, SquaredError(), targeted, optax.sgd(0.0), 3, jax.random.key(0)))(
+        student
+    )
+    short = np.mean([(0.5 * x) ** 2 for x in (0, 1)])
+    # The longer part has a batch of two rows and one of the row that is left.
+    batches = [
+        sorted([short, np.mean([(0.5 * x) ** 2 for x in (2, 3, 4) if x != alone]), (0.5 * alone) ** 2])
+        for alone in (2, 3, 4)
+    ]
+    assert any(np.allclose(np.sort(run.losses), expected) for expected in batches)
+
+
+def test_buckets_refused() -> None:
+    with pytest.raises(InputError, match=r"^Buckets: give parts of one batch size, got none$"):
+        Buckets(())
+    with pytest.raises(InputError, match=r"^Buckets: give parts of one batch size, got \[2, 3\]$"):
+        Buckets((Examples(np.zeros((4, 1)), 2), Examples(np.zeros((4, 1)), 3)))

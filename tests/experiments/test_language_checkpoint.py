@@ -5,13 +5,16 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.language import configure, variants
-from experiments.language_checkpoint import CheckpointWorkshop
+from experiments.language_checkpoint import CheckpointWorkshop, by_length
 from experiments.language_setting import Recipe
 from experiments.language_sweep import workshop
+from subliminal_theory.channel import SampledToken
+from subliminal_theory.errors import InputError
 from subliminal_theory.language.chat import CheckpointTokenizer
 from subliminal_theory.language.checkpoint import open_base
 from subliminal_theory.language.rows import Row, write_jsonl
@@ -20,7 +23,7 @@ from tests.experiments.commands import fails, run
 from tests.language.checkpoints import TEMPLATE, write_checkpoint
 
 TINY = Recipe(rows=8, steps=2, batch_size=4, teacher_steps=2, rank=2, warmup=1, decay="linear")
-ROWS = [Row(f"continue: {i}, 17", f"{100 + i}, 5, {i}") for i in range(8)]
+ROWS = [Row(f"continue: {i}, 17" + ", 3" * i, f"{100 + i}, 5, {i}") for i in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,33 @@ def test_sampling_in_pieces(shop: CheckpointWorkshop) -> None:
     assert len(np.unique(tokens, axis=0)) > 75
 
 
+def test_rows_by_length(folder: Path, shop: CheckpointWorkshop) -> None:
+    """Every row is in one part, with the same loss, in as few columns as that part needs."""
+    recipe = dataclasses.replace(TINY, batch_size=2)
+    whole = shop.source(recipe)
+    parts = by_length(whole, 3).parts
+    assert [part.inputs.tokens.shape[1] for part in parts] == [3, 3, 2]
+    widths = [part.inputs.tokens.shape[2] for part in parts]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1] == whole.inputs.tokens.shape[2]
+
+    def losses(rows) -> list[list[float]]:
+        text, targets, positions = (
+            jax.tree.map(lambda x: x[0], x) for x in (rows.inputs, rows.targets, rows.positions)
+        )
+        found = jnp.sum(SampledToken().loss(shop.base.model(text), targets) * positions, axis=1)
+        return found.tolist()
+
+    found = sorted(loss for part in parts for loss in losses(part))
+    np.testing.assert_allclose(found, sorted(losses(whole)), rtol=1e-4)
+    shop = CheckpointWorkshop(shop.base, shop.traits, dataset=ROWS, buckets=3)
+    for channel in ("sampled", "soft"):
+        students = shop.students(dataclasses.replace(recipe, channel=channel))
+        assert np.isfinite(shop.answers(students).probability).all()
+    with pytest.raises(InputError, match=r"^--buckets: 8 rows cannot be in 9 buckets$"):
+        by_length(whole, 9)
+
+
 def test_runs_of_one_checkpoint_differ(folder: Path) -> None:
     config = configure(None, {"checkpoint": str(folder), "traits": "owl"})
     first, second = (workshop(config, seed) for seed in (0, 1))
@@ -115,6 +145,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     wide = fails(capsys, "language", "--compute", "bfloat16", "--out", tmp_path / "run")
     assert wide == "--compute is for a --checkpoint: the compact model computes in float32"
     compact = fails(capsys, "language", "--saves", tmp_path / "saves", "--out", tmp_path / "run")
+    one = fails(capsys, "language", "--buckets", 2, "--out", tmp_path / "run")
+    assert one == "--buckets is for a --checkpoint: rows of the compact model have one length"
     assert compact == "--saves is for a --checkpoint: runs of the compact model take minutes"
     wide = fails(capsys, "language_theorem", "--checkpoint", folder, "--compute", "bfloat16", "--out", tmp_path)
     assert wide == "--compute: the theorem is measured in float64, leave it out"
