@@ -185,8 +185,9 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
             continue
         types_ = [t for t in (get_args(field.type) or (field.type,)) if t is not types.NoneType]
         shown = json.dumps(value) if value is not None else "automatic"
+        flag, alias = "--" + field.name.replace("_", "-"), field.metadata.get("alias")
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            *((flag, alias) if alias else (flag,)),
             type=types_[0],
             metavar=getattr(types_[0], "__name__", "value"),
             help=f"{names}{field.metadata['help']} (default {shown})".replace("%", "%%"),

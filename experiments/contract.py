@@ -45,12 +45,16 @@ def option(
     minimum: float | None = None,
     positive: bool = False,
     positional: bool = False,
+    alias: str | None = None,
 ) -> Any:
     """A field of a Config, with what the command line says of it and accepts for it.
 
     A positional one is a text that takes all words of the command line that belong to no flag, joined by commas.
+    An alias is another name of the flag.
     """
-    limits = {"choices": choices, "minimum": minimum, "positive": positive, "positional": positional}
+    limits = {
+        "choices": choices, "minimum": minimum, "positive": positive, "positional": positional, "alias": alias
+    }  # fmt: skip
     return field(default=default, metadata={"help": help, **limits})
 
 

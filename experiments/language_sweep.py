@@ -57,7 +57,9 @@ class LanguageConfig:
     requests: int = option(0, "number requests that a teacher answers (default: as many as rows)", minimum=0)
     warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
     decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
-    checkpoint: str = option("", "folder of a checkpoint, in the place of the compact model; seeds are then runs")
+    checkpoint: str = option(
+        "", "folder of a checkpoint, in the place of the compact model; seeds are then runs", alias="--base"
+    )
     other_checkpoint: str = option("", "another one, for students of another base")
     compute: str = option(
         "float32", "format in which a checkpoint computes; what trains stays in float32", choices=COMPUTE

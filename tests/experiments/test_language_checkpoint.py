@@ -141,6 +141,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
         return fails(capsys, "language", "--checkpoint", where, "--out", tmp_path / "run", *more)
 
     assert "tokenizer.json" in refusal(tmp_path / "absent")
+    same = fails(capsys, "language", "--base", tmp_path / "absent", "--out", tmp_path / "run")
+    assert same == refusal(tmp_path / "absent")
     assert refusal(folder, "--traits", "lazy").startswith("--checkpoint takes preferences only")
     wide = fails(capsys, "language", "--compute", "bfloat16", "--out", tmp_path / "run")
     assert wide == "--compute is for a --checkpoint: the compact model computes in float32"
