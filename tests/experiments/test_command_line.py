@@ -144,7 +144,7 @@ def test_lists_experiments(arguments: list[str], capsys: Capture) -> None:
 
 
 def shown_defaults(output: str) -> dict[str, str]:
-    return dict(re.findall(r"^  --(\S+) \w+\s+.*\(default (.+)\)$", output, re.M))
+    return dict(re.findall(r"^  --(\S+) \w+(?:, --\S+ \w+)?\s+.*\(default (.+)\)$", output, re.M))
 
 
 @pytest.mark.parametrize("name", [name for name, module in EXPERIMENTS.items() if not hasattr(module, "main")])
