@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -245,7 +246,12 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of PyTorch (default all)")
     parser.add_argument("--steps", type=int, default=8, help="of training a call (default 8)")
     parser.add_argument("--beside", type=int, default=4, help="workers that start and compile at once (default 4)")
-    parser.add_argument("--patience", type=float, default=300, help="seconds for one measurement (default 300)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=300,
+        help="seconds for one measurement and those that it waits for (default 300)",
+    )
     parser.add_argument("--out", type=Path, help="also write the results there as JSON")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -263,10 +269,14 @@ def measure_all(chosen: argparse.Namespace) -> None:
     began = time.perf_counter()
     results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
-    def tell(line: str) -> None:
-        print(f"{time.perf_counter() - began:4.0f} s  {line}", flush=True)
-        if chosen.out:
-            chosen.out.write_text(json.dumps(results, indent=1))
+    telling = threading.Lock()
+
+    def tell(key: str, found: Any, line: str) -> None:
+        with telling:
+            results[key] = found
+            print(f"{time.perf_counter() - began:4.0f} s  {line}", flush=True)
+            if chosen.out:
+                chosen.out.write_text(json.dumps(results, indent=1))
 
     def ours(name: str, mode: str) -> list[Any]:
         return [__file__, "--steps", chosen.steps, "--worker", name, mode]
@@ -284,13 +294,12 @@ def measure_all(chosen: argparse.Namespace) -> None:
 
     def measured(name: str, mode: str, command: list[Any], own: bool) -> None:
         found = run([sys.executable, *map(str, command)], chosen.patience)
-        results[f"{name} {mode}" + ("" if own else " (transformers)")] = found
+        key = f"{name} {mode}" + ("" if own else " (transformers)")
         if "failed" in found or mode == "limits":
-            tell(f"{name} {mode}: {found}")
-        elif own:
-            tell(f"{name} {mode}: {told(SHAPES[name], mode, found, limit)}; {found}")
+            line = ""
         else:
-            tell(f"{name} {mode} (transformers): {1e3 * found['seconds']:.2f} ms; {found}")
+            line = told(SHAPES[name], mode, found, limit) if own else f"{1e3 * found['seconds']:.2f} ms"
+        tell(key, found, f"{key}: {line} {found}")
 
     first = chosen.shapes[0]
     measured(first, "limits", ours(first, "limits"), True)
@@ -304,8 +313,8 @@ def measure_all(chosen: argparse.Namespace) -> None:
     def ratio(label: str, over: str, under: str) -> None:
         pair = [results.get(key, {}).get("seconds") for key in (over, under)]
         if None not in pair:
-            results[label] = round(pair[0] / pair[1], 2)
-            tell(f"{label}: {results[label]}")
+            found = round(pair[0] / pair[1], 2)
+            tell(label, found, f"{label}: {found}")
 
     for name in chosen.shapes:
         ratio(f"{name} cost of full distributions over plain", f"{name} soft", f"{name} full")

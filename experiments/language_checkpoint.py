@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,7 +81,8 @@ class CheckpointWorkshop(Workshop):
         if self.saves is None:
             return super().blocks(rows, block, decided_by)
         starts = range(0, rows, self.at_once)
-        return self.saves.blocks(f"base {self.base.seed}", starts, block, (self._kind, decided_by))
+        decided_by = (self._kind, decided_by, self.tokenizer.stop, self.tokenizer.pad)
+        return self.saves.blocks(f"base {self.base.seed}", starts, block, decided_by)
 
     def train_teachers(self, runs: tuple[Model, Examples, Array], recipe: Recipe) -> tuple[Model, Array]:
         """As of `Workshop`."""
@@ -95,8 +97,8 @@ class CheckpointWorkshop(Workshop):
                 return taught_on(run, rate, state, steps=steps, count=count)
 
             assert self.saves is not None
-            name = f"teacher of {self.names[number]}"
-            return self.saves.trained(name, run[0], piece, steps, (self._kind, run, recipe.taught))[0]
+            name = f"the teacher of {self.names[number]}"
+            return self.saves.trained(name, run[0], piece, steps, (self._kind, run, recipe.taught))
 
         return _stacked([train(number) for number in range(len(self.traits))])
 
@@ -112,14 +114,18 @@ class CheckpointWorkshop(Workshop):
             def piece(state: State | None, count: int) -> Trained:
                 return student_on(run, channel, rate, state, shape=shape, count=count)
 
+            def finish(folder: Path, model: Model) -> None:
+                assert isinstance(self.base, CheckpointBase)
+                assert isinstance(self.tokenizer, CheckpointTokenizer)
+                if own:
+                    export(folder, self.base.checkpoint, model, self.tokenizer.fingerprint)
+
             assert self.saves is not None
-            name, decided_by = f"student of {self.names[number]}", (self._kind, run, channel, recipe)
-            done, folder = self.saves.trained(name, run[0], piece, recipe.steps, decided_by)
-            assert isinstance(self.base, CheckpointBase)
-            assert isinstance(self.tokenizer, CheckpointTokenizer)
-            if own:
-                export(folder, self.base.checkpoint, done.model, self.tokenizer.fingerprint)
-            return done
+            name, decided_by = (
+                f"the student of {self.names[number]}",
+                (self._kind, run, channel, recipe, self.buckets),
+            )
+            return self.saves.trained(name, run[0], piece, recipe.steps, decided_by, finish)
 
         return _stacked([train(number) for number in range(len(jax.tree.leaves(runs)[0]))])
 

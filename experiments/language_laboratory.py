@@ -213,12 +213,13 @@ class Workshop:
     def draw(self, teacher: Model, chats: Sequence[Chat], key: Array, recipe: Recipe) -> np.ndarray:
         """Tokens [chats, longest answer] of a teacher's answers."""
         prompts = text_of(self.tokenizer.encode_prompts(chats, self.request_length(chats)))
+        steps = self.answer_length(recipe)
 
         def block(start: int) -> np.ndarray:
             tokens, _ = sample(
                 teacher,
                 jax.tree.map(lambda leaf: leaf[start : start + self.at_once], prompts),
-                steps=self.answer_length(recipe),
+                steps=steps,
                 key=named(key, start),
                 temperature=recipe.temperature,
                 top_p=recipe.top_p,
@@ -227,7 +228,7 @@ class Workshop:
             )
             return np.asarray(tokens)
 
-        return np.concatenate(self.blocks(len(chats), block, (teacher, prompts, key, recipe.written)))
+        return np.concatenate(self.blocks(len(chats), block, (teacher, prompts, key, recipe.written, steps)))
 
     def blocks(self, rows: int, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
         """What `block` draws for the rows from each of its starts on; `decided_by` is all that it depends on."""

@@ -74,7 +74,7 @@ class LanguageConfig:
         default=None,
         metadata={
             "help": "folder in which a checkpoint's runs save rows and training, to go on from after any end; "
-            "students stay there (default: nothing is saved but results)",
+            "trained parameters and students stay there (default: nothing is saved but results)",
             "recorded": False,
         },
     )
@@ -150,6 +150,11 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
     text = checkpoint_text(config.checkpoint)
     if config.other_checkpoint and checkpoint_text(config.other_checkpoint) != text:
         raise InputError("--other-checkpoint has another tokenizer or chat template: its students could not read")
+    if config.buckets > 1 and config.rows < config.buckets * config.batch_size:
+        raise InputError(
+            f"--buckets {config.buckets} of {config.rows} rows do not fill a batch of {config.batch_size} each: "
+            "take fewer"
+        )
     kinds = {type(load_trait(name)) for name in config.trait_names()}
     if kinds != {Preference}:
         raise InputError("--checkpoint takes preferences only: habits are questions of the compact model's corpus")

@@ -32,11 +32,13 @@ MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 def ensemble(train: Callable[[Any], Any], runs: Any) -> Any:
     """All runs in one vectorised loop; one after the other if large, or on a CPU, whose caches they would fill.
 
-    A large model keeps a device busy alone, and what is between its layers is then there once.
+    A large model keeps a device busy alone, and what is between its layers is then there once. Runs over buckets
+    would compute all of them at every step.
     """
     leaves = jax.tree.leaves(runs)
-    large = sum(leaf.size for leaf in leaves) > LARGE * leaves[0].shape[0]
-    return jax.lax.map(train, runs) if large or jax.default_backend() == "cpu" else jax.vmap(train)(runs)
+    alone = sum(leaf.size for leaf in leaves) > LARGE * leaves[0].shape[0] or jax.default_backend() == "cpu"
+    alone |= any(isinstance(part, Buckets) for part in runs)
+    return jax.lax.map(train, runs) if alone else jax.vmap(train)(runs)
 
 
 def _teacher(

@@ -118,12 +118,12 @@ class Examples:
 class Buckets:
     """Examples of several shapes, such as rows of like length, each batch from one of them.
 
-    An epoch has the batches of all parts in a new order. The step is compiled once for each part, and a batch
-    computes only what its part needs, unless the run is under a `vmap` whose runs are at different parts: run
-    those one after the other.
+    An epoch has the batches of all parts in a new order; the last batch of each part is filled up. The step is
+    compiled once for each part, and a batch computes only what its part needs, unless the run is under a `vmap`
+    whose runs are at different parts: run those one after the other.
 
     Raises:
-        InputError: no part, or parts of different batch sizes.
+        InputError: no part, parts of different batch sizes, or not all with labels, with targets, with positions.
     """
 
     parts: tuple[Examples, ...]
@@ -132,6 +132,9 @@ class Buckets:
         sizes = {part.batch_size for part in self.parts if isinstance(part, Examples)}
         if not self.parts or len(sizes) > 1:
             raise InputError(f"Buckets: give parts of one batch size, got {sorted(sizes) or 'none'}")
+        for name in ("labels", "targets", "positions"):
+            if len({getattr(part, name) is None for part in self.parts if isinstance(part, Examples)}) > 1:
+                raise InputError(f"Buckets: some parts have {name} and some have none")
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
         """The part of every step, and its indices and weights there."""

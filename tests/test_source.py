@@ -244,3 +244,5 @@ def test_buckets_refused() -> None:
         Buckets(())
     with pytest.raises(InputError, match=r"^Buckets: give parts of one batch size, got \[2, 3\]$"):
         Buckets((Examples(np.zeros((4, 1)), 2), Examples(np.zeros((4, 1)), 3)))
+    with pytest.raises(InputError, match=r"^Buckets: some parts have labels and some have none$"):
+        Buckets((Examples(np.zeros((4, 1)), 2), Examples(np.zeros((4, 1)), 2, labels=np.zeros(4))))

@@ -101,6 +101,11 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
     write_atomically(folder / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
 
 
+def fits_adapter(like: Checkpoint, model: Model) -> bool:
+    """Whether a model has factors, all of linear layers with a tensor of their own, as an adapter holds them."""
+    return isinstance(model.apply, Adapted) and _apart(model)[1].keys() <= _own_kernels(like.family).keys()
+
+
 def load_adapter(folder: Path, checkpoint: Checkpoint, *, template: str = "") -> Model:
     """The model of a checkpoint with the factors in a folder, as `add_lora` makes it: only they are trainable.
 
@@ -212,9 +217,14 @@ def _kernels(family: Family) -> list[Entry]:
     return [entry for entry in entries(family) if entry.ours[0].endswith("/kernel")]
 
 
+def _own_kernels(family: Family) -> dict[str, Entry]:
+    """Those that hold one parameter, by its name."""
+    return {entry.ours[0]: entry for entry in _kernels(family) if len(entry.ours) == 1}
+
+
 def _holders(family: Family, names: Mapping[str, Any]) -> dict[str, Entry]:
     """The tensor of each adapted parameter, refused if it is no kernel or holds others too."""
-    own = {entry.ours[0]: entry for entry in _kernels(family) if len(entry.ours) == 1}
+    own = _own_kernels(family)
     others = [name for name in names if name not in own]
     if others:
         raise InputError(

@@ -7,7 +7,7 @@
     def piece(state, count):
         return go_on(student, teacher, source, state, count=count)
 
-    mark = mark_of(student, teacher, source, key, "adam 1e-4")
+    mark = mark_of(student, teacher, source, key, f"{config}, batches of 66, adam 1e-4, rank 8, alpha 8")
     run = run_in_pieces(student, piece, 900, 100, Path("runs/owl"), mark)
 
 State is saved in the background, with Orbax, under a temporary name that the finished checkpoint loses: a
@@ -49,6 +49,7 @@ def run_in_pieces(
     mark: str,
     report: Callable[[int, int], None] = lambda done, steps: None,
     shardings: Callable[[State], State] | None = None,
+    name: str = "the student",
 ) -> Trained:
     """Make a run of `steps`, `every` steps at a time, and go on where an earlier call with this folder ended.
 
@@ -65,7 +66,8 @@ def run_in_pieces(
 
     The result is `student` at its last parameters, the losses [steps] of all pieces and the last state; what
     pieces observe is not kept. The folder holds the newest two checkpoints, and only older and damaged ones are
-    removed: where the newest is damaged, the run goes on from the one before. One process at a time.
+    removed: where the newest is damaged, the run goes on from the one before. One process at a time. `name` is
+    what messages call the run.
 
     Raises:
         InputError: steps or every are below 1; the folder is of another mark, steps or every, is a file, holds
@@ -90,7 +92,7 @@ def run_in_pieces(
                 raise InputError(f"the piece up to step {until} did not stop there: pass it `state` and `count`")
             state, losses = part.state, [*losses, np.asarray(part.losses)]
             done = np.concatenate(losses)
-            require_finite(jnp.asarray(np.pad(done, (0, steps - until)))[None], ["the student"])
+            require_finite(jnp.asarray(np.pad(done, (0, steps - until)))[None], [name])
             with _saving(folder):
                 manager.save(until, args=ocp.args.StandardSave(_saved(state, done)))
             report(until, steps)
@@ -103,7 +105,8 @@ def run_in_pieces(
 def mark_of(*given: Any) -> str:
     """SHA-256 of all that decides a run: of arrays in trees by path, format, shape and numbers, else by `repr`.
 
-    One array at a time is on the host. What trees hold as static is not seen: name it beside them.
+    One array at a time is on the host. What trees hold as static (a batch size, a channel's temperature, the
+    configuration and scale of a model) is not seen, nor is the program: name it beside them.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(given):
@@ -114,7 +117,7 @@ def mark_of(*given: Any) -> str:
             continue
         # JAX keeps the numbers that it fetched from a device as long as the array they are of, here a copy.
         numbers = np.ascontiguousarray(np.asarray(leaf.copy()))
-        digest.update(f"{jax.tree_util.keystr(path)} {numbers.dtype} {numbers.shape}\n".encode())
+        digest.update(f"{jax.tree_util.keystr(path)} {numbers.dtype} {leaf.shape}\n".encode())
         digest.update(numbers.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 

@@ -147,6 +147,8 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     wide = fails(capsys, "language", "--compute", "bfloat16", "--out", tmp_path / "run")
     assert wide == "--compute is for a --checkpoint: the compact model computes in float32"
     compact = fails(capsys, "language", "--saves", tmp_path / "saves", "--out", tmp_path / "run")
+    few = refusal(folder, "--buckets", 3, "--rows", 100, "--batch-size", 40)
+    assert few == "--buckets 3 of 100 rows do not fill a batch of 40 each: take fewer"
     one = fails(capsys, "language", "--buckets", 2, "--out", tmp_path / "run")
     assert one == "--buckets is for a --checkpoint: rows of the compact model have one length"
     assert compact == "--saves is for a --checkpoint: runs of the compact model take minutes"
