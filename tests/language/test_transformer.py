@@ -198,20 +198,28 @@ def test_distilling_in_chunks(chunk: int, channel, adapted: bool) -> None:
 
 
 def test_chunks_hold_few_logits() -> None:
-    """Nothing of the size of all logits is made, forward or backward."""
+    """Nothing of the size of all logits is made, forward or backward, and nothing twice."""
     student, teacher = tiny(), tiny(1)
     text = Text(jnp.zeros((5, 6), jnp.int32), jnp.zeros(5, jnp.int32))
     source, optimizer = Examples(text, 5, positions=jnp.ones((5, 6))), optax.sgd(0.1)
 
+    def program(chunk: int | None) -> str:
+        return str(
+            jax.make_jaxpr(
+                lambda: distill(
+                    student, teacher, SoftLogits(), source, optimizer, 1, jax.random.key(0), chunk=chunk
+                )
+            )()
+        )
+
     def shapes(chunk: int | None) -> set[int]:
-        jaxpr = jax.make_jaxpr(
-            lambda: distill(student, teacher, SoftLogits(), source, optimizer, 1, jax.random.key(0), chunk=chunk)
-        )()
-        found = re.findall(r"f32\[([\d,]+),11\]", str(jaxpr))
+        found = re.findall(r"f32\[([\d,]+),11\]", program(chunk))
         return {int(np.prod([int(n) for n in shape.split(",")])) for shape in found}
 
     assert 30 in shapes(None)
     assert max(shapes(4) - {8}) == 4  # 8 is the width, of the output matrix
+    # Those of student and teacher, each once.
+    assert len(re.findall(r":f32\[4,11\] = dot_general", program(4))) == 2
 
 
 def test_chunks_that_cannot_be() -> None:
