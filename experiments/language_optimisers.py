@@ -21,6 +21,7 @@ RATES = {
     "sgd": (0.2, 0.8, 3.0),
     "sign": (1e-4, 3e-4, 1e-3),
 }
+RANK_RATES = (*RATES["adam"], 0.032)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
+    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
     ranks: str = option("1,2,8", "ranks of low-rank factors")
     unique: str = option("512,2048,8192", "number requests that the teacher answers")
 
@@ -46,7 +47,7 @@ def plan(config: Config) -> list[Part]:
             recipe = config.recipe(optimizer=optimizer, rate=rate)
             variants.append(Variant({"condition": optimizer, "rate": rate}, recipe))
     for rank in listed(config.ranks, "--ranks"):
-        for rate in RATES["adam"]:
+        for rate in RANK_RATES:
             recipe = config.recipe(rank=rank, rate=rate)
             variants.append(Variant({"condition": f"rank {rank}", "rate": rate}, recipe))
     for rows in listed(config.unique, "--unique"):
@@ -72,12 +73,12 @@ def plot(results: Results, config: Config) -> Figure:
     ranks = [f"rank {rank}" for rank in listed(config.ranks, "--ranks")]
     for axes, names in ((left, tuple(RATES)), (middle, ("adam", *ranks))):
         for colour, name in zip(COLOURS, names, strict=False):
-            rates = RATES.get(name, RATES["adam"])
+            rates = RATES.get(name, RANK_RATES)
             values = {r: results.values(condition=name, rate=str(r), metric="probability") for r in rates}
             runs_against(axes, values, colour, "all parameters" if axes is middle and name == "adam" else name)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
-    middle.set_xticks(RATES["adam"], list(map(str, RATES["adam"])))
+    middle.set_xticks(RANK_RATES, list(map(str, RANK_RATES)))
     middle.minorticks_off()
     left.set_title("Optimiser")
     middle.set_title("Low-rank factors (Adam)")
