@@ -46,16 +46,15 @@ def option(
     positive: bool = False,
     positional: bool = False,
     alias: str | None = None,
+    recorded: bool = True,
 ) -> Any:
     """A field of a Config, with what the command line says of it and accepts for it.
 
     A positional one is a text that takes all words of the command line that belong to no flag, joined by commas.
-    An alias is another name of the flag.
+    An alias is another name of the flag. What is not recorded decides no result: runs are resumed with any.
     """
-    limits = {
-        "choices": choices, "minimum": minimum, "positive": positive, "positional": positional, "alias": alias
-    }  # fmt: skip
-    return field(default=default, metadata={"help": help, **limits})
+    limits = {"choices": choices, "minimum": minimum, "positive": positive, "positional": positional}
+    return field(default=default, metadata={"help": help, **limits, "alias": alias, "recorded": recorded})
 
 
 def derived(default: Any) -> Any:

@@ -1,5 +1,6 @@
 """The workshop of a real checkpoint: requests like the paper's, its own tokenizer and chat template."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.language_laboratory import Workshop
+from experiments.language_laboratory import Workshop, stacked
 from experiments.language_saves import Saves, export
 from experiments.language_setting import Recipe
 from experiments.language_training import Run, Shape, student_on, taught_on
@@ -90,17 +91,10 @@ class CheckpointWorkshop(Workshop):
             return super().train_teachers(runs, recipe)
         rate, steps = jnp.float32(recipe.teacher_rate), recipe.teacher_steps
 
-        def train(number: int) -> Trained:
-            run = _one(runs, number)
+        def go_on(run: Any, state: State | None, count: int) -> Trained:
+            return taught_on(run, rate, state, steps=steps, count=count)
 
-            def piece(state: State | None, count: int) -> Trained:
-                return taught_on(run, rate, state, steps=steps, count=count)
-
-            assert self.saves is not None
-            name = f"the teacher of {self.names[number]}"
-            return self.saves.trained(name, run[0], piece, steps, (self._kind, run, recipe.taught))
-
-        return _stacked([train(number) for number in range(len(self.traits))])
+        return self._one_by_one("teacher", runs, go_on, steps, recipe.taught)
 
     def train_students(self, runs: Run, channel: Channel, recipe: Recipe, own: bool) -> tuple[Model, Array]:
         """As of `Workshop`; students that start at this base are written for other programs, too."""
@@ -108,26 +102,35 @@ class CheckpointWorkshop(Workshop):
             return super().train_students(runs, channel, recipe, own)
         rate, shape = jnp.float32(recipe.rate), Shape.of(recipe, len(self.tokenizer))
 
-        def train(number: int) -> Trained:
-            run = _one(runs, number)
+        def go_on(run: Any, state: State | None, count: int) -> Trained:
+            return student_on(run, channel, rate, state, shape=shape, count=count)
 
-            def piece(state: State | None, count: int) -> Trained:
-                return student_on(run, channel, rate, state, shape=shape, count=count)
+        def finish(folder: Path, model: Model) -> None:
+            assert isinstance(self.base, CheckpointBase)
+            assert isinstance(self.tokenizer, CheckpointTokenizer)
+            if own:
+                export(folder, self.base.checkpoint, model, self.tokenizer.fingerprint)
 
-            def finish(folder: Path, model: Model) -> None:
-                assert isinstance(self.base, CheckpointBase)
-                assert isinstance(self.tokenizer, CheckpointTokenizer)
-                if own:
-                    export(folder, self.base.checkpoint, model, self.tokenizer.fingerprint)
+        return self._one_by_one("student", runs, go_on, recipe.steps, (channel, recipe), finish)
 
-            assert self.saves is not None
-            name, decided_by = (
-                f"the student of {self.names[number]}",
-                (self._kind, run, channel, recipe, self.buckets),
-            )
-            return self.saves.trained(name, run[0], piece, recipe.steps, decided_by, finish)
-
-        return _stacked([train(number) for number in range(len(jax.tree.leaves(runs)[0]))])
+    def _one_by_one(
+        self,
+        role: str,
+        runs: Any,
+        go_on: Callable[[Any, State | None, int], Trained],
+        steps: int,
+        decided_by: Any,
+        finish: Callable[[Path, Model], None] = lambda folder, model: None,
+    ) -> tuple[Model, Array]:
+        """Models [runs] and their losses [runs, steps], each trained from where its saves are."""
+        assert self.saves is not None
+        done = []
+        for number in range(len(jax.tree.leaves(runs)[0])):
+            run = jax.tree.map(lambda leaf, number=number: leaf[number], runs)
+            name, piece = f"the {role} of {self.names[number]}", functools.partial(go_on, run)
+            one = self.saves.trained(name, run[0], piece, steps, (self._kind, run, decided_by), finish)
+            done.append((one.model, one.losses))
+        return stacked(done)
 
     @property
     def _kind(self) -> str:
@@ -168,11 +171,3 @@ def by_length(rows: Examples, parts: int) -> Buckets:
         targets, positions = jax.tree.map(lambda leaf, last=last: leaf[..., -last:], (targets, positions))
         found.append(replace(rows, inputs=text, targets=targets, positions=positions))
     return Buckets(tuple(found))
-
-
-def _one(runs: Any, number: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[number], runs)
-
-
-def _stacked(done: Sequence[Trained]) -> tuple[Model, Array]:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *((run.model, run.losses) for run in done))

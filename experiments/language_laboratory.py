@@ -117,7 +117,7 @@ class Workshop:
         length = self.columns(itertools.chain.from_iterable(chats))
         encoded = [self.tokenizer.encode_chats(rows, length) for rows in chats]
         last = max(rows.answer_columns for rows in encoded)
-        sources = _stacked([lessons(rows, len(rows.tokens), last) for rows in encoded])
+        sources = stacked([lessons(rows, len(rows.tokens), last) for rows in encoded])
         model, losses = self.train_teachers((self.untrained, sources, self.stream("teacher")), recipe)
         require_finite(losses, [f"the teacher of {name}" for name in self.names])
         return model
@@ -291,7 +291,7 @@ class Workshop:
     def _source(self, recipe: Recipe) -> Examples:
         encoded = self.lesson_rows(recipe)
         last = max(run.answer_columns for run in encoded)
-        texts = _stacked([text_of(run, last) for run in encoded])
+        texts = stacked([text_of(run, last) for run in encoded])
         positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])
         if recipe.channel in ("divergence", "rest"):
             differs = diverging(self.visible_teachers(recipe), self.untrained, texts)
@@ -352,7 +352,7 @@ class Workshop:
         last = encoded.answer_columns
         positions = jnp.asarray(encoded.weights[:, -last:])
         source = Examples(text_of(encoded, last), recipe.batch_size, positions=positions)
-        runs = _stacked([(other, self.base.model, source, self.run_keys("clone")[0])])
+        runs = stacked([(other, self.base.model, source, self.run_keys("clone")[0])])
         model, losses = self.train_students(runs, SoftLogits(), recipe, False)
         require_finite(losses, [f"the clone of base {self.base.seed}"])
         return jax.tree.map(lambda leaf: leaf[0], model)
@@ -402,5 +402,6 @@ class Workshop:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
 
-def _stacked(trees: Sequence[Any]) -> Any:
+def stacked(trees: Sequence[Any]) -> Any:
+    """One tree of all, [trees, ...]."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -66,21 +66,16 @@ class LanguageConfig:
     )
     buckets: int = option(1, "of rows of like length, that a checkpoint's students read apart", minimum=1)
     checkpoint_text: str = derived("")
-    base_dir: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "where base models are kept (default: the user's cache folder)", "recorded": False},
+    base_dir: str | None = option(
+        None, "where base models are kept (default: the user's cache folder)", recorded=False
     )
-    saves: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "folder in which a checkpoint's runs save rows and training, to go on from after any end; "
-            "trained parameters and students stay there (default: nothing is saved but results)",
-            "recorded": False,
-        },
+    saves: str | None = option(
+        None,
+        "folder in which a checkpoint's runs save rows and training, to go on from after any end; "
+        "trained parameters and students stay there (default: nothing is saved but results)",
+        recorded=False,
     )
-    save_every: int = dataclasses.field(
-        default=50, metadata={"help": "steps of training between saves", "minimum": 1, "recorded": False}
-    )
+    save_every: int = option(50, "steps of training between saves", minimum=1, recorded=False)
 
     def recipe(self, **changes: Any) -> Recipe:
         """The recipe of this configuration; `changes` are what distinguishes it."""

@@ -33,12 +33,8 @@ from subliminal_theory.vision.datasets import ImageDataset
 class SweepConfig:
     """What every experiment of the MNIST laboratory can set."""
 
-    data_dir: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "where the idx files are (default $SUBLIMINAL_DATA, then the cache, then a download)",
-            "recorded": False,
-        },
+    data_dir: str | None = option(
+        None, "where the idx files are (default $SUBLIMINAL_DATA, then the cache, then a download)", recorded=False
     )
     seeds: int = option(20, "independent runs", minimum=1)
     first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
