@@ -260,5 +260,5 @@ def plot(results: Results, config: Config) -> Figure:
     right.set_yticks(ticks, labels, fontsize=6)
     right.set_ylim(height, -1)
     right.set_xlabel(f"{measured(config)}\n(dots: settings, mean of {config.seeds} seeds; mean, 95% t)")
-    right.set_title(f"{len(means)} settings on {config.data}")
+    right.set_title(f"{len(means)} settings on {config.data}" + (f", {config.fixed}" if config.fixed else ""))
     return figure
