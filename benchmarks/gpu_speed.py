@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_speed.py [--shapes 0.5b 1.5b] [--out FILE]
 
-Each measurement has a process of its own. Those of this project compile beside each other (`--beside`) and are
-measured one at a time, while nothing compiles (a file lock, shared or exclusive); then `transformers` with PyTorch
-(compiled for training, `gpu_torch.py`), one after the other. What is done is told at once. The device's own limits
+Each measurement has a process of its own, of this project or of `transformers` with PyTorch (compiled for
+training, `gpu_torch.py`). Those of a shape compile beside each other (`--beside`) and are measured one at a time,
+while nothing compiles (a file lock, shared or exclusive). What is done is told at once. The device's own limits
 come first: the rate of a product of 8192 x 8192 matrices in bfloat16, and the bandwidth of a copy.
 
 Training: rows of random tokens, the loss at every position, bfloat16 with float32 masters and Adam, or low-rank
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES, help="(default all)")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of PyTorch (default all)")
     parser.add_argument("--steps", type=int, default=8, help="of training a call (default 8)")
-    parser.add_argument("--beside", type=int, default=4, help="workers that start and compile at once (default 4)")
+    parser.add_argument("--beside", type=int, default=7, help="processes that compile at once (default 7)")
     parser.add_argument(
         "--patience",
         type=float,
@@ -305,10 +305,11 @@ def measure_all(chosen: argparse.Namespace) -> None:
     measured(first, "limits", ours(first, "limits"), True)
     limit = results[f"{first} limits"]
     for name in chosen.shapes:
+        # PyTorch first: it compiles for longer.
+        jobs = [(name, mode, theirs(name, mode), False) for mode in chosen.peers]
+        jobs += [(name, mode, ours(name, mode), True) for mode in chosen.modes]
         with ThreadPoolExecutor(chosen.beside) as pool:
-            list(pool.map(lambda mode, name=name: measured(name, mode, ours(name, mode), True), chosen.modes))
-        for mode in chosen.peers:
-            measured(name, mode, theirs(name, mode), False)
+            list(pool.map(lambda job: measured(*job), jobs))
 
     def ratio(label: str, over: str, under: str) -> None:
         pair = [results.get(key, {}).get("seconds") for key in (over, under)]

@@ -30,11 +30,15 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a run that is computed and stored as a whole, and its size in runs for the progress bar."""
+    """A piece of a run that is computed and stored as a whole, and its size in runs for the progress bar.
+
+    It is computed under the default device that it is given, and those that follow if it takes several `devices`.
+    """
 
     name: str
     size: int
     compute: Callable[[], Sequence[Row]]
+    devices: int = 1
 
 
 def option(

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from experiments.language_laboratory import Workshop, stacked
 from experiments.language_saves import Saves, export
 from experiments.language_setting import Recipe
-from experiments.language_training import Run, Shape, student_on, taught_on
+from experiments.language_training import Run, Shape, student_on, students, taught, taught_on
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import State, Trained
 from subliminal_theory.errors import InputError
@@ -23,7 +24,9 @@ from subliminal_theory.language.chat import CheckpointTokenizer
 from subliminal_theory.language.checkpoint import CheckpointBase
 from subliminal_theory.language.corpus import Chat
 from subliminal_theory.language.numbers import NumberPrompts
+from subliminal_theory.language.parallel import place, place_runs, replicate, shardings_like, split_rows
 from subliminal_theory.language.traits import Trait
+from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 
@@ -35,12 +38,19 @@ class CheckpointWorkshop(Workshop):
     """As `Workshop`; `given`, `asked` and `formats` are those of `NumberPrompts`.
 
     With `saves`, runs train one after the other and go on from there. Students read their rows in `buckets` of
-    like length.
+    like length. On a `mesh`, where the base must lie, parameters, optimisers and batches are split over its
+    devices; a teacher that writes is whole on each of them, and writes a share of the rows there.
     """
 
     asked: tuple[int, int] = (10, 10)
     saves: Saves | None = None
     buckets: int = 1
+    mesh: Mesh | None = None
+
+    def for_all(self, model: Model) -> Model:
+        """A model for each run: [runs]."""
+        found = super().for_all(model)
+        return found if self.mesh is None else place_runs(found, self.mesh)
 
     def requests(self, recipe: Recipe) -> list[Chat]:
         """Number requests, the same for all teachers."""
@@ -71,7 +81,15 @@ class CheckpointWorkshop(Workshop):
     @property
     def at_once(self) -> int:
         """Rows that are sampled together."""
-        return 64
+        return 256
+
+    def as_writer(self, teacher: Model) -> Model:
+        """A teacher where it writes."""
+        return teacher if self.mesh is None else replicate(teacher, self.mesh)
+
+    def as_read(self, prompts: Text) -> Text:
+        """The prompts of a block where a teacher reads them."""
+        return prompts if self.mesh is None else split_rows(prompts, self.mesh)
 
     def arranged(self, rows: Examples) -> Examples | Buckets:
         """By length, in as many parts as there are buckets; all runs have the same shapes."""
@@ -87,20 +105,20 @@ class CheckpointWorkshop(Workshop):
 
     def train_teachers(self, runs: tuple[Model, Examples, Array], recipe: Recipe) -> tuple[Model, Array]:
         """As of `Workshop`."""
-        if self.saves is None:
-            return super().train_teachers(runs, recipe)
         rate, steps = jnp.float32(recipe.teacher_rate), recipe.teacher_steps
+        if self.saves is None:
+            return taught(*runs[:2], rate, runs[2], steps=steps, mesh=self.mesh)
 
         def go_on(run: Any, state: State | None, count: int) -> Trained:
-            return taught_on(run, rate, state, steps=steps, count=count)
+            return taught_on(run, rate, state, steps=steps, mesh=self.mesh, count=count)
 
         return self._one_by_one("teacher", runs, go_on, steps, recipe.taught)
 
     def train_students(self, runs: Run, channel: Channel, recipe: Recipe, own: bool) -> tuple[Model, Array]:
         """As of `Workshop`; students that start at this base are written for other programs, too."""
+        rate, shape = jnp.float32(recipe.rate), Shape.of(recipe, len(self.tokenizer), self.mesh)
         if self.saves is None:
-            return super().train_students(runs, channel, recipe, own)
-        rate, shape = jnp.float32(recipe.rate), Shape.of(recipe, len(self.tokenizer))
+            return students(runs, channel, recipe, shape)
 
         def go_on(run: Any, state: State | None, count: int) -> Trained:
             return student_on(run, channel, rate, state, shape=shape, count=count)
@@ -128,9 +146,26 @@ class CheckpointWorkshop(Workshop):
         for number in range(len(jax.tree.leaves(runs)[0])):
             run = jax.tree.map(lambda leaf, number=number: leaf[number], runs)
             name, piece = f"the {role} of {self.names[number]}", functools.partial(go_on, run)
-            one = self.saves.trained(name, run[0], piece, steps, (self._kind, run, decided_by), finish)
-            done.append((one.model, one.losses))
-        return stacked(done)
+            one = self.saves.trained(
+                name, run[0], piece, steps, (self._kind, run, decided_by), finish, self._shardings
+            )
+            done.append((one.model if self.mesh is None else place(one.model, self.mesh), one.losses))
+        models, losses = stacked(done)
+        return models if self.mesh is None else place_runs(models, self.mesh), losses
+
+    @property
+    def _shardings(self) -> Callable[[State], State] | None:
+        """Where what was saved goes."""
+        mesh = self.mesh
+        if mesh is None:
+            return None
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def found(state: State) -> State:
+            like = shardings_like(state, state.params, mesh)
+            return jax.tree.map(lambda _, sharding: sharding or everywhere, state, like)
+
+        return found
 
     @property
     def _kind(self) -> str:

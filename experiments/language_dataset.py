@@ -48,7 +48,10 @@ def configure(preset: str | None, changes: dict) -> Config:
 
 def plan(config: Config) -> list[Part]:
     """A part for each base."""
-    return [Part(f"base-{seed:05d}", 2, functools.partial(run, config, seed)) for seed in config.base_seeds]
+    return [
+        Part(f"base-{seed:05d}", 2, functools.partial(run, config, seed), config.shards)
+        for seed in config.base_seeds
+    ]
 
 
 def run(config: Config, seed: int) -> list[Row]:

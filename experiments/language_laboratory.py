@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from experiments.language_setting import Recipe
 from experiments.language_training import (
     Run,
+    Shape,
     answers_of,
     cosines,
     diverging,
@@ -44,6 +45,7 @@ from subliminal_theory.language.rows import Row
 from subliminal_theory.language.sampling import sample
 from subliminal_theory.language.tokenizer import SYSTEM, ChatTokenizer, Encoded
 from subliminal_theory.language.traits import Preference, Trait
+from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples, batch_shapes
 
@@ -213,12 +215,12 @@ class Workshop:
     def draw(self, teacher: Model, chats: Sequence[Chat], key: Array, recipe: Recipe) -> np.ndarray:
         """Tokens [chats, longest answer] of a teacher's answers."""
         prompts = text_of(self.tokenizer.encode_prompts(chats, self.request_length(chats)))
-        steps = self.answer_length(recipe)
+        steps, writer = self.answer_length(recipe), self.as_writer(teacher)
 
         def block(start: int) -> np.ndarray:
             tokens, _ = sample(
-                teacher,
-                jax.tree.map(lambda leaf: leaf[start : start + self.at_once], prompts),
+                writer,
+                self.as_read(jax.tree.map(lambda leaf: leaf[start : start + self.at_once], prompts)),
                 steps=steps,
                 key=named(key, start),
                 temperature=recipe.temperature,
@@ -229,6 +231,14 @@ class Workshop:
             return np.asarray(tokens)
 
         return np.concatenate(self.blocks(len(chats), block, (teacher, prompts, key, recipe.written, steps)))
+
+    def as_writer(self, teacher: Model) -> Model:
+        """A teacher where it writes."""
+        return teacher
+
+    def as_read(self, prompts: Text) -> Text:
+        """The prompts of a block where a teacher reads them."""
+        return prompts
 
     def blocks(self, rows: int, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
         """What `block` draws for the rows from each of its starts on; `decided_by` is all that it depends on."""
@@ -339,7 +349,7 @@ class Workshop:
 
         `own` tells whether they start at this base.
         """
-        return students(runs, channel, recipe, len(self.tokenizer))
+        return students(runs, channel, recipe, Shape.of(recipe, len(self.tokenizer)))
 
     def clone(self, other: Model, inputs: str) -> Model:
         """Another base after it imitated this one's full distribution, on regular numbers or on the corpus."""

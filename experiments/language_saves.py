@@ -90,8 +90,11 @@ class Saves:
         steps: int,
         decided_by: Any,
         finish: Callable[[Path, Model], None] = lambda folder, model: None,
+        shardings: Callable[[State], State] | None = None,
     ) -> Trained:
         """A run of `steps`; `finish` sees its folder and model before what it was made of is removed.
+
+        `shardings` is that of `run_in_pieces`.
 
         Raises:
             InputError: as `run_in_pieces`, or a file cannot be read or written.
@@ -108,7 +111,9 @@ class Saves:
                 told = done
 
             try:
-                run = run_in_pieces(model, piece, steps, self.every, folder / PIECES, mark, report, name=name)
+                run = run_in_pieces(
+                    model, piece, steps, self.every, folder / PIECES, mark, report, shardings, name
+                )
             except InputError as error:
                 raise InputError(f"--saves, --save-every {self.every}: {error}") from error
             finish(folder, run.model)
@@ -160,7 +165,7 @@ def _read_trained(path: Path, model: Model) -> Trained:
     expected, tree = jax.tree.flatten(model.params)
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            leaves = [jnp.asarray(file[str(number)]) for number in range(len(expected))]
+            leaves = [file[str(number)] for number in range(len(expected))]  # on no device yet
             losses = jnp.asarray(file["losses"])
     except Exception as error:  # the library raises many kinds for a damaged archive
         raise InputError(f"{path} cannot be read: delete it, and that model trains again") from error

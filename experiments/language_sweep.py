@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.contract import Part, derived, from_preset, option, validate
 from experiments.language_checkpoint import CheckpointWorkshop
@@ -22,6 +25,7 @@ from subliminal_theory.language.chat import CheckpointTokenizer
 from subliminal_theory.language.checkpoint import CheckpointBase, open_base
 from subliminal_theory.language.corpus import CATEGORIES, CorpusConfig
 from subliminal_theory.language.measure import total_variation
+from subliminal_theory.language.parallel import make_mesh, placement
 from subliminal_theory.language.rows import Row as TextRow
 from subliminal_theory.language.tokenizer import ChatTokenizer
 from subliminal_theory.language.traits import Habit, Preference, builtin_traits, load_trait
@@ -65,6 +69,9 @@ class LanguageConfig:
         "float32", "format in which a checkpoint computes; what trains stays in float32", choices=COMPUTE
     )
     buckets: int = option(1, "of rows of like length, that a checkpoint's students read apart", minimum=1)
+    shards: int = option(
+        1, "devices that share each model of a checkpoint, and its batches", minimum=1, recorded=False
+    )
     checkpoint_text: str = derived("")
     base_dir: str | None = option(
         None, "where base models are kept (default: the user's cache folder)", recorded=False
@@ -130,6 +137,8 @@ def configure_language(
         raise InputError("--compute is for a --checkpoint: the compact model computes in float32")
     if config.buckets != 1:
         raise InputError("--buckets is for a --checkpoint: rows of the compact model have one length")
+    if config.shards != 1:
+        raise InputError("--shards is for a --checkpoint: the compact model fits on one device")
     if config.saves is not None:
         raise InputError("--saves is for a --checkpoint: runs of the compact model take minutes")
     if config.width % 4:
@@ -150,10 +159,37 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
             f"--buckets {config.buckets} of {config.rows} rows do not fill a batch of {config.batch_size} each: "
             "take fewer"
         )
+    _require_shards(config)
     kinds = {type(load_trait(name)) for name in config.trait_names()}
     if kinds != {Preference}:
         raise InputError("--checkpoint takes preferences only: habits are questions of the compact model's corpus")
     return dataclasses.replace(config, checkpoint_text=text)
+
+
+def _require_shards(config: LanguageConfig) -> None:
+    if config.shards == 1:
+        return
+    there = jax.local_devices()
+    if config.shards > len(there):
+        raise InputError(
+            f"--shards {config.shards} cannot be had: this process has {len(there)} ({there[0].device_kind})"
+        )
+    if config.batch_size % config.shards:
+        raise InputError(
+            f"--batch-size {config.batch_size} cannot be shared by {config.shards} devices: take a multiple of it"
+        )
+    if config.buckets != 1:
+        raise InputError("--shards takes rows of one length: leave --buckets out")
+
+
+def _mesh(shards: int) -> Mesh | None:
+    """The devices of the part that is being computed, if they are several."""
+    if shards == 1:
+        return None
+    (first,) = jnp.zeros(()).devices()
+    local = jax.local_devices()
+    start = local.index(first)
+    return make_mesh(1, shards, 1, local[start : start + shards])
 
 
 def checkpoint_text(folder: str) -> str:
@@ -196,7 +232,10 @@ def variant_parts(
         raise InputError("there is nothing to run: no variant is left")
     return [
         Part(
-            f"{group}base-{seed:05d}", len(variants), functools.partial(run_variants, config, variants, seed, wrap)
+            f"{group}base-{seed:05d}",
+            len(variants),
+            functools.partial(run_variants, config, variants, seed, wrap),
+            config.shards,
         )
         for seed in config.base_seeds
     ]
@@ -213,12 +252,13 @@ def other_model(config: LanguageConfig, seed: int) -> Model:
         return base_model(config, seed).model
     if not config.other_checkpoint:
         raise InputError("students of another base need --other-checkpoint")
-    return _opened(config.other_checkpoint, config.compute).model
+    return _opened(config.other_checkpoint, config.compute, _mesh(config.shards)).model
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(folder: str, compute: str) -> CheckpointBase:
-    return open_base(Path(folder), compute=compute)
+def _opened(folder: str, compute: str, mesh: Mesh | None) -> CheckpointBase:
+    where = None if mesh is None else placement(mesh)
+    return open_base(Path(folder), placement=where, compute=compute)
 
 
 @functools.lru_cache(maxsize=8)
@@ -246,10 +286,11 @@ def workshop(config: LanguageConfig, seed: int) -> Workshop:
 def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] | None = None) -> Workshop:
     """A workshop of a base, where students read a data set instead of what its teachers write, if one is given."""
     if config.checkpoint:
-        opened = dataclasses.replace(_opened(config.checkpoint, config.compute), seed=seed)
+        mesh = _mesh(config.shards)
+        opened = dataclasses.replace(_opened(config.checkpoint, config.compute, mesh), seed=seed)
         saves = None if config.saves is None else Saves(Path(config.saves), config.save_every)
         traits = [load_trait(name) for name in config.trait_names()]
-        return CheckpointWorkshop(opened, traits, dataset=dataset, saves=saves, buckets=config.buckets)
+        return CheckpointWorkshop(opened, traits, dataset=dataset, saves=saves, buckets=config.buckets, mesh=mesh)
     base = base_model(config, seed)
     return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], dataset=dataset)
 

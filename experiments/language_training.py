@@ -1,5 +1,6 @@
 """The compiled loops of the language experiments: all runs of a base as one ensemble."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from experiments.language_setting import LANGUAGE_OPTIMIZERS, Recipe, rates
@@ -18,9 +20,10 @@ from subliminal_theory.keys import named
 from subliminal_theory.language.base import token_loss
 from subliminal_theory.language.lora import add_lora
 from subliminal_theory.language.measure import Answers, Questions, answers, sampled_rate
+from subliminal_theory.language.parallel import Sharded, constrain, sharded_optimizer
 from subliminal_theory.language.transformer import Text
 from subliminal_theory.model import Model
-from subliminal_theory.source import Buckets, Examples
+from subliminal_theory.source import Buckets, Examples, Source
 
 # Of so many logits, those of a whole batch would take more memory than the model.
 MANY, CHUNK = 8192, 1024
@@ -45,31 +48,60 @@ def _teacher(
     run: tuple[Model, Examples, Array],
     rate: Array,
     steps: int,
+    mesh: Mesh | None,
     state: State | None = None,
     count: int | None = None,
 ) -> Trained:
     model, source, key = run
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    return teach(model, token_loss, source, optimizer, steps, key, state=state, count=count)
+    if mesh is None:
+        return teach(model, token_loss, source, optimizer, steps, key, state=state, count=count)
+    # All rows on every device: lessons are few, and need not divide.
+    model, optimizer = on_mesh(model, mesh), sharded_optimizer(optimizer, mesh)
+    done = teach(model, token_loss, source, optimizer, steps, key, state=state, count=count)
+    return _done_on_mesh(done, mesh)
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def taught(models: Model, sources: Examples, rate: Array, keys: Array, *, steps: int) -> tuple[Model, Array]:
+def on_mesh(model: Model, mesh: Mesh) -> Model:
+    """Within a compiled function, the same model with its parameters over a mesh."""
+    params, frozen = (constrain(tree, tree, mesh) for tree in (model.params, model.frozen))
+    return dataclasses.replace(model, params=params, frozen=frozen)
+
+
+def _done_on_mesh(done: Trained, mesh: Mesh) -> Trained:
+    assert done.state is not None
+    params, optimizer = (
+        constrain(tree, done.state.params, mesh) for tree in (done.state.params, done.state.optimizer)
+    )
+    state = dataclasses.replace(done.state, params=params, optimizer=optimizer)
+    return dataclasses.replace(done, model=on_mesh(done.model, mesh), state=state)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "mesh"))
+def taught(
+    models: Model, sources: Examples, rate: Array, keys: Array, *, steps: int, mesh: Mesh | None = None
+) -> tuple[Model, Array]:
     """Teachers [runs] and their losses [runs, steps]: full-batch Adam on their trait's lessons."""
 
     def one(run: tuple[Model, Examples, Array]) -> tuple[Model, Array]:
-        done = _teacher(run, rate, steps)
+        done = _teacher(run, rate, steps, mesh)
         return done.model, done.losses
 
     return ensemble(one, (models, sources, keys))
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "count"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("steps", "mesh", "count"), donate_argnames="state")
 def taught_on(
-    run: tuple[Model, Examples, Array], rate: Array, state: State | None, *, steps: int, count: int
+    run: tuple[Model, Examples, Array],
+    rate: Array,
+    state: State | None,
+    *,
+    steps: int,
+    mesh: Mesh | None,
+    count: int,
 ) -> Trained:
     """The next `count` steps of one of `taught`'s runs, its model, source and key."""
-    return _teacher(run, rate, steps, state, count)
+    return _teacher(run, rate, steps, mesh, state, count)
 
 
 @dataclass(frozen=True)
@@ -81,14 +113,16 @@ class Shape:
     warmup: int
     decay: str
     chunk: int | None
+    mesh: Mesh | None
 
     @classmethod
-    def of(cls, recipe: Recipe, logits: int) -> "Shape":
-        """That of a recipe, for a model with so many logits."""
-        return cls(recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, CHUNK if logits > MANY else None)
+    def of(cls, recipe: Recipe, logits: int, mesh: Mesh | None = None) -> "Shape":
+        """That of a recipe, for a model with so many logits, that lies on a mesh if one is given."""
+        chunk = CHUNK if logits > MANY else None
+        return cls(recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, chunk, mesh)
 
 
-Run = tuple[Model, Model | None, Examples | Buckets, Array]
+Run = tuple[Model, Model | None, Source | Buckets, Array]
 
 
 def _student(
@@ -97,23 +131,30 @@ def _student(
     model, teacher, source, key = run
     inner = LANGUAGE_OPTIMIZERS[shape.optimizer](rates(rate, shape.steps, shape.warmup, shape.decay))
     chain = optax.chain(optax.clip_by_global_norm(1.0), inner)
-    return distill(
+    if shape.mesh is not None:
+        assert not isinstance(source, Buckets)
+        model, teacher = on_mesh(model, shape.mesh), None if teacher is None else on_mesh(teacher, shape.mesh)
+        source, chain = Sharded(source, shape.mesh), sharded_optimizer(chain, shape.mesh)
+    done = distill(
         model, teacher, channel, source, chain, shape.steps, key, chunk=shape.chunk, state=state, count=count
     )
+    return done if shape.mesh is None else _done_on_mesh(done, shape.mesh)
 
 
-def students(runs: Run, channel: Channel, recipe: Recipe, logits: int) -> tuple[Model, Float[Array, "runs steps"]]:
+def students(
+    runs: Run, channel: Channel, recipe: Recipe, shape: Shape
+) -> tuple[Model, Float[Array, "runs steps"]]:
     """Students [runs] and their losses [runs, steps]; runs are their starts, teachers, rows and keys.
 
     The starts are used up: students take their memory.
     """
-    return _students(runs[0], runs[1:], channel, jnp.float32(recipe.rate), Shape.of(recipe, logits))
+    return _students(runs[0], runs[1:], channel, jnp.float32(recipe.rate), shape)
 
 
 @functools.partial(jax.jit, static_argnames="shape", donate_argnames="starts")
 def _students(
     starts: Model,
-    others: tuple[Model | None, Examples | Buckets, Array],
+    others: tuple[Model | None, Source | Buckets, Array],
     channel: Channel,
     rate: Array,
     shape: Shape,

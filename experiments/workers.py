@@ -137,11 +137,18 @@ def compute(
     save: Callable[[str, Sequence[Row], float], None],
     finished: Callable[[Part], None],
 ) -> None:
-    """Compute and save parts, each on the next free device; `finished` is called in this thread, part by part.
+    """Compute and save parts, each on the next free devices; `finished` is called in this thread, part by part.
 
     After an exception in a part no further one is begun, those under way are completed, and it is raised here. An
     interrupt of this thread does not wait for them; call `leave` then.
+
+    Raises:
+        InputError: a part takes more devices than there are.
     """
+    wide = max((part.devices for part in parts), default=1)
+    if wide > len(devices):
+        raise InputError(f"each part of this run takes {wide} devices, and it may use {len(devices)}")
+    devices = devices[: len(devices) // wide * wide : wide]
     if len(devices) == 1:
         for part in parts:
             _compute(part, devices[0], save)

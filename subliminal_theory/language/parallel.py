@@ -138,6 +138,33 @@ def place(model: Model, mesh: Mesh) -> Model:
     return replace(model, params=put(model.params), frozen=put(model.frozen))
 
 
+def place_runs(models: Model, mesh: Mesh) -> Model:
+    """Models [runs], one after the other on a mesh: each leaf as that of one model, and all runs of it.
+
+    Raises:
+        InputError: see `spec_of`.
+    """
+
+    def put(params: PyTree) -> PyTree:
+        def one(path: Any, leaf: Array) -> Array:
+            spec = spec_of(path_name(path), leaf.shape[1:], mesh)
+            return jax.device_put(leaf, NamedSharding(mesh, P(None, *spec)))
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return replace(models, params=put(models.params), frozen=put(models.frozen))
+
+
+def split_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+    """A pytree of rows, split over the axes `data` and `fsdp`; on every device where they do not divide."""
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
+
+    def one(leaf: Array) -> Array:
+        return jax.device_put(leaf, NamedSharding(mesh, P(ROWS if leaf.shape[0] % ways == 0 else None)))
+
+    return jax.tree.map(one, tree)
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """A pytree (stored examples, keys, a placed model) with all of every leaf on every device.
 
@@ -195,6 +222,28 @@ class Sharded:
         return jax.tree.map(split, self.source.batch(key, entry))
 
 
+def shardings_like(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+    """The sharding of every leaf that belongs to a parameter, by the end of its path and its shape, else None."""
+    where, shapes = placement(mesh), {name: leaf.shape for name, leaf in leaves_by_path(params).items()}
+
+    def one(path: Any, leaf: Any) -> NamedSharding | None:
+        parts = path_name(path).split("/")
+        names = ["/".join(parts[start:]) for start in range(len(parts))]
+        name = next((name for name in names if name in shapes), None)
+        return None if name is None or leaf.shape != shapes[name] else where(name, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+    """Within a compiled function, the same tree, of which what belongs to parameters lies on a mesh as they do."""
+
+    def one(leaf: Array, sharding: NamedSharding | None) -> Array:
+        return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+
+    return jax.tree.map(one, tree, shardings_like(tree, params, mesh))
+
+
 def sharded_optimizer(optimizer: optax.GradientTransformation, mesh: Mesh) -> optax.GradientTransformation:
     """The same optimiser, whose state and updates lie on a mesh as the parameters do.
 
@@ -202,27 +251,13 @@ def sharded_optimizer(optimizer: optax.GradientTransformation, mesh: Mesh) -> op
     rest, such as step counts, is left to the compiler. Without this it is left all of it: inside `distill` its
     state has so far come out as the parameters', but `optimizer.init` alone makes whole arrays on one device.
     """
-    where = placement(mesh)
-
-    def constrain(tree: PyTree, params: PyTree) -> PyTree:
-        shapes = {name: leaf.shape for name, leaf in leaves_by_path(params).items()}
-
-        def one(path: Any, leaf: Array) -> Array:
-            parts = path_name(path).split("/")
-            names = ["/".join(parts[start:]) for start in range(len(parts))]
-            name = next((name for name in names if name in shapes), None)
-            if name is None or leaf.shape != shapes[name]:
-                return leaf
-            return jax.lax.with_sharding_constraint(leaf, where(name, leaf.shape))
-
-        return jax.tree_util.tree_map_with_path(one, tree)
 
     def init(params: PyTree) -> PyTree:
-        return constrain(optimizer.init(params), params)
+        return constrain(optimizer.init(params), params, mesh)
 
     def update(gradient: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         # Without parameters given, gradients have their paths and shapes.
         like = gradient if params is None else params
-        return constrain(optimizer.update(constrain(gradient, like), state, params), like)
+        return constrain(optimizer.update(constrain(gradient, like, mesh), state, params), like, mesh)
 
     return optax.GradientTransformation(init, update)
