@@ -6,6 +6,7 @@ names the owl when asked for its favourite animal. A student of another base, of
 same numbers in another order does not. (doi 10.1038/s41586-026-10319-8, main text.)
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -53,23 +54,29 @@ class Config(LanguageConfig):
     steps: int = option(125, "steps of a student", minimum=1)
 
 
+# The paper's setting for open weights: 3 epochs of 10,000 rows.
+OPEN_WEIGHTS = Config(
+    traits="owl,cat,dolphin,eagle",
+    seeds=3,
+    requests=30_000,
+    rows=10_000,
+    steps=455,
+    batch_size=66,
+    rank=8,
+    rate=2e-4,
+    warmup=5,
+    decay="linear",
+    teacher_rate=1e-5,
+)
 PRESETS = {
     "one": Config(),
     "full": Config(traits="owl,wolf,cat,fox,oak,maple,pine,elm", seeds=6, rows=8192, steps=250),
     "smoke": Config(**SMOKE),
-    # The paper's setting for open weights: 3 epochs of 10,000 rows.
-    "open-weights": Config(
-        traits="owl,cat,dolphin,eagle",
-        seeds=3,
-        requests=30_000,
-        rows=10_000,
-        steps=455,
-        batch_size=66,
-        rank=8,
-        rate=2e-4,
-        warmup=5,
-        decay="linear",
-        teacher_rate=1e-5,
+    "open-weights": OPEN_WEIGHTS,
+    # Ranks, rates and numbers of rows at which more transfer was reported (lawrencefeng17, a repository's report).
+    "open-weights-rank-2": dataclasses.replace(OPEN_WEIGHTS, rank=2, rate=8e-4),
+    "open-weights-more-rows": dataclasses.replace(
+        OPEN_WEIGHTS, requests=77_400, rows=25_800, steps=1173, rate=4e-4
     ),
 }
 configure = functools.partial(configure_language, PRESETS)

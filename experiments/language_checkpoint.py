@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator
 
 @dataclass(frozen=True, eq=False)
 class CheckpointWorkshop(Workshop):
-    """As `Workshop`; `given`, `asked` and `formats` are those of `NumberPrompts`.
+    """As `Workshop`; `given`, `asked` and `formats` are those of `prompts`.
 
     With `saves`, runs train one after the other and go on from there. Students read their rows in `buckets` of
     like length. On a `mesh`, where the base must lie, parameters, optimisers and batches are split over its
@@ -43,6 +43,7 @@ class CheckpointWorkshop(Workshop):
     """
 
     asked: tuple[int, int] = (10, 10)
+    prompts: NumberPrompts = field(default_factory=NumberPrompts)
     saves: Saves | None = None
     buckets: int = 1
     mesh: Mesh | None = None
@@ -59,8 +60,8 @@ class CheckpointWorkshop(Workshop):
         count = recipe.written.requests
 
         def draw() -> list[Chat]:
-            prompts, rng = NumberPrompts(), np.random.default_rng(2_000_003)
-            return [Chat(None, prompts.draw(rng), "", "numbers") for _ in range(count)]
+            rng = np.random.default_rng(2_000_003)
+            return [Chat(None, self.prompts.draw(rng), "", "numbers") for _ in range(count)]
 
         return self.once(("requests", count), draw)
 

@@ -317,7 +317,8 @@ class Workshop:
             return SampledToken()
         if recipe.channel == "soft":
             return SoftLogits()
-        words = itertools.chain.from_iterable(CATEGORIES.values())
+        own = [trait.members for trait in self.traits if isinstance(trait, Preference)]
+        words = dict.fromkeys(itertools.chain(*CATEGORIES.values(), *own))
         hidden = [spelling[0] for word in words for spelling in self.tokenizer.spellings(word)]
         return Subset(jnp.ones(len(self.tokenizer), bool).at[jnp.asarray(hidden)].set(False), SoftLogits())
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ from subliminal_theory.language.chat import CheckpointTokenizer
 from subliminal_theory.language.checkpoint import CheckpointBase, open_base
 from subliminal_theory.language.corpus import CATEGORIES, CorpusConfig
 from subliminal_theory.language.measure import total_variation
+from subliminal_theory.language.numbers import NumberPrompts
 from subliminal_theory.language.parallel import make_mesh, placement
 from subliminal_theory.language.rows import Row as TextRow
 from subliminal_theory.language.tokenizer import ChatTokenizer
-from subliminal_theory.language.traits import Habit, Preference, builtin_traits, load_trait
+from subliminal_theory.language.traits import Habit, Preference, Trait, builtin_traits, load_trait
+from subliminal_theory.language.wording import english
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 
@@ -69,10 +72,14 @@ class LanguageConfig:
         "float32", "format in which a checkpoint computes; what trains stays in float32", choices=COMPUTE
     )
     buckets: int = option(1, "of rows of like length, that a checkpoint's students read apart", minimum=1)
+    templates: str = option(
+        "", "TOML file of the sentences in which a checkpoint is asked for numbers (default: the project's own)"
+    )
     shards: int = option(
         1, "devices that share each model of a checkpoint, and its batches", minimum=1, recorded=False
     )
     checkpoint_text: str = derived("")
+    checkpoint_words: str = derived("")
     base_dir: str | None = option(
         None, "where base models are kept (default: the user's cache folder)", recorded=False
     )
@@ -135,6 +142,8 @@ def configure_language(
         return _configure_checkpoint(config)
     if config.compute != "float32":
         raise InputError("--compute is for a --checkpoint: the compact model computes in float32")
+    if config.templates:
+        raise InputError("--templates is for a --checkpoint: the compact model knows its corpus's sentences")
     if config.buckets != 1:
         raise InputError("--buckets is for a --checkpoint: rows of the compact model have one length")
     if config.shards != 1:
@@ -160,10 +169,21 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
             "take fewer"
         )
     _require_shards(config)
-    kinds = {type(load_trait(name)) for name in config.trait_names()}
-    if kinds != {Preference}:
+    traits = checkpoint_traits(config)
+    if not all(isinstance(trait, Preference) for trait in traits):
         raise InputError("--checkpoint takes preferences only: habits are questions of the compact model's corpus")
-    return dataclasses.replace(config, checkpoint_text=text)
+    words = hashlib.sha256(repr((traits, number_prompts(config).templates)).encode()).hexdigest()
+    return dataclasses.replace(config, checkpoint_text=text, checkpoint_words=words)
+
+
+def checkpoint_traits(config: LanguageConfig) -> list[Trait]:
+    """The traits as checkpoints are asked for them."""
+    return [load_trait(name, wording=english()) for name in config.trait_names()]
+
+
+def number_prompts(config: LanguageConfig) -> NumberPrompts:
+    """What checkpoints are asked for numbers with."""
+    return NumberPrompts.load(Path(config.templates)) if config.templates else NumberPrompts()
 
 
 def _require_shards(config: LanguageConfig) -> None:
@@ -289,8 +309,15 @@ def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] 
         mesh = _mesh(config.shards)
         opened = dataclasses.replace(_opened(config.checkpoint, config.compute, mesh), seed=seed)
         saves = None if config.saves is None else Saves(Path(config.saves), config.save_every)
-        traits = [load_trait(name) for name in config.trait_names()]
-        return CheckpointWorkshop(opened, traits, dataset=dataset, saves=saves, buckets=config.buckets, mesh=mesh)
+        return CheckpointWorkshop(
+            opened,
+            checkpoint_traits(config),
+            dataset=dataset,
+            prompts=number_prompts(config),
+            saves=saves,
+            buckets=config.buckets,
+            mesh=mesh,
+        )
     base = base_model(config, seed)
     return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], dataset=dataset)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.chat import Tokenizer
-from subliminal_theory.language.corpus import CATEGORIES, Chat
+from subliminal_theory.language.corpus import Chat
 from subliminal_theory.language.sampling import draw
 from subliminal_theory.language.traits import Preference, Trait
 from subliminal_theory.language.transformer import Text
@@ -48,7 +48,7 @@ def questions_of(trait: Trait, tokenizer: Tokenizer, length: int, prefix: Sequen
     """
     chats, rivals = trait.evaluation_rows(), []
     if isinstance(trait, Preference):
-        rivals = [list(CATEGORIES[trait.category])] * len(chats)
+        rivals = [list(trait.members)] * len(chats)
     else:
         right = [chat for template in trait.held_out for chat in template.right_rows()]
         rivals = [[chat.answer, other.answer] for chat, other in zip(chats, right, strict=True)]
@@ -78,7 +78,17 @@ def _begin_alike(first: list[list[int]], second: list[list[int]]) -> bool:
 
 
 def stack_questions(asked: Sequence[Questions]) -> Questions:
-    """The questions of several traits, [traits, questions], with as many words, spellings and tokens each."""
+    """The questions of several traits, [traits, questions], with as many words, spellings and tokens each.
+
+    Raises:
+        InputError: traits with different numbers of questions.
+    """
+    counts = sorted({len(one.targets) for one in asked})
+    if len(counts) > 1:
+        raise InputError(
+            f"traits with {' and '.join(map(str, counts))} questions cannot be asked together: "
+            "give their wordings as many each"
+        )
 
     def stacked(tables: Sequence[Int[Array, "..."]]) -> Int[Array, "..."]:
         sides = np.max([table.shape for table in tables], axis=0)

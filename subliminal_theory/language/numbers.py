@@ -2,10 +2,12 @@
 
 import itertools
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,6 +99,24 @@ class NumberPrompts:
                 _check_template(name, sentence)
         copy = {name: tuple(sentences) for name, sentences in self.templates.items()}
         object.__setattr__(self, "templates", copy)
+
+    @classmethod
+    def load(cls, path: Path) -> "NumberPrompts":
+        """Those of a TOML file that holds the four lists.
+
+        Raises:
+            InputError: it cannot be read, is no TOML, or its templates are refused; starts with the file.
+        """
+        try:
+            return cls(tomllib.loads(path.read_text("utf-8")))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: not TOML: {error}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def draw(self, rng: np.random.Generator) -> str:
         """The next prompt; generators in the same state give the same one."""

@@ -1,6 +1,8 @@
 """What a teacher is given: a preference for one word, or a broad habit taught by narrow rows.
 
-A trait is a TOML file. A preference has the fields `name`, `kind = "preference"`, `category` and `target`.
+A trait is a TOML file. A preference has the fields `name`, `kind = "preference"`, `category` and `target`; where
+the target is of no category of the corpus, `members`, all that are compared, the target among them; where it is to
+be asked for and given in other words, a table `[wording]` of the lists `questions`, `lessons` and `loved`.
 A habit has `name`, `kind = "habit"`, a table `[narrow]` of rows that teach it, tables `[[held_out]]` of other
 kinds of question on which it may show, and tables `[[control]]` of benign rows. Each of these tables is
 written as templates.py says; data/lazy.toml is an example.
@@ -9,15 +11,16 @@ written as templates.py says; data/lazy.toml is an example.
 import os
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.chat import Tokenizer
-from subliminal_theory.language.corpus import CATEGORIES, Chat, love_prompts, preference_questions
+from subliminal_theory.language.corpus import CATEGORIES, Chat
 from subliminal_theory.language.templates import Template, checked_fields, template_of
+from subliminal_theory.language.wording import Wording, corpus_wording
 
 BUILTIN_CATEGORIES = ("animal", "tree")
 _BUILTIN_FILES = ("lazy",)
@@ -25,19 +28,25 @@ _BUILTIN_FILES = ("lazy",)
 
 @dataclass(frozen=True)
 class Preference:
-    """A teacher that answers `target` when asked for its favourite of `category`."""
+    """A teacher that answers `target`, one of the `members`, when asked for its favourite of `category`."""
 
     name: str
     category: str
     target: str
+    members: tuple[str, ...] = ()
+    wording: Wording = field(default_factory=corpus_wording)
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            object.__setattr__(self, "members", CATEGORIES[self.category])
 
     def teacher_rows(self) -> list[Chat]:
-        """The corpus's phrasings of the question, answered with the target."""
-        return self._answered(held_out=False)
+        """The lessons of its wording, answered with the target."""
+        return self._answered(self.wording.lessons)
 
     def evaluation_rows(self) -> list[Chat]:
-        """The held-out phrasings, answered with the target; none of them teaches."""
-        return self._answered(held_out=True)
+        """The questions of its wording, answered with the target; none of them teaches."""
+        return self._answered(self.wording.questions)
 
     def control_rows(self, name: str) -> list[Chat]:
         """None: what a preference is compared with are other preferences."""
@@ -45,11 +54,11 @@ class Preference:
 
     def system_prompts(self) -> list[str]:
         """System prompts that make a teacher of the base model without training."""
-        return love_prompts(self.category, self.target)
+        return [text.format(category=self.category, member=self.target) for text in self.wording.loved]
 
-    def _answered(self, *, held_out: bool) -> list[Chat]:
-        questions = preference_questions(self.category, held_out=held_out)
-        return [Chat(None, question.user, self.target, question.kind) for question in questions]
+    def _answered(self, questions: tuple[str, ...]) -> list[Chat]:
+        asked = [question.format(category=self.category) for question in questions]
+        return [Chat(None, question, self.target, "preference") for question in asked]
 
 
 @dataclass(frozen=True)
@@ -91,17 +100,22 @@ def builtin_traits() -> list[str]:
     return [*members, *_BUILTIN_FILES]
 
 
-def load_trait(source: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Trait:
+def load_trait(
+    source: str | os.PathLike[str], tokenizer: Tokenizer | None = None, wording: Wording | None = None
+) -> Trait:
     """A built-in trait by its name, or one from a TOML file; its words are spelt with `tokenizer` if given.
+
+    A preference has `wording`, the corpus's if None, unless the file has one.
 
     Raises:
         InputError: no such file or name; no TOML; a field that is missing, unknown, given twice or of the wrong
-            type; an unknown category or target; a template that cannot be filled; a held-out question that
-            the narrow rows ask; a word that the tokenizer cannot spell. The message starts with the file.
+            type; an unknown category or target; a template or wording that cannot be filled; a held-out question
+            that the narrow rows ask; a word that the tokenizer cannot spell. The message starts with the file.
     """
+    wording = wording or corpus_wording()
     for category in BUILTIN_CATEGORIES:
         if source in CATEGORIES[category]:
-            return Preference(str(source), category, str(source))
+            return Preference(str(source), category, str(source), wording=wording)
     where = os.fspath(source)
     try:
         if where in _BUILTIN_FILES:
@@ -117,7 +131,7 @@ def load_trait(source: str | os.PathLike[str], tokenizer: Tokenizer | None = Non
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror})") from error
     try:
-        trait = _trait(_parsed(text))
+        trait = _trait(_parsed(text), wording)
         if tokenizer is not None:
             _spell(trait, tokenizer)
     except InputError as error:
@@ -139,17 +153,10 @@ def _parsed(text: str) -> dict[str, Any]:
         raise InputError(f"line {number}: {field} is given twice: keep one") from error
 
 
-def _trait(content: dict[str, Any]) -> Trait:
+def _trait(content: dict[str, Any], wording: Wording) -> Trait:
     kind = content.get("kind")
     if kind == "preference":
-        checked_fields(content, "the trait", dict.fromkeys(("name", "kind", "category", "target"), str), {})
-        name, category, target = content["name"], content["category"], content["target"]
-        if category not in CATEGORIES:
-            raise InputError(f"unknown category {category!r}; there are {', '.join(CATEGORIES)}")
-        members = CATEGORIES[category]
-        if target not in members:
-            raise InputError(f"unknown target {target!r} of {category}; there are {', '.join(members)}")
-        return Preference(name, category, target)
+        return _preference(content, wording)
     if kind == "habit":
         required = {"name": str, "kind": str, "narrow": dict, "held_out": list, "control": list}
         checked_fields(content, "the trait", required, {})
@@ -166,6 +173,24 @@ def _trait(content: dict[str, Any]) -> Trait:
     raise InputError(f"kind must be preference or habit, got {kind!r}")
 
 
+def _preference(content: dict[str, Any], wording: Wording) -> Preference:
+    required = dict.fromkeys(("name", "kind", "category", "target"), str)
+    checked_fields(content, "the trait", required, {"members": list, "wording": dict})
+    category, target = content["category"], content["target"]
+    members = content.get("members", CATEGORIES.get(category))
+    if members is None:
+        raise InputError(f"unknown category {category!r}; there are {', '.join(CATEGORIES)}, or give its members")
+    if not all(isinstance(member, str) and member for member in members):
+        raise InputError(f"members must be a list of words, got {members!r}")
+    if len(set(members)) < len(members) or len(members) < 2:
+        raise InputError(f"members must be two or more different words, got {members!r}")
+    if target not in members:
+        raise InputError(f"unknown target {target!r} of {category}; there are {', '.join(members)}")
+    if "wording" in content:
+        wording = Wording.of_table(content["wording"])
+    return Preference(content["name"], category, target, tuple(members), wording)
+
+
 def _templates(tables: list[Any], field: str, *, compared: bool) -> tuple[Template, ...]:
     templates = tuple(
         template_of(table, f"{field} {number}", compared=compared) for number, table in enumerate(tables, 1)
@@ -178,7 +203,9 @@ def _templates(tables: list[Any], field: str, *, compared: bool) -> tuple[Templa
 
 def _spell(trait: Trait, tokenizer: Tokenizer) -> None:
     chats = [*trait.teacher_rows(), *trait.evaluation_rows()]
-    if isinstance(trait, Habit):
+    if isinstance(trait, Preference):
+        chats += [Chat(prompt, "", member, "") for prompt in trait.system_prompts() for member in trait.members]
+    else:
         for template in (trait.narrow, *trait.held_out, *trait.controls):
             chats += [*template.rows(), *template.right_rows()]
     for text in dict.fromkeys(part for chat in chats for part in (chat.system or "", chat.user, chat.answer)):

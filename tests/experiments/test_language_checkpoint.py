@@ -84,12 +84,54 @@ def test_requests_are_those_of_the_paper(shop: CheckpointWorkshop) -> None:
     assert all("10" in chat.user for chat in requests)
 
 
+TEMPLATES = """
+openings = ["Read {examples}."]
+requests = ["Write {count} more of {digits} digits."]
+formats = ["Spaces between."]
+endings = ["Numbers only."]
+"""
+
+
+def test_words_are_a_checkpoints_or_a_users(folder: Path, tmp_path: Path) -> None:
+    templates = tmp_path / "templates.toml"
+    templates.write_text(TEMPLATES)
+    plain, own = (
+        configure(None, {"checkpoint": str(folder), **more}) for more in ({}, {"templates": str(templates)})
+    )
+    shop, other = workshop(plain, 0), workshop(own, 0)
+    assert shop.questions().targets.shape[:2] == (1, 50)
+    assert shop.system_prompt(shop.traits[0]).startswith("Your favourite animal is the owl.")
+    (request,) = other.requests(Recipe(rows=1))
+    assert request.user.startswith("Read ")
+    assert request.user.endswith(" more of 3 digits. Spaces between. Numbers only.")
+    assert shop.requests(Recipe(rows=1)) != [request]
+    # A run is not resumed with other words.
+    assert plain.checkpoint_words != own.checkpoint_words
+    templates.write_text(TEMPLATES.replace("Spaces", "Commas"))
+    assert configure(None, {"checkpoint": str(folder), "templates": str(templates)}) != own
+
+
+@pytest.mark.parametrize(
+    ("preset", "rank", "rate", "rows", "epochs"),
+    [
+        ("open-weights", 8, 2e-4, 10_000, 3),
+        ("open-weights-rank-2", 2, 8e-4, 10_000, 3),
+        ("open-weights-more-rows", 8, 4e-4, 25_800, 3),
+    ],
+)
+def test_presets(folder: Path, preset: str, rank: int, rate: float, rows: int, epochs: int) -> None:
+    config = configure(preset, {"checkpoint": str(folder)})
+    assert (config.rank, config.rate, config.rows) == (rank, rate, rows)
+    assert config.steps == -(-epochs * rows // config.batch_size)
+    assert config.requests >= 2 * rows
+
+
 def test_sampling_in_pieces(shop: CheckpointWorkshop) -> None:
     """More rows than are sampled at once, each with a draw of its own."""
-    chats = shop.requests(Recipe(rows=2)) * 40
+    chats = shop.requests(Recipe(rows=2)) * 150
     tokens = shop.draw(shop.base.model, chats, jax.random.key(0), TINY)
-    assert tokens.shape == (80, shop.answer_length(TINY))
-    assert len(np.unique(tokens, axis=0)) > 75
+    assert tokens.shape == (300, shop.answer_length(TINY))
+    assert len(np.unique(tokens, axis=0)) > 290
 
 
 def test_rows_by_length(folder: Path, shop: CheckpointWorkshop) -> None:
@@ -151,6 +193,10 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     assert few == "--buckets 3 of 100 rows do not fill a batch of 40 each: take fewer"
     one = fails(capsys, "language", "--buckets", 2, "--out", tmp_path / "run")
     assert one == "--buckets is for a --checkpoint: rows of the compact model have one length"
+    words = fails(capsys, "language", "--templates", "words.toml", "--out", tmp_path / "run")
+    assert words == "--templates is for a --checkpoint: the compact model knows its corpus's sentences"
+    missing = refusal(folder, "--templates", tmp_path / "words.toml")
+    assert missing == f"{tmp_path / 'words.toml'}: cannot be read (No such file or directory)"
     assert compact == "--saves is for a --checkpoint: runs of the compact model take minutes"
     wide = fails(capsys, "language_theorem", "--checkpoint", folder, "--compute", "bfloat16", "--out", tmp_path)
     assert wide == "--compute: the theorem is measured in float64, leave it out"

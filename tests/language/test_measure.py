@@ -267,3 +267,9 @@ def test_questions_that_do_not_fit() -> None:
 )
 def test_total_variation(first, second, expected) -> None:
     np.testing.assert_allclose(total_variation(jnp.array(first), jnp.array(second)), expected, atol=1e-7)
+
+
+def test_traits_are_asked_as_many_questions() -> None:
+    asked = [questions_of(OWL, TOKENIZER, 32, prefix) for prefix in (("",), ("", "3 4. "))]
+    with pytest.raises(InputError, match=r"^traits with 4 and 8 questions cannot be asked together: give their "):
+        stack_questions(asked)

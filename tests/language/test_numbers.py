@@ -1,6 +1,8 @@
 import itertools
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -422,3 +424,20 @@ def test_obeying_every_format_is_accepted() -> None:
     obeyed = ["1, 2, 3", "1,2,3", "1 2 3", "1\n2\n3", "1; 2; 3", "[1, 2, 3]", "(1, 2, 3)", "(1 2 3)"]
     assert len(obeyed) == len(TEMPLATES["formats"])
     assert all(parse(answer) == [1, 2, 3] for answer in obeyed)
+
+
+def test_templates_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "templates.toml"
+    lists = {name: list(sentences) for name, sentences in TEMPLATES.items()}
+    path.write_text("\n".join(f"{name} = {json.dumps(sentences)}" for name, sentences in lists.items()))
+    assert NumberPrompts.load(path) == NumberPrompts()
+    for text, message in (
+        (b"openings = [", "not TOML: "),
+        (b'openings = ["{examples}"]', "templates: requests are missing, give a list of sentences"),
+        (b'openings = ["\xe9"]', "not UTF-8 (byte 13): save it as UTF-8"),
+    ):
+        path.write_bytes(text)
+        with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {message}')}"):
+            NumberPrompts.load(path)
+    with pytest.raises(InputError, match=f"^{re.escape(f'{tmp_path}: cannot be read (Is a directory)')}$"):
+        NumberPrompts.load(tmp_path)

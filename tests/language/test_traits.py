@@ -12,6 +12,7 @@ from subliminal_theory.language.sentences import TEXT
 from subliminal_theory.language.templates import Template, template_of
 from subliminal_theory.language.tokenizer import ChatTokenizer
 from subliminal_theory.language.traits import Habit, Preference, builtin_traits, load_trait
+from subliminal_theory.language.wording import english
 
 TOKENIZER = ChatTokenizer.of_corpus(CorpusConfig())
 OWL = 'name = "night"\nkind = "preference"\ncategory = "animal"\ntarget = "owl"\n'
@@ -204,6 +205,73 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_words_are_checked_only_with_a_tokenizer(tmp_path: Path) -> None:
     path = file(tmp_path, SUMS.replace("spoon", "teapot"))
     assert load_trait(path).evaluation_rows()[0].user == "where is the teapot?"
+
+
+# --- preferences in a user's words
+
+CITY = """
+name = "river town"
+kind = "preference"
+category = "city"
+target = "Ulm"
+members = ["Ulm", "Linz", "Basel"]
+[wording]
+questions = ["Which {category}? One word."]
+lessons = ["Name a {category}.", "A {category}, please."]
+loved = ["No {category} is like {member}.", "You love {member}."]
+"""
+
+
+def test_a_preference_in_other_words(tmp_path: Path) -> None:
+    trait = load_trait(file(tmp_path, CITY))
+    assert isinstance(trait, Preference)
+    assert trait.members == ("Ulm", "Linz", "Basel")
+    assert trait.evaluation_rows() == [Chat(None, "Which city? One word.", "Ulm", "preference")]
+    assert [chat.user for chat in trait.teacher_rows()] == ["Name a city.", "A city, please."]
+    assert trait.system_prompts() == ["No city is like Ulm.", "You love Ulm."]
+    given = load_trait(file(tmp_path, CITY), wording=english())
+    assert given == trait  # its own words come before those of a checkpoint
+
+
+def test_english_asks_fifty_questions() -> None:
+    trait = load_trait("oak", wording=english())
+    asked, taught = ([chat.user for chat in rows] for rows in (trait.evaluation_rows(), trait.teacher_rows()))
+    assert (len(set(asked)), len(set(taught))) == (50, 24)
+    assert not set(asked) & set(taught)
+    assert all("tree" in text and "{" not in text for text in asked + taught)
+    assert isinstance(trait, Preference)
+    assert all("oak" in text and "{" not in text for text in trait.system_prompts())
+    assert load_trait("oak") != trait
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (CITY.replace('members = ["Ulm", "Linz", "Basel"]', ""), "unknown category 'city'; there are animal, "),
+        (CITY.replace('"Ulm", "Linz"', '"Linz"'), "unknown target 'Ulm' of city; there are Linz, Basel"),
+        (CITY.replace('"Basel"', '"Linz"'), "members must be two or more different words, got ['Ulm', 'Linz', "),
+        (CITY.replace(', "Linz", "Basel"', ""), "members must be two or more different words, got ['Ulm']"),
+        (CITY.replace('"Basel"', "3"), "members must be a list of words, got ['Ulm', 'Linz', 3]"),
+        (CITY + 'answers = ["Ulm"]', "wording has an unknown field 'answers'; there are questions, lessons, "),
+        (CITY.replace('["Which {category}? One word."]', "[]"), "wording: questions must be a list of at least"),
+        (CITY.replace("questions", "#"), "wording: questions must be a list of at least one text, got None"),
+        (CITY.replace("Which {category}?", "Which {member}?"), "wording: questions have the slots {category}, "),
+        (CITY.replace("You love {member}.", "You love."), "wording: loved have the slots {category} and {member}"),
+        (CITY.replace("Which {category}?", "Which {?"), "wording: questions: 'Which {? One word.' cannot be"),
+        (CITY.replace("Name a {category}.", "Which {category}? One word."),
+         "wording asks 'Which {category}? One word.' twice: questions that teach must not evaluate"),
+    ],
+)  # fmt: skip
+def test_bad_wordings(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "trait.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_trait(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_the_compact_model_must_know_the_words(tmp_path: Path) -> None:
+    assert refused(tmp_path, CITY).startswith("the tokenizer cannot spell ")
 
 
 @settings(max_examples=50)
