@@ -115,18 +115,26 @@ def make_frame(
     if windowed and config.window is not None:
         visible &= key > query - config.window
     mask = jnp.where(visible, 0, 0.5 * jnp.finfo(wide).min).astype(wide)
-    frequency = jnp.asarray(frequencies(config, windowed), wide)
-    angle = positions_of(padding, start, time).astype(wide)[..., None, None] * frequency[None, None, None]
-    return Frame(jnp.cos(angle), jnp.sin(angle), mask[:, None, None])
+    # Looked up: of angles XLA computes cosine and sine again for every head, in every layer, forwards and backwards.
+    angle = np.arange(keys, dtype=wide)[:, None] * frequencies(config, windowed).astype(wide)
+    place = positions_of(padding, start, time)
+    cosine, sine = (
+        jnp.asarray(table).at[place].get(mode="clip")[:, :, None] for table in (np.cos(angle), np.sin(angle))
+    )
+    return Frame(cosine, sine, mask[:, None, None])
 
 
 def rotate(x: Heads, frame: Frame) -> Heads:
     """Turn each pair (x[i], x[i + half]) by its angle; dimensions behind these pairs stay."""
     half = frame.cosine.shape[-1]
     wide = x.astype(frame.cosine.dtype)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    turned = (first * frame.cosine - second * frame.sine, second * frame.cosine + first * frame.sine, rest)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    # The two of a pair as an axis, turned over: its gradient has no parts to be filled up and added.
+    pairs = wide[..., : 2 * half].reshape(*x.shape[:-1], 2, half)
+    cosine, sine = frame.cosine[..., None, :], jnp.stack([-frame.sine, frame.sine], axis=-2)
+    turned = (pairs * cosine + jnp.flip(pairs, axis=-2) * sine).reshape(*x.shape[:-1], 2 * half)
+    if x.shape[-1] > 2 * half:
+        turned = jnp.concatenate([turned, wide[..., 2 * half :]], axis=-1)
+    return turned.astype(x.dtype)
 
 
 def cap(x: Float[Array, "*shape"], at: float | None) -> Float[Array, "*shape"]:

@@ -30,7 +30,7 @@ from subliminal_theory.model import Model, from_nnx, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 from subliminal_theory.source import Examples
 
-FORMAT_VERSION = 2  # to be raised when the same configuration gives other parameters
+FORMAT_VERSION = 3  # to be raised when the same configuration gives other parameters
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def test_rms_norm_by_hand() -> None:
 
 
 def frame_at(start, time: int, padding: int = 0):
-    return make_frame(config(), jnp.array([padding]), start, time, 1, np.float64)
+    return make_frame(config(), jnp.array([padding]), start, time, 1000, np.float64)
 
 
 def test_rotation_is_complex_multiplication(x64) -> None:
