@@ -88,6 +88,7 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
         }
         devices = workers.local_devices(flags.devices)
         parts = module.plan(config)
+        workers.first_devices(parts, devices)  # before anything is written
         if team.process > 0:
             wanted = set(team.share(watch.published(settings)))
             store = RunDirectory(path, {}, {}).save

@@ -40,6 +40,8 @@ def configure(preset: str | None, changes: dict) -> Config:
     """
     config = configure_language(PRESETS, preset, changes)
     assert isinstance(config, Config)
+    if config.templates:
+        raise InputError("--templates: nobody is asked for numbers, the file has them; leave it out")
     if not config.file:
         raise InputError("--file is missing: give a JSONL file of number requests and answers")
     read_jsonl(Path(config.file))

@@ -372,8 +372,12 @@ class Workshop:
         """The teachers [runs] as functions of rows without a system prompt."""
         if recipe.teacher != "prompted":
             return self.teachers(recipe)
-        prefixes = jnp.asarray([self.prefix(trait) for trait in self.traits])
-        return jax.vmap(prompted)(self.untrained, prefixes)
+        prefixes = [self.prefix(trait) for trait in self.traits]
+        if len({len(prefix) for prefix in prefixes}) > 1:
+            raise InputError(
+                "system prompts of different lengths cannot be seen through at once: run traits apart"
+            )
+        return jax.vmap(prompted)(self.untrained, jnp.asarray(prefixes))
 
     # --- what they answer
 

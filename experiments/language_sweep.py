@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class LanguageConfig:
         1, "devices that share each model of a checkpoint, and its batches", minimum=1, recorded=False
     )
     checkpoint_text: str = derived("")
-    checkpoint_words: str = derived("")
+    words: str = derived("")
     base_dir: str | None = option(
         None, "where base models are kept (default: the user's cache folder)", recorded=False
     )
@@ -153,10 +153,14 @@ def configure_language(
     if config.width % 4:
         raise InputError(f"--width must be a multiple of 4, got {config.width}")
     tokenizer = ChatTokenizer.of_corpus(config.base(0).corpus)
-    kinds = {type(load_trait(name, tokenizer)) for name in config.trait_names()}
-    if kinds == {Preference, Habit}:
+    traits = [load_trait(name, tokenizer) for name in config.trait_names()]
+    if {type(trait) for trait in traits} == {Preference, Habit}:
         raise InputError("--traits mixes preferences and habits: give traits of one kind")
-    return config
+    _require_alike(traits)
+    files = [
+        trait for trait, name in zip(traits, config.trait_names(), strict=True) if name not in builtin_traits()
+    ]
+    return dataclasses.replace(config, words=_digest(files)) if files else config
 
 
 def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
@@ -172,8 +176,24 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
     traits = checkpoint_traits(config)
     if not all(isinstance(trait, Preference) for trait in traits):
         raise InputError("--checkpoint takes preferences only: habits are questions of the compact model's corpus")
-    words = hashlib.sha256(repr((traits, number_prompts(config).templates)).encode()).hexdigest()
-    return dataclasses.replace(config, checkpoint_text=text, checkpoint_words=words)
+    _require_alike(traits)
+    words = (traits, number_prompts(config).templates)
+    return dataclasses.replace(config, checkpoint_text=text, words=_digest(words))
+
+
+def _require_alike(traits: Sequence[Trait]) -> None:
+    """All runs of an ensemble have rows of one number."""
+    for what, counts in (
+        ("ask", {len(trait.evaluation_rows()) for trait in traits}),
+        ("teach", {len(trait.teacher_rows()) for trait in traits}),
+    ):
+        if len(counts) > 1:
+            found = " and ".join(map(str, sorted(counts)))
+            raise InputError(f"--traits {what} {found} questions: run those with as many together")
+
+
+def _digest(words: Any) -> str:
+    return hashlib.sha256(repr(words).encode()).hexdigest()
 
 
 def checkpoint_traits(config: LanguageConfig) -> list[Trait]:
@@ -196,7 +216,8 @@ def _require_shards(config: LanguageConfig) -> None:
         )
     if config.batch_size % config.shards:
         raise InputError(
-            f"--batch-size {config.batch_size} cannot be shared by {config.shards} devices: take a multiple of it"
+            f"--batch-size {config.batch_size} cannot be shared by {config.shards} devices: "
+            f"take a multiple of {config.shards}"
         )
     if config.buckets != 1:
         raise InputError("--shards takes rows of one length: leave --buckets out")
@@ -272,13 +293,24 @@ def other_model(config: LanguageConfig, seed: int) -> Model:
         return base_model(config, seed).model
     if not config.other_checkpoint:
         raise InputError("students of another base need --other-checkpoint")
-    return _opened(config.other_checkpoint, config.compute, _mesh(config.shards)).model
+    return _opened(config, config.other_checkpoint)[0].model
 
 
-@functools.lru_cache(maxsize=2)
-def _opened(folder: str, compute: str, mesh: Mesh | None) -> CheckpointBase:
+def _opened(config: LanguageConfig, folder: str) -> tuple[CheckpointBase, Mesh | None]:
+    mesh = _mesh(config.shards)
+    return _opener(mesh)(folder, config.compute), mesh
+
+
+@functools.cache
+def _opener(mesh: Mesh | None) -> Callable[[str, str], CheckpointBase]:
+    """Opens checkpoints on a mesh, of which it keeps two."""
     where = None if mesh is None else placement(mesh)
-    return open_base(Path(folder), placement=where, compute=compute)
+
+    @functools.lru_cache(maxsize=2)
+    def opened(folder: str, compute: str) -> CheckpointBase:
+        return open_base(Path(folder), placement=where, compute=compute)
+
+    return opened
 
 
 @functools.lru_cache(maxsize=8)
@@ -297,20 +329,24 @@ def _base(config: BaseConfig, folder: str | None) -> Base:
         return load_base(config, None if folder is None else Path(folder), report)
 
 
-@functools.lru_cache(maxsize=1)
 def workshop(config: LanguageConfig, seed: int) -> Workshop:
-    """The workshop of a base; kept, so that the parts of one base share what they can."""
-    return make_workshop(config, seed)
+    """The workshop of a base; the last one is kept, so that the parts of one base share what they can."""
+    return _shelf(_mesh(config.shards))(config, seed)
+
+
+@functools.cache
+def _shelf(mesh: Mesh | None) -> Callable[[LanguageConfig, int], Workshop]:
+    """Makes workshops on a mesh, of which it keeps one."""
+    return functools.lru_cache(maxsize=1)(make_workshop)
 
 
 def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] | None = None) -> Workshop:
     """A workshop of a base, where students read a data set instead of what its teachers write, if one is given."""
     if config.checkpoint:
-        mesh = _mesh(config.shards)
-        opened = dataclasses.replace(_opened(config.checkpoint, config.compute, mesh), seed=seed)
+        opened, mesh = _opened(config, config.checkpoint)
         saves = None if config.saves is None else Saves(Path(config.saves), config.save_every)
         return CheckpointWorkshop(
-            opened,
+            dataclasses.replace(opened, seed=seed),
             checkpoint_traits(config),
             dataset=dataset,
             prompts=number_prompts(config),

@@ -56,6 +56,8 @@ def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:
     config = configure_language(PRESETS, preset, changes)
     if config.compute != "float32":
         raise InputError("--compute: the theorem is measured in float64, leave it out")
+    if config.shards != 1:
+        raise InputError("--shards: the theorem is measured on one device, leave it out")
     return config
 
 

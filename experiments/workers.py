@@ -143,12 +143,9 @@ def compute(
     interrupt of this thread does not wait for them; call `leave` then.
 
     Raises:
-        InputError: a part takes more devices than there are.
+        InputError: see `first_devices`.
     """
-    wide = max((part.devices for part in parts), default=1)
-    if wide > len(devices):
-        raise InputError(f"each part of this run takes {wide} devices, and it may use {len(devices)}")
-    devices = devices[: len(devices) // wide * wide : wide]
+    devices = first_devices(parts, devices)
     if len(devices) == 1:
         for part in parts:
             _compute(part, devices[0], save)
@@ -188,6 +185,18 @@ def compute(
         stop.set()
     if failure is not None:
         raise failure
+
+
+def first_devices(parts: Sequence[Part], devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
+    """The first of the devices on which each of the parts that are computed at once is.
+
+    Raises:
+        InputError: a part takes more devices than there are.
+    """
+    wide = max((part.devices for part in parts), default=1)
+    if wide > len(devices):
+        raise InputError(f"each part of this run takes {wide} devices, and it may use {len(devices)}")
+    return devices[: len(devices) // wide * wide : wide]
 
 
 def _compute(part: Part, device: jax.Device, save: Callable[[str, Sequence[Row], float], None]) -> None:

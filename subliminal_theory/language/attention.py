@@ -115,7 +115,7 @@ def make_frame(
     if windowed and config.window is not None:
         visible &= key > query - config.window
     mask = jnp.where(visible, 0, 0.5 * jnp.finfo(wide).min).astype(wide)
-    # Looked up: of angles XLA computes cosine and sine again for every head, in every layer, forwards and backwards.
+    # Looked up: of angles XLA computes cosine and sine anew for every head, in every layer, there and back.
     angle = np.arange(keys, dtype=wide)[:, None] * frequencies(config, windowed).astype(wide)
     place = positions_of(padding, start, time)
     cosine, sine = (

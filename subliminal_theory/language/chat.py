@@ -155,8 +155,9 @@ class CheckpointTokenizer:
         return self._backend.decode_batch(cut, skip_special_tokens=False)
 
     def spellings(self, word: str) -> list[list[int]]:
-        """The tokens of an answer that is this word, in small letters or with a capital one."""
-        chats = [Chat(None, "?", spelt, "") for spelt in dict.fromkeys((word, word.capitalize()))]
+        """The tokens of an answer that is this word: as it is given, with a capital letter, in small letters."""
+        cases = dict.fromkeys((word, word[:1].upper() + word[1:], word.lower()))
+        chats = [Chat(None, "?", spelt, "") for spelt in cases]
         answers = [itertools.takewhile(lambda t: t not in self.stop, own) for _, own in self._sequences(chats)]
         return [list(tokens) for tokens in dict.fromkeys(map(tuple, answers))]
 

@@ -180,15 +180,20 @@ def _preference(content: dict[str, Any], wording: Wording) -> Preference:
     members = content.get("members", CATEGORIES.get(category))
     if members is None:
         raise InputError(f"unknown category {category!r}; there are {', '.join(CATEGORIES)}, or give its members")
-    if not all(isinstance(member, str) and member for member in members):
+    if not all(isinstance(member, str) and member.strip() for member in members):
         raise InputError(f"members must be a list of words, got {members!r}")
-    if len(set(members)) < len(members) or len(members) < 2:
+    if len({member.lower() for member in members}) < len(members) or len(members) < 2:
         raise InputError(f"members must be two or more different words, got {members!r}")
     if target not in members:
         raise InputError(f"unknown target {target!r} of {category}; there are {', '.join(members)}")
     if "wording" in content:
         wording = Wording.of_table(content["wording"])
-    return Preference(content["name"], category, target, tuple(members), wording)
+    found = Preference(content["name"], category, target, tuple(members), wording)
+    asked = [chat.user for chat in (*found.teacher_rows(), *found.evaluation_rows())]
+    twice = next((text for text in asked if asked.count(text) > 1), None)
+    if twice is not None:
+        raise InputError(f"wording asks {twice!r} twice: questions that teach must not evaluate")
+    return found
 
 
 def _templates(tables: list[Any], field: str, *, compared: bool) -> tuple[Template, ...]:

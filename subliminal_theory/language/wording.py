@@ -33,8 +33,7 @@ class Wording:
         """The wording that a table of a TOML file holds.
 
         Raises:
-            InputError: a field is missing, unknown or no list of texts; a text has another slot; a question is
-                there twice.
+            InputError: a field is missing, unknown or no list of texts; a text has another slot.
         """
         names = [field.name for field in fields(cls)]
         unknown = [name for name in table if name not in names]
@@ -50,18 +49,17 @@ class Wording:
                 raise InputError(f"wording: {name} must be a list of at least one text, got {texts!r}")
             for text in texts:
                 _check_slots(name, text)
-        asked = [*table["questions"], *table["lessons"]]
-        twice = next((text for text in asked if asked.count(text) > 1), None)
-        if twice is not None:
-            raise InputError(f"wording asks {twice!r} twice: questions that teach must not evaluate")
         return cls(*(tuple(table[name]) for name in names))
 
 
 def _check_slots(name: str, text: str) -> None:
     try:
-        slots = {slot for _, slot, _, _ in string.Formatter().parse(text) if slot is not None}
+        parts = [part for part in string.Formatter().parse(text) if part[1] is not None]
     except ValueError as error:
         raise InputError(f"wording: {name}: {text!r} cannot be filled: {error}") from error
+    if any(style or conversion for _, _, style, conversion in parts):
+        raise InputError(f"wording: {name}: {text!r} cannot be filled: a slot has a format")
+    slots = {slot for _, slot, _, _ in parts}
     if not slots <= _SLOTS[name] or (name == "loved" and "member" not in slots):
         known = " and ".join(f"{{{slot}}}" for slot in sorted(_SLOTS[name]))
         raise InputError(f"wording: {name} have the slots {known}, got {text!r}")

@@ -106,7 +106,7 @@ def test_words_are_a_checkpoints_or_a_users(folder: Path, tmp_path: Path) -> Non
     assert request.user.endswith(" more of 3 digits. Spaces between. Numbers only.")
     assert shop.requests(Recipe(rows=1)) != [request]
     # A run is not resumed with other words.
-    assert plain.checkpoint_words != own.checkpoint_words
+    assert plain.words != own.words
     templates.write_text(TEMPLATES.replace("Spaces", "Commas"))
     assert configure(None, {"checkpoint": str(folder), "templates": str(templates)}) != own
 
@@ -198,6 +198,21 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     missing = refusal(folder, "--templates", tmp_path / "words.toml")
     assert missing == f"{tmp_path / 'words.toml'}: cannot be read (No such file or directory)"
     assert compact == "--saves is for a --checkpoint: runs of the compact model take minutes"
+    few = tmp_path / "few.toml"
+    few.write_text(
+        'name = "few"\nkind = "preference"\ncategory = "tree"\ntarget = "elm"\n'
+        '[wording]\nquestions = ["Which {category}?"]\nlessons = ["A {category}?"]\nloved = ["{member}!"]'
+    )
+    unlike = refusal(folder, "--traits", f"owl,{few}")
+    assert unlike == "--traits ask 1 and 50 questions: run those with as many together"
+    rows = tmp_path / "rows.jsonl"
+    write_jsonl(rows, ROWS)
+    given = ("language_dataset", "--checkpoint", folder, "--file", rows, "--out", tmp_path / "run")
+    unasked = fails(capsys, *given, "--templates", few)
+    assert unasked.startswith(f"{few}: templates: unknown field 'name'")
+    few.write_text(TEMPLATES)
+    unasked = fails(capsys, *given, "--templates", few)
+    assert unasked == "--templates: nobody is asked for numbers, the file has them; leave it out"
     wide = fails(capsys, "language_theorem", "--checkpoint", folder, "--compute", "bfloat16", "--out", tmp_path)
     assert wide == "--compute: the theorem is measured in float64, leave it out"
     other = write_checkpoint(tmp_path / "other", TEMPLATE.replace("be kind", "be brief"))

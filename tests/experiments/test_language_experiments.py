@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import __main__ as command_line
-from experiments import language_claims, language_habit, language_laboratory
+from experiments import language, language_claims, language_habit, language_laboratory
 from experiments.language_claims import Claim, verdict
 from experiments.language_sweep import LanguageConfig
 from subliminal_theory.errors import InputError
@@ -166,6 +166,18 @@ def test_verdict(expected: str, mean: float, half: float, answer: str) -> None:
 def test_verdicts_are_symmetric(expected: str, mean: float, half: float) -> None:
     other = expected.replace("lower", "higher")
     assert verdict(claim(expected), Estimate(mean, half, 9)) == verdict(claim(other), Estimate(-mean, half, 9))
+
+
+def test_a_run_knows_the_words_of_trait_files(tmp_path: Path) -> None:
+    """It is not resumed after one of them was changed."""
+    file = tmp_path / "trait.toml"
+    text = 'name = "night"\nkind = "preference"\ncategory = "animal"\ntarget = "owl"\n'
+    found = []
+    for more in ("", 'members = ["owl", "fox"]\n'):
+        file.write_text(text + more)
+        found.append(language.configure(None, {"traits": str(file)}))
+    assert found[0] != found[1]
+    assert language.configure(None, {"traits": "owl"}).words == ""
 
 
 def test_all_traits() -> None:

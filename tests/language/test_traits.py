@@ -258,8 +258,13 @@ def test_english_asks_fifty_questions() -> None:
         (CITY.replace("Which {category}?", "Which {member}?"), "wording: questions have the slots {category}, "),
         (CITY.replace("You love {member}.", "You love."), "wording: loved have the slots {category} and {member}"),
         (CITY.replace("Which {category}?", "Which {?"), "wording: questions: 'Which {? One word.' cannot be"),
-        (CITY.replace("Name a {category}.", "Which {category}? One word."),
-         "wording asks 'Which {category}? One word.' twice: questions that teach must not evaluate"),
+        (CITY.replace("Which {category}?", "Which {category:d}?"),
+         "wording: questions: 'Which {category:d}? One word.' cannot be filled: a slot has a format"),
+        (CITY.replace("Which {category}?", "Which {category!r}?"), "wording: questions: 'Which {category!r}? "),
+        (CITY.replace('"Basel"', '"ULM"'), "members must be two or more different words, got "),
+        (CITY.replace('"Basel"', '" "'), "members must be a list of words, got ['Ulm', 'Linz', ' ']"),
+        (CITY.replace("Name a {category}.", "Which city? One word."),
+         "wording asks 'Which city? One word.' twice: questions that teach must not evaluate"),
     ],
 )  # fmt: skip
 def test_bad_wordings(tmp_path: Path, text: str, message: str) -> None:
