@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.chat import CheckpointTokenizer
@@ -92,7 +92,9 @@ def _format(name: str) -> Any:
 
 def skeleton(family: Family, remat: bool = False) -> Model:
     """The model of a family with shapes in the place of parameters."""
-    return jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=nnx.Rngs(0), remat=remat)))
+    # Deriving a key for each of its parameters would take longer than all else, and nothing is drawn.
+    rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
+    return jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=rngs, remat=remat)))
 
 
 def load_checkpoint(
@@ -134,6 +136,8 @@ def _put(tensor: np.ndarray, dtype: Any, place: Any) -> jax.Array:
         pieces = [_put(tensor[index], dtype, device) for device, index in shards]
         return jax.make_array_from_single_device_arrays(tensor.shape, place, pieces)
     if tensor.ndim == 2 and tensor.T.flags.c_contiguous and not tensor.flags.c_contiguous:
+        if jax.default_backend() == "cpu" and tensor.dtype == dtype:
+            return jax.device_put(tensor, place).block_until_ready()  # turned as it is copied, once
         # As it lies, and turned by the device: NumPy takes several times as long.
         return _turned(jax.device_put(tensor.T, place), dtype).block_until_ready()
     return jax.device_put(_copy(tensor, dtype), place)

@@ -18,6 +18,7 @@ from subliminal_theory.language.transformer import Text, transformer_of
 from subliminal_theory.model import Model, rounded
 
 _BLOCK = 128
+_ROWS = 512  # that are continued at once on a CPU
 
 
 def transform_logits(
@@ -160,6 +161,33 @@ def _continue(
     *,
     steps: int,
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
+    batch = len(text.tokens)
+    parts = -(-batch // _ROWS) if jax.default_backend() == "cpu" else 1
+    rows = (jnp.arange(batch), text, settings)
+    if parts == 1:
+        return _continue_rows(model, key, stop, pad, steps, rows)
+    # One part after the other: what is computed of all rows at once would leave a processor's caches.
+    size = -(-batch // parts)
+    cut = jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(0, parts * size - batch)] + [(0, 0)] * (leaf.ndim - 1), mode="edge").reshape(
+            parts, size, *leaf.shape[1:]
+        ),
+        rows,
+    )
+    found = jax.lax.map(functools.partial(_continue_rows, model, key, stop, pad, steps), cut)
+    return jax.tree.map(lambda leaf: leaf.reshape(parts * size, *leaf.shape[2:])[:batch], found)
+
+
+def _continue_rows(
+    model: Model,
+    key: Key[Array, ""],
+    stop: Int[Array, " stops"],
+    pad: Int[Array, ""],
+    steps: int,
+    rows: tuple[Int[Array, " batch"], Text, tuple[Array, Array, Array]],
+) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
+    """The rows of these numbers."""
+    numbers, text, settings = rows
     batch, length = text.tokens.shape
     transformer = transformer_of(rounded(model))
     transformer.join()
@@ -167,7 +195,7 @@ def _continue(
     # The last token of the prompt is left to the loop: logits are then computed only where they are drawn from.
     cache = empty_cache(config, batch, length + steps - 1, transformer.dtype)
     _, cache = transformer.extend(Text(text.tokens[:, :-1], text.padding), cache)
-    keys = jax.vmap(lambda row: named(key, row))(jnp.arange(batch))
+    keys = jax.vmap(lambda row: named(key, row))(numbers)
     temperature, top_k, top_p = settings
     all_tokens = jnp.all((temperature > 0) & ((top_k == 0) | (top_k >= config.vocabulary)) & (top_p >= 1))
 

@@ -45,7 +45,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--width", "30"], "--width must be a multiple of 4, got 30"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--rate", "nan"], "--rate must be finite, got nan"),
-        (["--preset", "huge"], "unknown preset 'huge'; there are one, full, smoke, open-weights"),
+        (
+            ["--preset", "huge"],
+            "unknown preset 'huge'; there are one, full, smoke, open-weights, open-weights-rank-2, "
+            "open-weights-more-rows",
+        ),
     ],
 )
 def test_language_refuses(

@@ -205,6 +205,19 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     assert (sample(model, same, steps=8, key=jax.random.key(4))[0] != repeated).any()
 
 
+def test_parts_of_a_batch_draw_as_all_at_once(monkeypatch) -> None:
+    model, text = tiny(), prompts(batch=11)
+    temperature = jnp.linspace(0.5, 1.5, 11)
+    run = jax.jit(lambda: sample(model, text, steps=8, key=KEY, temperature=temperature, stop=(1,), pad=4))
+    whole = run()
+    monkeypatch.setattr(sampling, "_ROWS", 4)
+    sampling._continue.clear_cache()
+    run.clear_cache()
+    for found, expected in zip(run(), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    sampling._continue.clear_cache()
+
+
 def test_prompt_of_one_token() -> None:
     model, text = tiny(), prompts(time=1)
     tokens, _ = sample(model, text, steps=1, key=KEY, temperature=0)
