@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,18 @@ def _continue(
     return jax.tree.map(lambda leaf: leaf.reshape(parts * size, *leaf.shape[2:])[:batch], found)
 
 
+def _uniforms(
+    key: Key[Array, ""], rows: Int[Array, " batch"], steps: int, dtype: Any
+) -> Float[Array, "steps batch"]:
+    """The random number of every step and row."""
+    keys = jax.vmap(lambda row: named(key, row))(rows)
+
+    def of_step(step: Int[Array, ""]) -> Float[Array, " batch"]:
+        return jax.vmap(lambda own: jax.random.uniform(named(own, step), dtype=dtype))(keys)
+
+    return jax.vmap(of_step)(jnp.arange(steps))
+
+
 def _continue_rows(
     model: Model,
     key: Key[Array, ""],
@@ -195,7 +208,8 @@ def _continue_rows(
     # The last token of the prompt is left to the loop: logits are then computed only where they are drawn from.
     cache = empty_cache(config, batch, length + steps - 1, transformer.dtype)
     _, cache = transformer.extend(Text(text.tokens[:, :-1], text.padding), cache)
-    keys = jax.vmap(lambda row: named(key, row))(numbers)
+    # All at once: in the loop they would be a few programs more for each token.
+    uniforms = _uniforms(key, numbers, steps, at_least_float32(transformer.dtype))
     temperature, top_k, top_p = settings
     all_tokens = jnp.all((temperature > 0) & ((top_k == 0) | (top_k >= config.vocabulary)) & (top_p >= 1))
 
@@ -214,8 +228,7 @@ def _continue_rows(
     def advance(state: tuple) -> tuple:
         step, last, ended, lengths, tokens, cache = state
         logits, cache = transformer.extend(Text(last[:, None], text.padding), cache)
-        uniform = jax.vmap(lambda own: jax.random.uniform(named(own, step), dtype=logits.dtype))(keys)
-        token = jnp.where(ended, pad, choose(logits[:, 0], uniform))
+        token = jnp.where(ended, pad, choose(logits[:, 0], uniforms[step]))
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), step))
         lengths = lengths + ~ended
         ended = ended | jnp.any(token[:, None] == stop[None], axis=-1)

@@ -123,6 +123,7 @@ def test_teachers_go_on(checkpoint: Path, undisturbed, tmp_path: Path, monkeypat
 
 
 def test_sampling_goes_on(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckpointWorkshop, "at_once", 64)
     key, own = jax.random.key(0), shop(checkpoint, tmp_path)
     chats = own.requests(Recipe(rows=2)) * 70
     expected = shop(checkpoint, None).draw(own.base.model, chats, key, RECIPE)
