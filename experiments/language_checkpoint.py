@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from experiments.language_laboratory import Workshop, stacked
 from experiments.language_saves import Saves, export
 from experiments.language_setting import Recipe
-from experiments.language_training import Run, Shape, student_on, students, taught, taught_on
+from experiments.language_training import Run, student_on, taught_on
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import State, Trained
 from subliminal_theory.errors import InputError
@@ -46,7 +46,6 @@ class CheckpointWorkshop(Workshop):
     prompts: NumberPrompts = field(default_factory=NumberPrompts)
     saves: Saves | None = None
     buckets: int = 1
-    mesh: Mesh | None = None
 
     def for_all(self, model: Model) -> Model:
         """A model for each run: [runs]."""
@@ -106,9 +105,9 @@ class CheckpointWorkshop(Workshop):
 
     def train_teachers(self, runs: tuple[Model, Examples, Array], recipe: Recipe) -> tuple[Model, Array]:
         """As of `Workshop`."""
-        rate, steps = jnp.float32(recipe.teacher_rate), recipe.teacher_steps
         if self.saves is None:
-            return taught(*runs[:2], rate, runs[2], steps=steps, mesh=self.mesh)
+            return super().train_teachers(runs, recipe)
+        rate, steps = jnp.float32(recipe.teacher_rate), recipe.teacher_steps
 
         def go_on(run: Any, state: State | None, count: int) -> Trained:
             return taught_on(run, rate, state, steps=steps, mesh=self.mesh, count=count)
@@ -117,9 +116,9 @@ class CheckpointWorkshop(Workshop):
 
     def train_students(self, runs: Run, channel: Channel, recipe: Recipe, own: bool) -> tuple[Model, Array]:
         """As of `Workshop`; students that start at this base are written for other programs, too."""
-        rate, shape = jnp.float32(recipe.rate), Shape.of(recipe, len(self.tokenizer), self.mesh)
         if self.saves is None:
-            return students(runs, channel, recipe, shape)
+            return super().train_students(runs, channel, recipe, own)
+        rate, shape = jnp.float32(recipe.rate), self.shape(recipe)
 
         def go_on(run: Any, state: State | None, count: int) -> Trained:
             return student_on(run, channel, rate, state, shape=shape, count=count)

@@ -200,6 +200,7 @@ def plot(results: Results, config: Config) -> Figure:
     traits = len(config.trait_names())
     note(
         axes,
-        f"{traits} traits x {config.seeds} bases; whiskers: 95% t interval of paired differences over these runs",
+        f"{traits} traits x {config.seeds} bases; whiskers: 95% t interval of paired differences over these runs\n"
+        f"[in brackets]: what the claim says of the difference, 'no' meaning by no more than {claims[0].margin:g}",
     )
     return figure

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from experiments.language_setting import Recipe
@@ -58,7 +59,7 @@ class Workshop:
     """A base, some traits of one kind (the runs), and everything that was made of them, made once.
 
     `given` and `asked` are the least and most numbers that a request shows and asks for, in one of `formats`.
-    With `dataset` nobody writes: its rows are what teachers wrote.
+    With `dataset` nobody writes: its rows are what teachers wrote. Models train on a `mesh` if there is one.
     """
 
     base: Base | CheckpointBase
@@ -67,6 +68,7 @@ class Workshop:
     asked: tuple[int, int] = (9, 9)
     formats: tuple[str, ...] = ("spaces",)
     dataset: Sequence[Row] | None = None
+    mesh: Mesh | None = None
     _made: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -126,7 +128,8 @@ class Workshop:
 
     def train_teachers(self, runs: tuple[Model, Examples, Array], recipe: Recipe) -> tuple[Model, Array]:
         """Teachers [runs] and their losses [runs, steps], of their starts, lessons and keys."""
-        return taught(*runs[:2], jnp.float32(recipe.teacher_rate), runs[2], steps=recipe.teacher_steps)
+        rate = jnp.float32(recipe.teacher_rate)
+        return taught(*runs[:2], rate, runs[2], steps=recipe.teacher_steps, mesh=self.mesh)
 
     def _lessons(self, trait: Trait, recipe: Recipe) -> list[Chat]:
         chats = trait.teacher_rows() if not recipe.lessons else trait.control_rows(recipe.lessons)
@@ -350,7 +353,11 @@ class Workshop:
 
         `own` tells whether they start at this base.
         """
-        return students(runs, channel, recipe, Shape.of(recipe, len(self.tokenizer)))
+        return students(runs, channel, recipe, self.shape(recipe))
+
+    def shape(self, recipe: Recipe) -> Shape:
+        """What is compiled to train a student."""
+        return Shape.of(recipe, len(self.tokenizer), self.mesh)
 
     def clone(self, other: Model, inputs: str) -> Model:
         """Another base after it imitated this one's full distribution, on regular numbers or on the corpus."""

@@ -293,12 +293,11 @@ def other_model(config: LanguageConfig, seed: int) -> Model:
         return base_model(config, seed).model
     if not config.other_checkpoint:
         raise InputError("students of another base need --other-checkpoint")
-    return _opened(config, config.other_checkpoint)[0].model
+    return _opened(config, config.other_checkpoint).model
 
 
-def _opened(config: LanguageConfig, folder: str) -> tuple[CheckpointBase, Mesh | None]:
-    mesh = _mesh(config.shards)
-    return _opener(mesh)(folder, config.compute), mesh
+def _opened(config: LanguageConfig, folder: str) -> CheckpointBase:
+    return _opener(_mesh(config.shards))(folder, config.compute)
 
 
 @functools.cache
@@ -343,16 +342,15 @@ def _shelf(mesh: Mesh | None) -> Callable[[LanguageConfig, int], Workshop]:
 def make_workshop(config: LanguageConfig, seed: int, dataset: Sequence[TextRow] | None = None) -> Workshop:
     """A workshop of a base, where students read a data set instead of what its teachers write, if one is given."""
     if config.checkpoint:
-        opened, mesh = _opened(config, config.checkpoint)
         saves = None if config.saves is None else Saves(Path(config.saves), config.save_every)
         return CheckpointWorkshop(
-            dataclasses.replace(opened, seed=seed),
+            dataclasses.replace(_opened(config, config.checkpoint), seed=seed),
             checkpoint_traits(config),
             dataset=dataset,
             prompts=number_prompts(config),
             saves=saves,
             buckets=config.buckets,
-            mesh=mesh,
+            mesh=_mesh(config.shards),
         )
     base = base_model(config, seed)
     return Workshop(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], dataset=dataset)

@@ -79,7 +79,7 @@ def _done_on_mesh(done: Trained, mesh: Mesh) -> Trained:
 
 @functools.partial(jax.jit, static_argnames=("steps", "mesh"))
 def taught(
-    models: Model, sources: Examples, rate: Array, keys: Array, *, steps: int, mesh: Mesh | None = None
+    models: Model, sources: Examples, rate: Array, keys: Array, *, steps: int, mesh: Mesh | None
 ) -> tuple[Model, Array]:
     """Teachers [runs] and their losses [runs, steps]: full-batch Adam on their trait's lessons."""
 
@@ -116,7 +116,7 @@ class Shape:
     mesh: Mesh | None
 
     @classmethod
-    def of(cls, recipe: Recipe, logits: int, mesh: Mesh | None = None) -> "Shape":
+    def of(cls, recipe: Recipe, logits: int, mesh: Mesh | None) -> "Shape":
         """That of a recipe, for a model with so many logits, that lies on a mesh if one is given."""
         chunk = CHUNK if logits > MANY else None
         return cls(recipe.optimizer, recipe.steps, recipe.warmup, recipe.decay, chunk, mesh)
