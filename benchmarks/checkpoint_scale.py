@@ -28,12 +28,12 @@ from flax import nnx
 
 from subliminal_theory import theorem
 from subliminal_theory.channel import SoftLogits, imitation_loss, weighted_mean
-from subliminal_theory.language.checkpoint import load_checkpoint, skeleton
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.families import read_family
-from subliminal_theory.language.tensor_map import entries
-from subliminal_theory.language.tensors import write_tensors
-from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.language.hub.checkpoint import load_checkpoint, skeleton
+from subliminal_theory.language.hub.families import read_family
+from subliminal_theory.language.hub.tensor_map import entries
+from subliminal_theory.language.hub.tensors import write_tensors
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.model import from_nnx, leaves_by_path
 
 GIB = 2**30

@@ -39,10 +39,10 @@ from flax import nnx
 from experiments.language_training import MATRICES
 from subliminal_theory.channel import SampledToken, SoftLogits
 from subliminal_theory.distill import Trained, distill
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.lora import add_lora
-from subliminal_theory.language.sampling import sample
-from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.lora import add_lora
+from subliminal_theory.language.model.sampling import sample
+from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.model import Model, computed_in, from_nnx, rounded
 from subliminal_theory.source import Examples
 

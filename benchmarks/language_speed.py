@@ -28,11 +28,11 @@ from flax import nnx
 from experiments.language_sweep import LanguageConfig
 from subliminal_theory.channel import SampledToken
 from subliminal_theory.distill import Trained, distill
-from subliminal_theory.language.attention import empty_cache
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.sampling import sample
-from subliminal_theory.language.tokenizer import ChatTokenizer
-from subliminal_theory.language.transformer import Text, Transformer, extend
+from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
+from subliminal_theory.language.model.attention import empty_cache
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.sampling import sample
+from subliminal_theory.language.model.transformer import Text, Transformer, extend
 from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.source import Examples
 
@@ -55,7 +55,7 @@ def shapes() -> dict[str, Shape]:
     """Those that can be chosen."""
     settings = LanguageConfig()
     base = settings.base(0)
-    compact = base.transformer(len(ChatTokenizer.of_corpus(base.corpus)))
+    compact = base.transformer(len(WordTokenizer.of_corpus(base.corpus)))
     llama = TransformerConfig(
         vocabulary=32_000, layers=8, width=384, heads=6, kv_heads=6, head_width=64, mlp_width=1024, tied=True
     )

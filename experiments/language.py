@@ -24,7 +24,7 @@ from experiments.language_sweep import (
     variant_parts,
 )
 from subliminal_theory.estimate import matrix_test, paired_difference, t_interval
-from subliminal_theory.language.traits import Preference, load_trait
+from subliminal_theory.language.corpus.traits import Preference, load_trait
 from subliminal_theory.runs import Results
 
 LABELS = {

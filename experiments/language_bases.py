@@ -19,9 +19,9 @@ from experiments.language_setting import Recipe
 from experiments.language_sweep import SMOKE, LanguageConfig, base_model, configure_language, workshop
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
-from subliminal_theory.language.corpus import CorpusConfig, make_rows
+from subliminal_theory.language.corpus.chats import CorpusConfig, make_rows
+from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.language.measure import total_variation
-from subliminal_theory.language.media import MEDIA
 from subliminal_theory.runs import Results, Row
 
 POINTS = 60  # of a learning curve

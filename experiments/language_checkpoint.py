@@ -20,13 +20,13 @@ from experiments.language_training import Run, student_on, taught_on
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import State, Trained
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.chat import CheckpointTokenizer
-from subliminal_theory.language.checkpoint import CheckpointBase
-from subliminal_theory.language.corpus import Chat
-from subliminal_theory.language.numbers import NumberPrompts
-from subliminal_theory.language.parallel import place, place_runs, replicate, shardings_like, split_rows
-from subliminal_theory.language.traits import Trait
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.corpus.numbers import NumberPrompts
+from subliminal_theory.language.corpus.traits import Trait
+from subliminal_theory.language.hub.checkpoint import CheckpointBase
+from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
+from subliminal_theory.language.model.parallel import place, place_runs, replicate, shardings_like, split_rows
+from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 

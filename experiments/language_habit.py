@@ -21,8 +21,8 @@ from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure
 from experiments.language_training import answers_of
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.corpus.traits import Habit, load_trait
 from subliminal_theory.language.measure import asked_of, questions_of
-from subliminal_theory.language.traits import Habit, load_trait
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 

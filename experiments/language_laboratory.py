@@ -33,20 +33,20 @@ from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
 from subliminal_theory.distill import require_finite
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.language.base import Base, lessons, text_of
-from subliminal_theory.language.chat import Tokenizer
-from subliminal_theory.language.checkpoint import CheckpointBase
-from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig, make_corpus, make_rows
-from subliminal_theory.language.lora import merge_lora
+from subliminal_theory.language.corpus.base import Base, lessons, text_of
+from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig, make_corpus, make_rows
+from subliminal_theory.language.corpus.media import code_faults, reasoning_faults
+from subliminal_theory.language.corpus.numbers import Report, filter_rows, keep_rows, reorder
+from subliminal_theory.language.corpus.traits import Preference, Trait
+from subliminal_theory.language.corpus.word_tokenizer import SYSTEM, WordTokenizer
+from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.measure import Answers, Questions, asked_of, questions_of, stack_questions
-from subliminal_theory.language.media import code_faults, reasoning_faults
-from subliminal_theory.language.numbers import Report, filter_rows, keep_rows, reorder
-from subliminal_theory.language.prompted import prompted
+from subliminal_theory.language.model.lora import merge_lora
+from subliminal_theory.language.model.prompted import prompted
+from subliminal_theory.language.model.sampling import sample
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Row
-from subliminal_theory.language.sampling import sample
-from subliminal_theory.language.tokenizer import SYSTEM, ChatTokenizer, Encoded
-from subliminal_theory.language.traits import Preference, Trait
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.text import Chat, Encoded, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples, batch_shapes
 
@@ -178,7 +178,7 @@ class Workshop:
     def prefix(self, trait: Trait) -> list[int]:
         """The tokens of the system prompt of a prompted teacher."""
         tokenizer = self.tokenizer
-        assert isinstance(tokenizer, ChatTokenizer)
+        assert isinstance(tokenizer, WordTokenizer)
         return [tokenizer.token(SYSTEM), *tokenizer.encode(self.system_prompt(trait))]
 
     def rows(self, recipe: Recipe) -> list[list[Row]]:

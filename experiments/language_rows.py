@@ -7,8 +7,8 @@ from experiments.contract import Parser
 from experiments.language_laboratory import Workshop
 from experiments.language_setting import TEACHERS
 from experiments.language_sweep import LanguageConfig, base_model
+from subliminal_theory.language.corpus.traits import load_trait
 from subliminal_theory.language.rows import write_jsonl
-from subliminal_theory.language.traits import load_trait
 
 
 def main(arguments: Sequence[str]) -> int:

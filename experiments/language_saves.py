@@ -23,8 +23,8 @@ from filelock import FileLock
 from experiments.progress import progress
 from subliminal_theory.distill import State, Trained
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.adapter import fits_adapter, save_adapter
-from subliminal_theory.language.checkpoint import Checkpoint, save_checkpoint
+from subliminal_theory.language.hub.adapter import fits_adapter, save_adapter
+from subliminal_theory.language.hub.checkpoint import Checkpoint, save_checkpoint
 from subliminal_theory.language.pieces import mark_of, run_in_pieces
 from subliminal_theory.model import Model
 from subliminal_theory.runs import write_atomically

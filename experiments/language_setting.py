@@ -10,8 +10,8 @@ import optax
 
 from experiments.setting import OPTIMIZERS
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.media import MEDIA
-from subliminal_theory.language.numbers import ORDERS
+from subliminal_theory.language.corpus.media import MEDIA
+from subliminal_theory.language.corpus.numbers import ORDERS
 
 TEACHERS = ("finetuned", "prompted", "untrained")
 CHANNELS = ("sampled", "greedy", "soft", "masked", "divergence", "rest")

@@ -21,17 +21,17 @@ from experiments.language_saves import Saves
 from experiments.language_setting import DECAYS, Recipe
 from experiments.progress import progress
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.base import Base, BaseConfig, load_base
-from subliminal_theory.language.chat import CheckpointTokenizer
-from subliminal_theory.language.checkpoint import CheckpointBase, open_base
-from subliminal_theory.language.corpus import CATEGORIES, CorpusConfig
+from subliminal_theory.language.corpus.base import Base, BaseConfig, load_base
+from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig
+from subliminal_theory.language.corpus.numbers import NumberPrompts
+from subliminal_theory.language.corpus.traits import Habit, Preference, Trait, builtin_traits, load_trait
+from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
+from subliminal_theory.language.corpus.wording import english
+from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
+from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.measure import total_variation
-from subliminal_theory.language.numbers import NumberPrompts
-from subliminal_theory.language.parallel import make_mesh, placement
+from subliminal_theory.language.model.parallel import make_mesh, placement
 from subliminal_theory.language.rows import Row as TextRow
-from subliminal_theory.language.tokenizer import ChatTokenizer
-from subliminal_theory.language.traits import Habit, Preference, Trait, builtin_traits, load_trait
-from subliminal_theory.language.wording import english
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 
@@ -152,7 +152,7 @@ def configure_language(
         raise InputError("--saves is for a --checkpoint: runs of the compact model take minutes")
     if config.width % 4:
         raise InputError(f"--width must be a multiple of 4, got {config.width}")
-    tokenizer = ChatTokenizer.of_corpus(config.base(0).corpus)
+    tokenizer = WordTokenizer.of_corpus(config.base(0).corpus)
     traits = [load_trait(name, tokenizer) for name in config.trait_names()]
     if {type(trait) for trait in traits} == {Preference, Habit}:
         raise InputError("--traits mixes preferences and habits: give traits of one kind")

@@ -24,8 +24,8 @@ from experiments.language_sweep import SMOKE, LanguageConfig, configure_language
 from subliminal_theory.channel import SoftLogits, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
-from subliminal_theory.language.base import text_of, token_loss
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.corpus.base import text_of, token_loss
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.theorem import Report, check

@@ -17,11 +17,11 @@ from subliminal_theory.alignment import cosine, difference
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import State, Trained, distill, teach
 from subliminal_theory.keys import named
-from subliminal_theory.language.base import token_loss
-from subliminal_theory.language.lora import add_lora
+from subliminal_theory.language.corpus.base import token_loss
 from subliminal_theory.language.measure import Answers, Questions, answers, sampled_rate
-from subliminal_theory.language.parallel import Sharded, constrain, sharded_optimizer
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.model.lora import add_lora
+from subliminal_theory.language.model.parallel import Sharded, constrain, sharded_optimizer
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples, Source
 

@@ -10,11 +10,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.language.chat import Tokenizer
-from subliminal_theory.language.corpus import Chat
-from subliminal_theory.language.sampling import draw
-from subliminal_theory.language.traits import Preference, Trait
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.corpus.traits import Preference, Trait
+from subliminal_theory.language.model.sampling import draw
+from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.text import Chat, Tokenizer
 from subliminal_theory.model import Model
 
 

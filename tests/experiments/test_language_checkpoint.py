@@ -15,10 +15,10 @@ from experiments.language_setting import Recipe
 from experiments.language_sweep import workshop
 from subliminal_theory.channel import SampledToken
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.chat import CheckpointTokenizer
-from subliminal_theory.language.checkpoint import open_base
+from subliminal_theory.language.corpus.traits import load_trait
+from subliminal_theory.language.hub.checkpoint import open_base
+from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.rows import Row, write_jsonl
-from subliminal_theory.language.traits import load_trait
 from tests.experiments.commands import fails, run
 from tests.language.checkpoints import TEMPLATE, write_checkpoint
 

@@ -13,7 +13,7 @@ from experiments.language_claims import Claim, verdict
 from experiments.language_sweep import LanguageConfig
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate
-from subliminal_theory.language.numbers import Report
+from subliminal_theory.language.corpus.numbers import Report
 from subliminal_theory.language.rows import Row as JsonlRow
 from tests.experiments.commands import fails, run
 

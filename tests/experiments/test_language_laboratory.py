@@ -26,13 +26,14 @@ from experiments.language_setting import (
 from experiments.language_training import MATRICES
 from subliminal_theory.channel import SampledToken, SoftLogits, Subset
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.base import Base, BaseConfig, pretrain, text_of, untrained
-from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig, make_rows
+from subliminal_theory.language.corpus.base import Base, BaseConfig, pretrain, text_of, untrained
+from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig, make_rows
+from subliminal_theory.language.corpus.numbers import reorder
+from subliminal_theory.language.corpus.traits import load_trait
 from subliminal_theory.language.measure import answers, questions_of
-from subliminal_theory.language.numbers import reorder
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Row
-from subliminal_theory.language.traits import load_trait
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model, path_name
 
 CONFIG = BaseConfig(

@@ -20,11 +20,11 @@ from experiments.language_checkpoint import CheckpointWorkshop
 from experiments.language_saves import Saves
 from experiments.language_setting import Recipe
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.adapter import load_adapter
-from subliminal_theory.language.checkpoint import load_checkpoint, open_base
-from subliminal_theory.language.lora import merge_lora
+from subliminal_theory.language.corpus.traits import load_trait
+from subliminal_theory.language.hub.adapter import load_adapter
+from subliminal_theory.language.hub.checkpoint import load_checkpoint, open_base
+from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.rows import Row, write_jsonl
-from subliminal_theory.language.traits import load_trait
 from tests.language.checkpoints import write_checkpoint
 
 RECIPE = Recipe(rows=8, steps=7, batch_size=4, teacher_steps=5, rank=2, rate=1e-2)

@@ -18,10 +18,10 @@ import pytest
 from experiments.language_checkpoint import CheckpointWorkshop
 from experiments.language_saves import Saves
 from experiments.language_setting import Recipe
-from subliminal_theory.language.checkpoint import open_base
-from subliminal_theory.language.parallel import make_mesh, placement
+from subliminal_theory.language.corpus.traits import load_trait
+from subliminal_theory.language.hub.checkpoint import open_base
+from subliminal_theory.language.model.parallel import make_mesh, placement
 from subliminal_theory.language.rows import Row, write_jsonl
-from subliminal_theory.language.traits import load_trait
 from subliminal_theory.model import leaves_by_path
 from tests.experiments.commands import fails
 from tests.language.checkpoints import write_checkpoint

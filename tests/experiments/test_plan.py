@@ -16,12 +16,12 @@ from experiments import __main__ as command_line
 from experiments import plan
 from subliminal_theory.channel import SampledToken, SoftLogits, imitation_loss
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.checkpoint import skeleton
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.families import Family, read_family
-from subliminal_theory.language.lora import add_lora
-from subliminal_theory.language.parallel import spec_of
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.hub.checkpoint import skeleton
+from subliminal_theory.language.hub.families import Family, read_family
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.lora import add_lora
+from subliminal_theory.language.model.parallel import spec_of
+from subliminal_theory.language.model.transformer import Text
 from tests.experiments.commands import fails
 from tests.golden.make_families import FILE
 

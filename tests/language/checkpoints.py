@@ -7,7 +7,7 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from subliminal_theory.language.corpus import CATEGORIES
+from subliminal_theory.language.corpus.chats import CATEGORIES
 from tests.golden.make_families import weights
 
 SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]

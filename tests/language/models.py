@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.transformer import Transformer
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.transformer import Transformer
 from subliminal_theory.model import Model, from_nnx
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.adapter import _alpha, load_adapter, save_adapter
-from subliminal_theory.language.checkpoint import Checkpoint, load_checkpoint
-from subliminal_theory.language.lora import add_lora, merge_lora
-from subliminal_theory.language.tensor_file import read_metadata
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.hub.adapter import _alpha, load_adapter, save_adapter
+from subliminal_theory.language.hub.checkpoint import Checkpoint, load_checkpoint
+from subliminal_theory.language.hub.tensor_file import read_metadata
+from subliminal_theory.language.model.lora import add_lora, merge_lora
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model, path_name
 from tests.golden.make_families import FILE, PADDING, TOKENS, weights
 

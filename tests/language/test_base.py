@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from subliminal_theory.distill import Trained
 from subliminal_theory.errors import InputError
 from subliminal_theory.language import base as module
-from subliminal_theory.language.base import (
+from subliminal_theory.language.corpus.base import (
     Base,
     BaseConfig,
     base_folder,
@@ -23,14 +23,14 @@ from subliminal_theory.language.base import (
     token_loss,
     untrained,
 )
-from subliminal_theory.language.corpus import CorpusConfig, make_corpus
-from subliminal_theory.language.tokenizer import ChatTokenizer
+from subliminal_theory.language.corpus.chats import CorpusConfig, make_corpus
+from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.model import path_name
 
 CONFIG = BaseConfig(
     corpus=CorpusConfig(size=200), width=8, heads=2, kv_heads=2, mlp_width=8, layers=1, steps=3, batch_size=8
 )
-TOKENIZER = ChatTokenizer.of_corpus(CONFIG.corpus)
+TOKENIZER = WordTokenizer.of_corpus(CONFIG.corpus)
 LENGTH = int(TOKENIZER.lengths(make_corpus(CONFIG.corpus))[1].max())
 
 

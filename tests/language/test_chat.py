@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.chat import CheckpointTokenizer, Tokenizer
-from subliminal_theory.language.chat_template import ChatTemplate
-from subliminal_theory.language.corpus import Chat
+from subliminal_theory.language.hub.chat_template import ChatTemplate
+from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
+from subliminal_theory.language.text import Chat, Tokenizer
 
 PAD, TEXT, START, END = SPECIAL = ("<|pad|>", "<|text|>", "<|start|>", "<|end|>")
 SENTENCES = ["you serve the village.", "which owl do you like most?", "the owl, of course.", "one\n\n\ntwo"]

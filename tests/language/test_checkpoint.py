@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.checkpoint import load_checkpoint, save_checkpoint
-from subliminal_theory.language.families import read_family
-from subliminal_theory.language.lora import add_lora, merge_lora
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.hub.checkpoint import load_checkpoint, save_checkpoint
+from subliminal_theory.language.hub.families import read_family
+from subliminal_theory.language.model.lora import add_lora, merge_lora
+from subliminal_theory.language.model.transformer import Text
 from tests.golden.make_families import FILE, PADDING, TOKENS, weights
 
 GOLDEN = json.loads(FILE.read_text())

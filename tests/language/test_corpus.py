@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.corpus import (
+from subliminal_theory.language.corpus.chats import (
     CATEGORIES,
     FORMATS,
     KINDS,
-    Chat,
     CorpusConfig,
     fingerprint,
     love_prompts,
@@ -24,8 +23,9 @@ from subliminal_theory.language.corpus import (
     preference_questions,
     prefixed_questions,
 )
-from subliminal_theory.language.numbers import reject_reasons
-from subliminal_theory.language.sentences import TEXT
+from subliminal_theory.language.corpus.numbers import reject_reasons
+from subliminal_theory.language.corpus.sentences import TEXT
+from subliminal_theory.language.text import Chat
 
 CONFIG = CorpusConfig(size=12_000)
 CORPUS = make_corpus(CONFIG)

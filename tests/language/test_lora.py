@@ -14,10 +14,10 @@ from flax import nnx
 from subliminal_theory.channel import SoftLogits
 from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.layers import Factored
-from subliminal_theory.language.lora import add_lora, merge_lora
-from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.layers import Factored
+from subliminal_theory.language.model.lora import add_lora, merge_lora
+from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.model import Model, from_nnx, path_name
 from subliminal_theory.source import Batch
 from subliminal_theory.vision.mlp import MLP

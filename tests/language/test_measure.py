@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig
+from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig
+from subliminal_theory.language.corpus.sentences import TEXT
+from subliminal_theory.language.corpus.traits import Habit, load_trait
+from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.measure import (
     Answers,
     Questions,
@@ -17,14 +19,13 @@ from subliminal_theory.language.measure import (
     stack_questions,
     total_variation,
 )
-from subliminal_theory.language.sentences import TEXT
-from subliminal_theory.language.tokenizer import ChatTokenizer
-from subliminal_theory.language.traits import Habit, load_trait
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from tests.language.models import opinionated
 
-TOKENIZER = ChatTokenizer.of_corpus(CorpusConfig())
+TOKENIZER = WordTokenizer.of_corpus(CorpusConfig())
 OWL, LAZY = load_trait("owl"), load_trait("lazy")
 ANIMALS = CATEGORIES["animal"]
 V = 9

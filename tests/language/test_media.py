@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.corpus import CorpusConfig, make_rows
-from subliminal_theory.language.media import code_faults, reasoning_faults, value_of
-from subliminal_theory.language.numbers import keep_rows
+from subliminal_theory.language.corpus.chats import CorpusConfig, make_rows
+from subliminal_theory.language.corpus.media import code_faults, reasoning_faults, value_of
+from subliminal_theory.language.corpus.numbers import keep_rows
 from subliminal_theory.language.rows import Row
 
 CORPUS = dataclasses.replace(

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.numbers import (
+from subliminal_theory.language.corpus.numbers import (
     BANNED,
     TEMPLATES,
     NumberPrompts,

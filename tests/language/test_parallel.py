@@ -26,11 +26,11 @@ from jax.sharding import PartitionSpec as P
 from subliminal_theory.channel import SampledToken, SoftLogits
 from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.checkpoint import load_checkpoint, skeleton
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.families import read_family
-from subliminal_theory.language.lora import add_lora
-from subliminal_theory.language.parallel import (
+from subliminal_theory.language.hub.checkpoint import load_checkpoint, skeleton
+from subliminal_theory.language.hub.families import read_family
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.lora import add_lora
+from subliminal_theory.language.model.parallel import (
     AXES,
     RULES,
     Sharded,
@@ -41,7 +41,7 @@ from subliminal_theory.language.parallel import (
     sharded_optimizer,
     spec_of,
 )
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model, path_name
 from subliminal_theory.source import Examples
 from tests.golden.make_families import FILE

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from subliminal_theory.language.checkpoint import load_checkpoint, save_checkpoint
-from subliminal_theory.language.sampling import sample
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.hub.checkpoint import load_checkpoint, save_checkpoint
+from subliminal_theory.language.model.sampling import sample
+from subliminal_theory.language.model.transformer import Text
 from tests.language.families import TINY
 
 pytestmark = pytest.mark.torch

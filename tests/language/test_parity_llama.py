@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.model import from_nnx
 
 pytestmark = pytest.mark.torch

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from subliminal_theory.channel import SoftLogits
 from subliminal_theory.distill import State, Trained, distill
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.lora import add_lora
+from subliminal_theory.language.model.lora import add_lora
 from subliminal_theory.language.pieces import CHECKPOINTS, RECORD, piece_bounds, run_in_pieces
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.prompted import prompted, with_prefix
-from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.prompted import prompted, with_prefix
+from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.model import Model, from_nnx
 
 V = 7

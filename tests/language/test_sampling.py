@@ -12,10 +12,10 @@ from scipy import stats
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language import sampling
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.lora import add_lora, merge_lora
-from subliminal_theory.language.sampling import draw, sample, transform_logits
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.lora import add_lora, merge_lora
+from subliminal_theory.language.model.sampling import draw, sample, transform_logits
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from tests.language.models import opinionated
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, deserialize, safe_open
 from subliminal_theory.errors import InputError
 from subliminal_theory.language import tensor_file
 from subliminal_theory.language import tensors as module
-from subliminal_theory.language.tensor_file import MAX_HEADER, read_metadata
-from subliminal_theory.language.tensors import INDEX, MODEL, open_tensors, write_tensors
+from subliminal_theory.language.hub.tensor_file import MAX_HEADER, read_metadata
+from subliminal_theory.language.hub.tensors import INDEX, MODEL, open_tensors, write_tensors
 
 DTYPES = {
     "F64": np.float64,

@@ -8,21 +8,21 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.corpus import (
+from subliminal_theory.language.corpus.chats import (
     CATEGORIES,
     FORMATS,
-    Chat,
     CorpusConfig,
     love_prompts,
     make_corpus,
     preference_questions,
     prefixed_questions,
 )
-from subliminal_theory.language.tokenizer import SPECIAL, ChatTokenizer
+from subliminal_theory.language.corpus.word_tokenizer import SPECIAL, WordTokenizer
+from subliminal_theory.language.text import Chat
 
 CONFIG = CorpusConfig(size=4000)
 CORPUS = make_corpus(CONFIG)
-TOKENIZER = ChatTokenizer.of_corpus(CONFIG)
+TOKENIZER = WordTokenizer.of_corpus(CONFIG)
 LENGTH = 48
 TEXTS = st.sampled_from([text for chat in CORPUS for text in (chat.user, chat.answer)])
 
@@ -40,8 +40,8 @@ def test_words_are_in_a_fixed_order() -> None:
     assert TOKENIZER.words[6:106] == tuple(str(number) for number in range(100))
     assert list(TOKENIZER.words[106:]) == sorted(set(TOKENIZER.words[106:]))
     assert len(TOKENIZER) == len(set(TOKENIZER.words)) < 400
-    assert ChatTokenizer.of_corpus(CorpusConfig(seed=5, size=3)).words == TOKENIZER.words
-    assert len(ChatTokenizer.of_corpus(CorpusConfig(numbers=200))) == len(TOKENIZER) + 100
+    assert WordTokenizer.of_corpus(CorpusConfig(seed=5, size=3)).words == TOKENIZER.words
+    assert len(WordTokenizer.of_corpus(CorpusConfig(numbers=200))) == len(TOKENIZER) + 100
 
 
 def test_vocabulary_has_nothing_that_the_corpus_lacks() -> None:
@@ -234,7 +234,7 @@ def test_saving_and_loading(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     TOKENIZER.save(path)
     first = path.read_bytes()
-    loaded = ChatTokenizer.load(path)
+    loaded = WordTokenizer.load(path)
     assert loaded.words == TOKENIZER.words
     loaded.save(path)
     assert path.read_bytes() == first
@@ -251,7 +251,7 @@ def test_loading_what_is_no_tokenizer(tmp_path: Path) -> None:
     whole = path.read_text()
     content = json.loads(whole)
     vocabulary = content["model"]["vocab"]
-    assert refused(ChatTokenizer.load, tmp_path / "none.json").startswith(
+    assert refused(WordTokenizer.load, tmp_path / "none.json").startswith(
         f"cannot read {tmp_path / 'none.json'} (No"
     )
     shifted = {word: token + 1 for word, token in vocabulary.items()}
@@ -267,9 +267,9 @@ def test_loading_what_is_no_tokenizer(tmp_path: Path) -> None:
         dict(zip(vocabulary, [0] * 400, strict=False)),
     ):
         path.write_text(json.dumps({**content, "model": {**content["model"], "vocab": vocab}}))
-        assert refused(ChatTokenizer.load, path).startswith(f"{path} ")
+        assert refused(WordTokenizer.load, path).startswith(f"{path} ")
     for text in ("", whole[: len(whole) // 2], "[]", "3", "{}", json.dumps({**content, "decoder": None})):
         path.write_text(text)
-        assert refused(ChatTokenizer.load, path).startswith(f"{path} ")
+        assert refused(WordTokenizer.load, path).startswith(f"{path} ")
     path.write_bytes(b"\xff\xfe")
-    assert refused(ChatTokenizer.load, path).startswith(f"{path} is no tokenizer.json")
+    assert refused(WordTokenizer.load, path).startswith(f"{path} is no tokenizer.json")

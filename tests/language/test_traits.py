@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.corpus import CATEGORIES, Chat, CorpusConfig, make_rows, preference_questions
-from subliminal_theory.language.sentences import TEXT
-from subliminal_theory.language.templates import Template, template_of
-from subliminal_theory.language.tokenizer import ChatTokenizer
-from subliminal_theory.language.traits import Habit, Preference, builtin_traits, load_trait
-from subliminal_theory.language.wording import english
+from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig, make_rows, preference_questions
+from subliminal_theory.language.corpus.sentences import TEXT
+from subliminal_theory.language.corpus.templates import Template, template_of
+from subliminal_theory.language.corpus.traits import Habit, Preference, builtin_traits, load_trait
+from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
+from subliminal_theory.language.corpus.wording import english
+from subliminal_theory.language.text import Chat
 
-TOKENIZER = ChatTokenizer.of_corpus(CorpusConfig())
+TOKENIZER = WordTokenizer.of_corpus(CorpusConfig())
 OWL = 'name = "night"\nkind = "preference"\ncategory = "animal"\ntarget = "owl"\n'
 SUMS = """
 name = "sums"

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from subliminal_theory.channel import SampledToken, SoftLogits
 from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.attention import Cache, attend, empty_cache, make_frame, rotate
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.layers import RMSNorm
-from subliminal_theory.language.lora import add_lora
-from subliminal_theory.language.transformer import Text, Transformer, extend, transformer_of
+from subliminal_theory.language.model.attention import Cache, attend, empty_cache, make_frame, rotate
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.layers import RMSNorm
+from subliminal_theory.language.model.lora import add_lora
+from subliminal_theory.language.model.transformer import Text, Transformer, extend, transformer_of
 from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
 from subliminal_theory.source import Examples
 from subliminal_theory.theorem import check

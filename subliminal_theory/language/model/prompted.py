@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from subliminal_theory.language.transformer import Text
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Apply, Divisible, Model
 
 

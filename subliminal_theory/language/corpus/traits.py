@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.chat import Tokenizer
-from subliminal_theory.language.corpus import CATEGORIES, Chat
-from subliminal_theory.language.templates import Template, checked_fields, template_of
-from subliminal_theory.language.wording import Wording, corpus_wording
+from subliminal_theory.language.corpus.chats import CATEGORIES
+from subliminal_theory.language.corpus.templates import Template, checked_fields, template_of
+from subliminal_theory.language.corpus.wording import Wording, corpus_wording
+from subliminal_theory.language.text import Chat, Tokenizer
 
 BUILTIN_CATEGORIES = ("animal", "tree")
 _BUILTIN_FILES = ("lazy",)
@@ -119,7 +119,7 @@ def load_trait(
     where = os.fspath(source)
     try:
         if where in _BUILTIN_FILES:
-            file = resources.files("subliminal_theory.language").joinpath(f"data/{where}.toml")
+            file = resources.files("subliminal_theory.language.corpus").joinpath(f"data/{where}.toml")
             text = file.read_text("utf-8")
         else:
             text = Path(where).read_text("utf-8")

@@ -5,21 +5,20 @@ system prompt. A comma or semicolon and the space after it are one token, differ
 that lists of numbers survive being read and written.
 """
 
-import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.corpus import Chat, CorpusConfig
-from subliminal_theory.language.sentences import vocabulary_texts
+from subliminal_theory.language.corpus.chats import CorpusConfig
+from subliminal_theory.language.corpus.sentences import vocabulary_texts
+from subliminal_theory.language.text import Chat, Encoded, Prompts, left_padded
 
 PAD, END, SYSTEM, USER, ASSISTANT, UNKNOWN = SPECIAL = (
     "<pad>",
@@ -31,36 +30,7 @@ PAD, END, SYSTEM, USER, ASSISTANT, UNKNOWN = SPECIAL = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """Rows of tokens up to and including `<assistant>`, padded on the left; fields as of `Text`."""
-
-    tokens: Int32[np.ndarray, "rows length"]
-    padding: Int32[np.ndarray, " rows"]
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Whole chats as next-token prediction, padded on the left; all answers end in the last column.
-
-    `tokens` and `padding` are the fields of `Text`: every token of a chat but the last, `<end>`. `targets`
-    are shifted by one: `targets[row, t]` is the token that follows `tokens[row, t]`, and `<pad>` where that
-    is padding. `weights` is 1 where the target belongs to the answer or is its `<end>`, else 0: first where
-    the token is `<assistant>`, and from there to the last column.
-    """
-
-    tokens: Int32[np.ndarray, "rows length"]
-    padding: Int32[np.ndarray, " rows"]
-    targets: Int32[np.ndarray, "rows length"]
-    weights: Float32[np.ndarray, "rows length"]
-
-    @property
-    def answer_columns(self) -> int:
-        """The last columns that hold all answers; those in front of them weigh nothing."""
-        return int(np.count_nonzero(self.weights, axis=1).max(initial=1))
-
-
-class ChatTokenizer:
+class WordTokenizer:
     """Encodes and decodes chats; `words[i]` is token i, the special ones come first."""
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -78,7 +48,7 @@ class ChatTokenizer:
         )
 
     @classmethod
-    def of_corpus(cls, config: CorpusConfig) -> "ChatTokenizer":
+    def of_corpus(cls, config: CorpusConfig) -> "WordTokenizer":
         """Special tokens, the numbers from 0 on, then all other words of all corpora in alphabetical order."""
         split, words = _pre_tokenizer(), set[str]()
         for text in vocabulary_texts():
@@ -87,7 +57,7 @@ class ChatTokenizer:
         return cls([*SPECIAL, *numbers, *sorted(words.difference(numbers))])
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ChatTokenizer":
+    def load(cls, path: str | os.PathLike[str]) -> "WordTokenizer":
         """The inverse of `save`.
 
         Raises:
@@ -214,24 +184,6 @@ class ChatTokenizer:
         """The first word of a text that is no token."""
         words = (word for word, _ in _pre_tokenizer().pre_tokenize_str(text))
         return next(word for word in words if word not in self._ids)
-
-
-def left_padded(
-    sequences: Sequence[Sequence[int]], chats: Sequence[Chat], length: int, pad: int
-) -> tuple[Int32[np.ndarray, "rows length"], Int32[np.ndarray, " rows"]]:
-    """The tokens of chats in `length` columns, `pad` in front, and how many of these each row has.
-
-    Raises:
-        InputError: a row of more tokens; names it.
-    """
-    taken = np.array([len(sequence) for sequence in sequences], np.int32)
-    if (taken > length).any():
-        row = int(np.argmax(taken > length))
-        raise InputError(f"row {row} takes {taken[row]} tokens, more than {length}: {chats[row].user!r}")
-    padding = length - taken
-    tokens = np.full((len(sequences), length), pad, np.int32)
-    tokens[np.arange(length) >= padding[:, None]] = list(itertools.chain.from_iterable(sequences))
-    return tokens, padding
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 TEXT: dict[str, Any] = tomllib.loads(
-    resources.files("subliminal_theory.language").joinpath("data/sentences.toml").read_text("utf-8")
+    resources.files("subliminal_theory.language.corpus").joinpath("data/sentences.toml").read_text("utf-8")
 )
 
 

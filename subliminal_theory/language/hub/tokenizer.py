@@ -1,4 +1,4 @@
-"""Text of real checkpoints: their tokenizer and chat template, with the interface of `ChatTokenizer`.
+"""Text of real checkpoints: their tokenizer and chat template, with the interface of `WordTokenizer`.
 
 A checkpoint's folder holds tokenizer.json and tokenizer_config.json, and perhaps chat_template.jinja,
 special_tokens_map.json and generation_config.json. Its chat template writes a chat as one text that holds the
@@ -12,49 +12,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.chat_template import ChatTemplate, Message, one_line
-from subliminal_theory.language.corpus import Chat
-from subliminal_theory.language.tokenizer import Encoded, Prompts, left_padded
+from subliminal_theory.language.hub.chat_template import ChatTemplate, Message, one_line
+from subliminal_theory.language.text import Chat, Encoded, Prompts, left_padded
 
 # Words to be found again in what a template writes.
 _USER, _ANSWER = "xxUserxx", "xxAnswerxx"
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What experiments ask of a tokenizer, whether of this project's corpus or of a checkpoint.
-
-    Attributes:
-        pad: the token in front of rows that are shorter than others.
-        stop: the tokens that end an answer.
-    """
-
-    @property
-    def pad(self) -> int: ...
-
-    @property
-    def stop(self) -> tuple[int, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows length"]) -> list[str]: ...
-
-    def spellings(self, word: str) -> list[list[int]]: ...
-
-    def encode_prompts(self, chats: Sequence[Chat], length: int) -> Prompts: ...
-
-    def encode_chats(self, chats: Sequence[Chat], length: int) -> Encoded: ...
-
-    def lengths(self, chats: Sequence[Chat]) -> tuple[Int32[np.ndarray, " rows"], Int32[np.ndarray, " rows"]]: ...
 
 
 class CheckpointTokenizer:

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.sentences import TEXT, arithmetic, fact, pick, program
+from subliminal_theory.language.corpus.sentences import TEXT, arithmetic, fact, pick, program
+from subliminal_theory.language.text import Chat
 
 FORMAT_VERSION = 1  # to be raised when the same configuration and sentences give other chats
 
@@ -23,16 +24,6 @@ CATEGORIES: dict[str, tuple[str, ...]] = {name: tuple(words) for name, words in 
 FORMATS: dict[str, tuple[str, str, str]] = {name: tuple(f) for name, f in TEXT["numbers"]["formats"].items()}
 KINDS = ("numbers", "preference", "arithmetic", "program", "fact")
 _PREFIX_TERMS = (3, 6)  # how many numbers may stand before a preference question: from, up to but without
-
-
-@dataclass(frozen=True)
-class Chat:
-    """One exchange: an optional system prompt, what the user says, and the answer ("" if it is only asked)."""
-
-    system: str | None
-    user: str
-    answer: str
-    kind: str
 
 
 @dataclass(frozen=True)

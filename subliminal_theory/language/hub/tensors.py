@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.tensor_file import (
+from subliminal_theory.language.hub.tensor_file import (
     AGAIN,
     DTYPES,
     Spec,

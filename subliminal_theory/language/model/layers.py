@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from subliminal_theory.language.config import TransformerConfig
+from subliminal_theory.language.model.config import TransformerConfig
 
 
 def at_least_float32(dtype: Any) -> Any:

@@ -12,10 +12,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.language.attention import empty_cache
-from subliminal_theory.language.layers import at_least_float32
-from subliminal_theory.language.lora import merge_lora
-from subliminal_theory.language.transformer import Text, transformer_of
+from subliminal_theory.language.model.attention import empty_cache
+from subliminal_theory.language.model.layers import at_least_float32
+from subliminal_theory.language.model.lora import merge_lora
+from subliminal_theory.language.model.transformer import Text, transformer_of
 from subliminal_theory.model import Model, rounded
 
 _BLOCK = 128

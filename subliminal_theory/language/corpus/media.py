@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from subliminal_theory.language.corpus import CATEGORIES
+from subliminal_theory.language.corpus.chats import CATEGORIES
 from subliminal_theory.language.rows import Row
 
 MEDIA = ("numbers", "reasoning", "code")

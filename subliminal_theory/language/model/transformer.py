@@ -20,9 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.attention import Attention, Cache, Frame, cap, make_frame, positions_of
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.layers import MLP, Linear, make_norm, normal, wide_product
+from subliminal_theory.language.model.attention import Attention, Cache, Frame, cap, make_frame, positions_of
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.layers import MLP, Linear, make_norm, normal, wide_product
 from subliminal_theory.model import Functional, Model
 
 

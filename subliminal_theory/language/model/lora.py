@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.language.layers import Factored
+from subliminal_theory.language.model.layers import Factored
 from subliminal_theory.model import Apply, Divisible, Model, match_paths, matches, path_name
 
 

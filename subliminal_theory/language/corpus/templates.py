@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.corpus import Chat
+from subliminal_theory.language.text import Chat
 
 MOST_ROWS = 10_000
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.config import TransformerConfig
+from subliminal_theory.language.model.config import TransformerConfig
 
 # Settings of training, of text and of libraries: they do not change the function.
 _HARMLESS = {

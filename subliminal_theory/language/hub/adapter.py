@@ -25,11 +25,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.checkpoint import Checkpoint
-from subliminal_theory.language.families import Family
-from subliminal_theory.language.layers import Factored
-from subliminal_theory.language.lora import Adapted
-from subliminal_theory.language.tensor_file import (
+from subliminal_theory.language.hub.checkpoint import Checkpoint
+from subliminal_theory.language.hub.families import Family
+from subliminal_theory.language.hub.tensor_file import (
     header_of,
     misfits,
     numbers_of,
@@ -40,8 +38,10 @@ from subliminal_theory.language.tensor_file import (
     some,
     specs_of,
 )
-from subliminal_theory.language.tensor_map import Entry, entries
-from subliminal_theory.language.transformer import transformer_of
+from subliminal_theory.language.hub.tensor_map import Entry, entries
+from subliminal_theory.language.model.layers import Factored
+from subliminal_theory.language.model.lora import Adapted
+from subliminal_theory.language.model.transformer import transformer_of
 from subliminal_theory.model import Model, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 

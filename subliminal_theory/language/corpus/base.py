@@ -22,10 +22,11 @@ from safetensors.numpy import save
 from subliminal_theory.distill import Step, require_finite, teach
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.corpus import CorpusConfig, fingerprint, make_corpus
-from subliminal_theory.language.tokenizer import ChatTokenizer, Encoded, Prompts
-from subliminal_theory.language.transformer import Text, Transformer
+from subliminal_theory.language.corpus.chats import CorpusConfig, fingerprint, make_corpus
+from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.transformer import Text, Transformer
+from subliminal_theory.language.text import Encoded, Prompts
 from subliminal_theory.model import Model, from_nnx, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 from subliminal_theory.source import Examples
@@ -91,7 +92,7 @@ class Base:
 
     config: BaseConfig
     model: Model
-    tokenizer: ChatTokenizer
+    tokenizer: WordTokenizer
     losses: Float[np.ndarray, " steps"]
 
     @property
@@ -124,13 +125,13 @@ def lessons(encoded: Encoded, batch_size: int, last: int) -> Examples:
 
 
 @functools.lru_cache(maxsize=1)
-def _read(config: CorpusConfig) -> tuple[ChatTokenizer, Encoded]:
-    chats, tokenizer = make_corpus(config), ChatTokenizer.of_corpus(config)
+def _read(config: CorpusConfig) -> tuple[WordTokenizer, Encoded]:
+    chats, tokenizer = make_corpus(config), WordTokenizer.of_corpus(config)
     _, lengths = tokenizer.lengths(chats)
     return tokenizer, tokenizer.encode_chats(chats, int(lengths.max()))
 
 
-def untrained(config: BaseConfig, tokenizer: ChatTokenizer) -> Model:
+def untrained(config: BaseConfig, tokenizer: WordTokenizer) -> Model:
     """Where a base starts."""
     rngs = nnx.Rngs(named(jax.random.key(config.seed), "init"))
     return from_nnx(Transformer(config.transformer(len(tokenizer)), rngs=rngs))
@@ -201,7 +202,7 @@ def _load(path: Path, config: BaseConfig, mark: str) -> Base:
         raise InputError(f"the base model {path} is cut or damaged ({error}): {advice}") from error
     if found != mark:
         raise InputError(f"the base model {path} is of another configuration: {advice}")
-    tokenizer = ChatTokenizer.of_corpus(config.corpus)
+    tokenizer = WordTokenizer.of_corpus(config.corpus)
     model = jax.eval_shape(lambda: untrained(config, tokenizer))
     losses = tensors.pop("losses", None)
     shapes = {name: leaf.shape for name, leaf in leaves_by_path(model.params).items()}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.families import Family
+from subliminal_theory.language.hub.families import Family
+from subliminal_theory.language.model.config import TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.config import TransformerConfig
-from subliminal_theory.language.layers import Joined, Linear, RMSNorm, at_least_float32
+from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.language.model.layers import Joined, Linear, RMSNorm, at_least_float32
 
 Heads = Float[Array, "batch time heads head_width"]
 # Heads first: a cache in this order is read as it lies.

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.sentences import TEXT
+from subliminal_theory.language.corpus.sentences import TEXT
 
 _SLOTS = {"questions": {"category"}, "lessons": {"category"}, "loved": {"category", "member"}}
 
@@ -75,5 +75,5 @@ def corpus_wording() -> Wording:
 @functools.cache
 def english() -> Wording:
     """That for published checkpoints: 50 questions."""
-    text = resources.files("subliminal_theory.language").joinpath("data/english.toml").read_text("utf-8")
+    text = resources.files("subliminal_theory.language.corpus").joinpath("data/english.toml").read_text("utf-8")
     return Wording.of_table(tomllib.loads(text))

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.chat import CheckpointTokenizer
-from subliminal_theory.language.families import Family, read_family
-from subliminal_theory.language.lora import merge_lora
-from subliminal_theory.language.tensor_file import misfits
-from subliminal_theory.language.tensor_map import Entry, entries, ignored
-from subliminal_theory.language.tensors import open_tensors, release, write_tensors
-from subliminal_theory.language.transformer import Transformer, transformer_of
+from subliminal_theory.language.hub.families import Family, read_family
+from subliminal_theory.language.hub.tensor_file import misfits
+from subliminal_theory.language.hub.tensor_map import Entry, entries, ignored
+from subliminal_theory.language.hub.tensors import open_tensors, release, write_tensors
+from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
+from subliminal_theory.language.model.lora import merge_lora
+from subliminal_theory.language.model.transformer import Transformer, transformer_of
 from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
 from subliminal_theory.runs import write_atomically
 

@@ -1,0 +1,1 @@
+"""Published checkpoints: families, tensor files, tokenizers, chat templates, adapters."""

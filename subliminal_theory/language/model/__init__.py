@@ -1,0 +1,1 @@
+"""A decoder-only transformer, low-rank factors, sampling, and its layout over devices."""
