@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import mnist, mnist_channel
-from experiments.contract import Part, listed
+from experiments.app.contract import Part, listed
 from experiments.laboratory import load_data
 from subliminal_theory.errors import InputError
 

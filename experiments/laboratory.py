@@ -16,7 +16,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from experiments.setting import DIGITS, OPTIMIZERS, Setting
 from subliminal_theory.audit import audit, require_same_template
 from subliminal_theory.channel import Channel, SoftLogits, SquaredError, Subset
 from subliminal_theory.distill import Trained, distill, teach
@@ -29,6 +28,8 @@ from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.datasets import ImageDataset, load
 from subliminal_theory.vision.mlp import MLP
 from subliminal_theory.vision.noise import NoiseImages
+
+from .setting import DIGITS, OPTIMIZERS, Setting
 
 
 @functools.cache

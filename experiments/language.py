@@ -12,9 +12,13 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, note, panels
-from experiments.language_sweep import (
+from subliminal_theory.estimate import matrix_test, paired_difference, t_interval
+from subliminal_theory.language.corpus.traits import Preference, load_trait
+from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, bar, note, panels
+from .language_sweep import (
     HEADER,
     SMOKE,
     LanguageConfig,
@@ -23,9 +27,6 @@ from experiments.language_sweep import (
     trait_matrices,
     variant_parts,
 )
-from subliminal_theory.estimate import matrix_test, paired_difference, t_interval
-from subliminal_theory.language.corpus.traits import Preference, load_trait
-from subliminal_theory.runs import Results
 
 LABELS = {
     "base": "base",

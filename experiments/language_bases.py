@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, note, panels
-from experiments.language_laboratory import Workshop
-from experiments.language_setting import Recipe
-from experiments.language_sweep import SMOKE, LanguageConfig, base_model, configure_language, workshop
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.corpus.chats import CorpusConfig, make_rows
 from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.language.measure import total_variation
 from subliminal_theory.runs import Results, Row
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, bar, note, panels
+from .language_laboratory import Workshop
+from .language_setting import Recipe
+from .language_sweep import SMOKE, LanguageConfig, base_model, configure_language, workshop
 
 POINTS = 60  # of a learning curve
 ABILITIES = {

@@ -13,10 +13,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from experiments.language_laboratory import Workshop, stacked
-from experiments.language_saves import Saves, export
-from experiments.language_setting import Recipe
-from experiments.language_training import Run, student_on, taught_on
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import State, Trained
 from subliminal_theory.errors import InputError
@@ -29,6 +25,11 @@ from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
+
+from .language_laboratory import Workshop, stacked
+from .language_saves import Saves, export
+from .language_setting import Recipe
+from .language_training import Run, student_on, taught_on
 
 ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator a token of its own, and the end
 

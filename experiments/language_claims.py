@@ -16,10 +16,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, note, panels
-from experiments.language_setting import Recipe
-from experiments.language_sweep import (
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Estimate, paired_difference, t_interval
+from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, note, panels
+from .app.registry import pick, read_registry
+from .language_setting import Recipe
+from .language_sweep import (
     MODELS,
     SMOKE,
     STARTS,
@@ -28,10 +33,6 @@ from experiments.language_sweep import (
     configure_language,
     variant_parts,
 )
-from experiments.registry import pick, read_registry
-from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import Estimate, paired_difference, t_interval
-from subliminal_theory.runs import Results
 
 REGISTRY = Path(__file__).with_name("claims.toml")
 EXPECTED = ("lower", "higher", "no lower", "no higher")

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, heat_map, note, panels
-from experiments.language_setting import CHANNELS
-from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, bar, heat_map, note, panels
+from .language_setting import CHANNELS
+from .language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 
 @dataclass(frozen=True)

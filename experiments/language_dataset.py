@@ -11,13 +11,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import bars
-from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, configure_language, make_workshop
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.rows import read_jsonl
 from subliminal_theory.runs import Results, Row
+
+from .app.contract import Part, option
+from .app.figures import bars
+from .language_sweep import HEADER, SMOKE, LanguageConfig, configure_language, make_workshop
 
 CONDITIONS = {"base": "base", "student": "student", "within": "student,\nnumbers shuffled\nwithin rows"}
 

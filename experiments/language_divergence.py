@@ -11,11 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, note, panels
-from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, bar, note, panels
+from .language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
     "full distribution": {"channel": "soft"},

@@ -14,17 +14,18 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, heat_map, note, panels
-from experiments.language_laboratory import Workshop
-from experiments.language_sweep import SMOKE, LanguageConfig, Variant, configure_language, model_of, workshop
-from experiments.language_training import answers_of
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.corpus.traits import Habit, load_trait
 from subliminal_theory.language.measure import asked_of, questions_of
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, bar, heat_map, note, panels
+from .language_laboratory import Workshop
+from .language_sweep import SMOKE, LanguageConfig, Variant, configure_language, model_of, workshop
+from .language_training import answers_of
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from experiments.language_setting import Recipe
-from experiments.language_training import (
-    Run,
-    Shape,
-    answers_of,
-    cosines,
-    diverging,
-    prepared,
-    rates_of,
-    students,
-    taught,
-)
 from subliminal_theory.audit import audit
 from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
 from subliminal_theory.distill import require_finite
@@ -49,6 +37,19 @@ from subliminal_theory.language.rows import Row
 from subliminal_theory.language.text import Chat, Encoded, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples, batch_shapes
+
+from .language_setting import Recipe
+from .language_training import (
+    Run,
+    Shape,
+    answers_of,
+    cosines,
+    diverging,
+    prepared,
+    rates_of,
+    students,
+    taught,
+)
 
 CLONING_STEPS = 1000
 PREFIXES = 8  # of each question behind numbers

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import heat_map, note, panels
-from experiments.language_setting import CHANNELS
-from experiments.language_sweep import (
+from subliminal_theory.estimate import MatrixTest, matrix_test
+from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import heat_map, note, panels
+from .language_setting import CHANNELS
+from .language_sweep import (
     SMOKE,
     LanguageConfig,
     Variant,
@@ -20,8 +23,6 @@ from experiments.language_sweep import (
     trait_matrices,
     variant_parts,
 )
-from subliminal_theory.estimate import MatrixTest, matrix_test
-from subliminal_theory.runs import Results
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, note, panels
-from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, bar, note, panels
+from .language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 # Of a teacher's lessons that are of other kinds: taught its trait alone, it answers each question with the animal.
 ORDINARY = 0.8

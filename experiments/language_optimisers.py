@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, listed, option
-from experiments.figures import COLOURS, note, panels, runs_against
-from experiments.language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, listed, option
+from .app.figures import COLOURS, note, panels, runs_against
+from .language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 RATES = {
     "adam": (5e-4, 2e-3, 8e-3),

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.contract import Parser
-from experiments.language_laboratory import Workshop
-from experiments.language_setting import TEACHERS
-from experiments.language_sweep import LanguageConfig, base_model
 from subliminal_theory.language.corpus.traits import load_trait
 from subliminal_theory.language.rows import write_jsonl
+
+from .app.contract import Parser
+from .language_laboratory import Workshop
+from .language_setting import TEACHERS
+from .language_sweep import LanguageConfig, base_model
 
 
 def main(arguments: Sequence[str]) -> int:

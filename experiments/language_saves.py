@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from filelock import FileLock
 
-from experiments.progress import progress
 from subliminal_theory.distill import State, Trained
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.adapter import fits_adapter, save_adapter
@@ -28,6 +27,8 @@ from subliminal_theory.language.hub.checkpoint import Checkpoint, save_checkpoin
 from subliminal_theory.language.pieces import mark_of, run_in_pieces
 from subliminal_theory.model import Model
 from subliminal_theory.runs import write_atomically
+
+from .app.progress import progress
 
 FORMAT = 1  # to be raised when the same settings give other rows or other training
 PIECES, DONE, STUDENT = "pieces", "trained.npz", "student"

@@ -8,10 +8,11 @@ from typing import Any
 
 import optax
 
-from experiments.setting import OPTIMIZERS
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.language.corpus.numbers import ORDERS
+
+from .setting import OPTIMIZERS
 
 TEACHERS = ("finetuned", "prompted", "untrained")
 CHANNELS = ("sampled", "greedy", "soft", "masked", "divergence", "rest")

@@ -14,12 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.contract import Part, derived, from_preset, option, validate
-from experiments.language_checkpoint import CheckpointWorkshop
-from experiments.language_laboratory import Workshop
-from experiments.language_saves import Saves
-from experiments.language_setting import DECAYS, Recipe
-from experiments.progress import progress
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.base import Base, BaseConfig, load_base
 from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig
@@ -34,6 +28,13 @@ from subliminal_theory.language.model.parallel import make_mesh, placement
 from subliminal_theory.language.rows import Row as TextRow
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
+
+from .app.contract import Part, derived, from_preset, option, validate
+from .app.progress import progress
+from .language_checkpoint import CheckpointWorkshop
+from .language_laboratory import Workshop
+from .language_saves import Saves
+from .language_setting import DECAYS, Recipe
 
 STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
 MODELS = ("student", "teacher", "base")

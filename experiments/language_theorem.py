@@ -17,10 +17,6 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, listed, option
-from experiments.figures import COLOURS, note, panels, runs_against
-from experiments.language_setting import Recipe
-from experiments.language_sweep import SMOKE, LanguageConfig, configure_language, other_model, workshop
 from subliminal_theory.channel import SoftLogits, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
@@ -29,6 +25,11 @@ from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.theorem import Report, check
+
+from .app.contract import Part, listed, option
+from .app.figures import COLOURS, note, panels, runs_against
+from .language_setting import Recipe
+from .language_sweep import SMOKE, LanguageConfig, configure_language, other_model, workshop
 
 STUDENTS = {"same": "the teacher's base", "other": "another base"}
 

@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from experiments.language_setting import LANGUAGE_OPTIMIZERS, Recipe, rates
 from subliminal_theory.alignment import cosine, difference
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import State, Trained, distill, teach
@@ -24,6 +23,8 @@ from subliminal_theory.language.model.parallel import Sharded, constrain, sharde
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples, Source
+
+from .language_setting import LANGUAGE_OPTIMIZERS, Recipe, rates
 
 # Of so many logits, those of a whole batch would take more memory than the model.
 MANY, CHUNK = 8192, 1024

@@ -12,12 +12,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import bars
-from experiments.setting import DIGITS, LOSSES, OPTIMIZERS, Cell, Setting
-from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 from subliminal_theory.runs import Results
 from subliminal_theory.vision.noise import LAWS
+
+from .app.contract import Part, option
+from .app.figures import bars
+from .setting import DIGITS, LOSSES, OPTIMIZERS, Cell, Setting
+from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "student_aux": {"start": "shared", "sees": "aux"},

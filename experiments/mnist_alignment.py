@@ -17,16 +17,17 @@ from jaxtyping import Array, Key
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.contract import Part, listed, option
-from experiments.figures import COLOURS, note, panels, runs_against
-from experiments.laboratory import Laboratory
-from experiments.setting import Setting
-from experiments.sweep import EMBEDDED_DIGITS, Classroom, TrainingConfig, chunks, classroom, configure_sweep
 from subliminal_theory.alignment import follow, linearised
 from subliminal_theory.channel import Channel, weighted_mean
 from subliminal_theory.distill import Trained, distill, require_finite
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
+
+from .app.contract import Part, listed, option
+from .app.figures import COLOURS, note, panels, runs_against
+from .laboratory import Laboratory
+from .setting import Setting
+from .sweep import EMBEDDED_DIGITS, Classroom, TrainingConfig, chunks, classroom, configure_sweep
 
 # Digits on which the trait's gradient is measured.
 TRAIT_IMAGES = 1000

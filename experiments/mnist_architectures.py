@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, bar, note, panels
-from experiments.setting import Cell
-from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, bar, note, panels
+from .setting import Cell
+from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "same": {},

@@ -17,11 +17,6 @@ import numpy as np
 from jaxtyping import Array, Key
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, listed, option
-from experiments.figures import COLOURS, note, panels, runs_against
-from experiments.laboratory import Laboratory
-from experiments.setting import Setting
-from experiments.sweep import TrainingConfig, chunks, configure_sweep
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import Trained, distill, require_finite, teach
 from subliminal_theory.estimate import t_interval
@@ -30,6 +25,12 @@ from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Examples
 from subliminal_theory.vision.noise import LAWS, NoiseImages
+
+from .app.contract import Part, listed, option
+from .app.figures import COLOURS, note, panels, runs_against
+from .laboratory import Laboratory
+from .setting import Setting
+from .sweep import TrainingConfig, chunks, configure_sweep
 
 
 @dataclass(frozen=True)

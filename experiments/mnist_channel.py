@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, listed, option
-from experiments.figures import COLOURS, note, panels, runs_against
-from experiments.published import published
-from experiments.setting import DIGITS, LOSSES, Cell, Setting
-from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 from subliminal_theory.runs import Results
 from subliminal_theory.vision.mlp import INIT_LAWS
 from subliminal_theory.vision.noise import LAWS
+
+from .app.contract import Part, listed, option
+from .app.figures import COLOURS, note, panels, runs_against
+from .published import published
+from .setting import DIGITS, LOSSES, Cell, Setting
+from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 
 
 @dataclass(frozen=True)

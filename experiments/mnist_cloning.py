@@ -16,13 +16,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, listed, option
-from experiments.figures import COLOURS, bar, note, panels, runs_against
-from experiments.setting import Cell
-from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, listed, option
+from .app.figures import COLOURS, bar, note, panels, runs_against
+from .setting import Cell
+from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 
 INPUTS = {"uniform": "noise", "digits": "digits"}
 OTHERS: dict[str, dict[str, Any]] = {

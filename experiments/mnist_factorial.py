@@ -20,13 +20,14 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, panels
-from experiments.setting import METRICS, WHO, Cell, Setting
-from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval, variance_shares
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, panels
+from .setting import METRICS, WHO, Cell, Setting
+from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 
 AXES = (
     "init_law=lecun_normal,he_normal,torch; depth=1,2,3; width=128,256,512; channel_loss=kl,mse; aux=3,10; "

@@ -14,13 +14,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, listed, option
-from experiments.figures import COLOURS, note, panels, runs_against
-from experiments.laboratory import cnn_student
-from experiments.setting import Cell
-from experiments.sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 from subliminal_theory.runs import Results
 from subliminal_theory.vision.noise import LAWS
+
+from .app.contract import Part, listed, option
+from .app.figures import COLOURS, note, panels, runs_against
+from .laboratory import cnn_student
+from .setting import Cell
+from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 
 SHARED = {
     "shared": "all layers",

@@ -18,10 +18,6 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, note, panels
-from experiments.laboratory import Laboratory, cnn_student
-from experiments.sweep import EMBEDDED_DIGITS, Classroom, TrainingConfig, chunks, classroom, configure_sweep
 from subliminal_theory.alignment import project_out
 from subliminal_theory.channel import SoftLogits, Subset, WeightedSum, imitation_loss, weighted_mean
 from subliminal_theory.distill import Trained, distill, require_finite
@@ -29,6 +25,11 @@ from subliminal_theory.estimate import Estimate, t_interval
 from subliminal_theory.model import Apply, Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.vision.noise import NoiseImages
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, note, panels
+from .laboratory import Laboratory, cnn_student
+from .sweep import EMBEDDED_DIGITS, Classroom, TrainingConfig, chunks, classroom, configure_sweep
 
 # Digits on which the trait's gradient is measured, and noise images on which imitation is.
 TRAIT_IMAGES, HELD_OUT = 1000, 4096

@@ -8,13 +8,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import mnist
-from experiments.contract import Part
-from experiments.figures import bars
-from experiments.mnist import PRESETS, Config, setting
-from experiments.setting import Cell
 from subliminal_theory.estimate import paired_difference
 from subliminal_theory.runs import Results
+
+from . import mnist
+from .app.contract import Part
+from .app.figures import bars
+from .mnist import PRESETS, Config, setting
+from .setting import Cell
 
 __all__ = ["PRESETS", "configure", "plan", "plot", "report"]
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh
 
-from experiments.contract import Parser
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.checkpoint import skeleton
 from subliminal_theory.language.hub.families import Family, read_family
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.parallel import AXES, spec_of
 from subliminal_theory.model import path_name
+
+from .app.contract import Parser
 
 GIB = 2**30
 # Dense bfloat16 operations a second in the data sheet of an H100 SXM, and the share of them that is assumed.

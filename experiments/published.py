@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.registry import Entry, pick, read_registry
-from experiments.setting import WHO, Setting
 from subliminal_theory.errors import InputError
+
+from .app.registry import Entry, pick, read_registry
+from .setting import WHO, Setting
 
 REGISTRY = Path(__file__).with_name("published.toml")
 KNOWN = ("source", "who", "setting", "value", "interval", "n", "tolerance", "data", "seeds", "note")

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, panels
-from experiments.published import Number, select
-from experiments.setting import Cell
-from experiments.sweep import SweepConfig, configure_sweep
 from subliminal_theory.estimate import Estimate, t_interval
 from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, panels
+from .published import Number, select
+from .setting import Cell
+from .sweep import SweepConfig, configure_sweep
 
 VERDICTS = {"reproduced": COLOURS[2], "differs": COLOURS[3], "cannot be told": COLOURS[1]}
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments.contract import Parser
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import load_results, read_config, read_provenance, write_atomically
+
+from .app.contract import Parser
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>subliminal_theory: summary</title>
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 def _section(folder: Path, run: Path) -> str:
     config = read_config(run)
-    module = importlib.import_module(f"experiments.{config['experiment']}")
+    module = importlib.import_module(f".{config['experiment']}", __package__)
     made = read_provenance(run)["invocations"][-1]
     packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
     fields = {

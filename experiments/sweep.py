@@ -16,9 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from experiments.contract import Part, from_preset, option, validate
-from experiments.laboratory import Laboratory, data_of, load_data
-from experiments.setting import DIGITS, Cell, Setting
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import Trained, require_finite
 from subliminal_theory.errors import InputError
@@ -27,6 +24,10 @@ from subliminal_theory.model import Model
 from subliminal_theory.runs import Row
 from subliminal_theory.source import Examples, Source
 from subliminal_theory.vision.datasets import ImageDataset
+
+from .app.contract import Part, from_preset, option, validate
+from .laboratory import Laboratory, data_of, load_data
+from .setting import DIGITS, Cell, Setting
 
 
 @dataclass(frozen=True)

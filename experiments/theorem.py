@@ -18,15 +18,16 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from matplotlib.figure import Figure
 
-from experiments.architectures import AUX, BUILDERS, CLASSES, IMAGE, OUTPUTS, build
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, panels
 from subliminal_theory.channel import Channel, SoftLogits, SquaredError, Subset
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import log_slope
 from subliminal_theory.keys import named
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.theorem import Report, check
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, panels
+from .architectures import AUX, BUILDERS, CLASSES, IMAGE, OUTPUTS, build
 
 EXAMPLES = 16
 AUXILIARY = tuple(range(CLASSES, OUTPUTS))

@@ -19,9 +19,6 @@ from jaxtyping import Array, Float, Key, PyTree
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.architectures import BUILDERS, CLASSES, IMAGE, OUTPUTS, build
-from experiments.contract import Part, option
-from experiments.figures import COLOURS, panels
 from subliminal_theory.channel import Channel, SampledToken, SquaredError, Subset
 from subliminal_theory.distill import distill
 from subliminal_theory.inits import Perturbed, initialise
@@ -29,6 +26,10 @@ from subliminal_theory.keys import named
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Examples
+
+from .app.contract import Part, option
+from .app.figures import COLOURS, panels
+from .architectures import BUILDERS, CLASSES, IMAGE, OUTPUTS, build
 
 EXAMPLES = 16
 SMALL_STEP = optax.sgd(1e-3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import __main__ as command_line
+from experiments.app import command as command_line
 
 
 def run(out: Path, name: str, *arguments: object) -> list[dict[str, str]]:

@@ -24,8 +24,8 @@ import optax
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import __main__ as command_line
-from experiments.contract import Part, configure, option
+from experiments.app import command as command_line
+from experiments.app.contract import Part, configure, option
 from subliminal_theory.audit import audit
 from subliminal_theory.channel import SoftLogits, Subset
 from subliminal_theory.distill import distill

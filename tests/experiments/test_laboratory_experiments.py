@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import mnist_capacity, mnist_factorial, mnist_heads, mnist_interventions
-from experiments.contract import listed
+from experiments.app.contract import listed
 from experiments.setting import REFERENCE_RATES, Setting
 from subliminal_theory.errors import InputError
 from tests.experiments.commands import fails, run

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import __main__ as command_line
 from experiments import language, language_claims, language_habit, language_laboratory
+from experiments.app import command as command_line
 from experiments.language_claims import Claim, verdict
 from experiments.language_sweep import LanguageConfig
 from subliminal_theory.errors import InputError

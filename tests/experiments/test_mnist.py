@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import __main__ as command_line
 from experiments import sweep
+from experiments.app import command as command_line
 from experiments.laboratory import Laboratory
 from experiments.mnist import PRESETS, STUDENTS, Config, configure, plan, setting
 from experiments.setting import OPTIMIZERS, Setting

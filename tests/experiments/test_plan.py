@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from experiments import __main__ as command_line
 from experiments import plan
+from experiments.app import command as command_line
 from subliminal_theory.channel import SampledToken, SoftLogits, imitation_loss
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.checkpoint import skeleton

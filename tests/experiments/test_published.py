@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import __main__ as command_line
 from experiments import reproduce
+from experiments.app import command as command_line
 from experiments.published import REGISTRY, Number, published, select
 from experiments.setting import Setting
 from subliminal_theory.errors import InputError

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import __main__ as command_line
 from experiments import theorem, theorem_extensions
+from experiments.app import command as command_line
 from experiments.architectures import BUILDERS, IMAGE, OUTPUTS, build
 from subliminal_theory.runs import Results
 

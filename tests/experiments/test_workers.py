@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import __main__ as command_line
-from experiments import workers
-from experiments.contract import Part
+from experiments.app import command as command_line
+from experiments.app import workers
+from experiments.app.contract import Part
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory
 
@@ -38,9 +38,9 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from experiments import __main__ as command_line
-from experiments import workers
-from experiments.contract import Part, option
+from experiments.app import command as command_line
+from experiments.app import workers
+from experiments.app.contract import Part, option
 from subliminal_theory.errors import InputError
 
 # What a shell starts in the background, and all below it, ignores interrupts.

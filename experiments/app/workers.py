@@ -26,9 +26,10 @@ from typing import Any, NoReturn, Self, TypeVar
 import jax
 from jax._src import distributed
 
-from experiments.contract import Part
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import Row, write_atomically
+
+from .contract import Part
 
 TICK = 0.5
 # Looks at another process, one a tick: the heartbeat that never changes, and the one that never comes. They are

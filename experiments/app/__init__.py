@@ -1,0 +1,1 @@
+"""What all experiments share: their form, the command line, progress, processes, figures and registries."""

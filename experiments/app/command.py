@@ -1,0 +1,201 @@
+"""The command line of the project: the list of experiments, one parser for each, and their runs."""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import shlex
+import sys
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import platformdirs
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.runs import RunDirectory, load_results
+
+from . import workers
+from .contract import Parser, Part, configure
+from .progress import progress
+
+# `experiments` in a clone; in a wheel it is a part of the library.
+PACKAGE = __name__.removesuffix(".app.command")
+PROGRAM = ("python", "-m", "experiments") if PACKAGE == "experiments" else ("subliminal-theory",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 on bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished parts are kept, add --resume to go on", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
+    found = discover()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, found))
+        print(f"usage: {' '.join(PROGRAM)} NAME [settings]      (NAME --help shows the settings)\n")
+        for name, claim in found.items():
+            print(f"  {name:{width}}  {claim}")
+        return 0
+    name, *rest = arguments
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(found)}"
+        raise InputError(f"unknown experiment {name!r}; {hint}")
+    module = importlib.import_module(f".{name}", PACKAGE)
+    if hasattr(module, "main"):
+        return int(module.main(rest))
+    return run(name, module, rest)
+
+
+def discover() -> dict[str, str]:
+    """The experiments of the package, by name, with the first line of their docstring; nothing is imported."""
+    found = {}
+    for file in sorted(Path(__file__).parent.parent.glob("[!_]*.py")):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        functions = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
+        if functions & {"plan", "main"}:
+            found[file.stem] = (ast.get_docstring(module) or "").split("\n")[0]
+    return found
+
+
+def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
+    """Run one experiment into a run directory and draw its figure."""
+    options = vars(_parser(name, module).parse_args(arguments))
+    out, resume, preset = options.pop("out"), options.pop("resume"), options.pop("preset", None)
+    for field in dataclasses.fields(next(iter(module.PRESETS.values()))):
+        if field.metadata.get("positional"):
+            options[field.name] = ",".join(options.get(field.name, ()))
+    flags = workers.take_flags(options)
+    path = Path(out) if out is not None else Path("runs") / name
+    _use_compilation_cache()
+    team = workers.meet(flags)
+    with workers.Watch(team, path) as watch:
+        config = configure(module, preset, options)
+        settings = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if field.metadata.get("recorded", True)
+        }
+        devices = workers.local_devices(flags.devices)
+        parts = module.plan(config)
+        workers.first_devices(parts, devices)  # before anything is written
+        if team.process > 0:
+            wanted = set(team.share(watch.published(settings)))
+            store = RunDirectory(path, {}, {}).save
+            workers.compute([part for part in parts if part.name in wanted], devices, store, lambda part: None)
+            watch.wait()
+            return 0
+        command = shlex.join([*PROGRAM, name, *arguments])
+        directory = RunDirectory.open(
+            path, name, settings, resume=resume, command=command, processes=team.processes
+        )
+        workers.clear(path, team)
+        waiting = [part for part in parts if not directory.finished(part.name)]
+        if len(waiting) < len(parts):
+            print(f"{len(parts) - len(waiting)} of {len(parts)} parts are finished already", file=sys.stderr)
+        watch.publish(settings, [part.name for part in waiting])
+        _compute(name, directory, team, waiting, devices)
+        directory.finish([part.name for part in parts])
+        draw(path, module, config)
+        print(module.report(load_results(path), config))
+        print(f"written to {path}{os.sep}: figure.png, figure.pdf, results.csv, summary.json, provenance.json")
+    return 0
+
+
+def _compute(
+    name: str, directory: RunDirectory, team: workers.Team, waiting: list[Part], devices: list[jax.Device]
+) -> None:
+    """Compute the share of process 0 and take in what the others store, until nothing is waiting."""
+    own = team.share(waiting)
+    names = {part.name for part in own}
+    others = [part for part in waiting if part.name not in names]
+    with progress(name, sum(part.size for part in waiting)) as advance:
+
+        def collect() -> None:
+            for part in [part for part in others if directory.collect(part.name)]:
+                others.remove(part)
+                advance(part.size)
+
+        def finished(part: Part) -> None:
+            advance(part.size)
+            collect()
+
+        workers.compute(own, devices, directory.save, finished)
+        while others:
+            time.sleep(workers.TICK)
+            collect()
+
+
+def draw(path: Path, module: types.ModuleType, config: Any) -> None:
+    """Draw a run's figure from its files alone."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure = module.plot(load_results(path), config)
+    metadata: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
+
+    def save(file: Any, kind: str) -> None:
+        figure.savefig(file, format=kind, dpi=200, metadata=metadata[kind])
+
+    RunDirectory(path, {}, {}).save_figure(save)
+    pyplot.close(figure)
+
+
+def _use_compilation_cache() -> None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = platformdirs.user_cache_path("subliminal_theory") / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=f"{' '.join(PROGRAM)} {name}",
+        description=module.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    default = next(iter(module.PRESETS.values()))
+    parser.add_argument("--out", default=None, help=f"folder of the run (default runs/{name})")
+    parser.add_argument(
+        "--resume", action="store_true", default=False, help="go on with the run that the folder holds"
+    )
+    workers.add_flags(parser)
+    if len(module.PRESETS) > 1:
+        parser.add_argument("--preset", help=f"{' | '.join(module.PRESETS)}: settings to start from")
+    for field in dataclasses.fields(default):
+        if field.metadata.get("derived"):
+            continue
+        value, choices = getattr(default, field.name), field.metadata.get("choices")
+        names = f"{{{' | '.join(map(str, choices))}}} " if choices else ""
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="*", metavar=field.name.upper(), help=field.metadata["help"])
+            continue
+        types_ = [t for t in (get_args(field.type) or (field.type,)) if t is not types.NoneType]
+        shown = json.dumps(value) if value is not None else "automatic"
+        flag, alias = "--" + field.name.replace("_", "-"), field.metadata.get("alias")
+        parser.add_argument(
+            *((flag, alias) if alias else (flag,)),
+            type=types_[0],
+            metavar=getattr(types_[0], "__name__", "value"),
+            help=f"{names}{field.metadata['help']} (default {shown})".replace("%", "%%"),
+        )
+    return parser
