@@ -10,6 +10,7 @@ provenance.json   versions, device, commands and wall times
 import contextlib
 import csv
 import errno
+import importlib
 import io
 import json
 import math
@@ -20,7 +21,6 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +241,13 @@ class RunDirectory:
 
 def environment() -> dict[str, Any]:
     """Versions, device and time, as provenance records them."""
+    # What is imported says its version; a tree that nobody installed has no metadata.
     packages = ("subliminal_theory", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {name: importlib.import_module(name).__version__ for name in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
     }
