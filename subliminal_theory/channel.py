@@ -1,139 +1,109 @@
 """What of the teacher the student may see, and how it is charged for missing it.
 
-A channel has four methods, none of which ever reduces over positions:
+A channel has four methods, none of which reduces over positions, and one property:
 
-* `targets(key, teacher_logits)`: what is transmitted;
-* `loss(student_logits, targets)`: one value per position, 0 at equality for the soft channels;
+* `targets(key, teacher_logits)`: what is transmitted, a pytree with the positions of the logits;
+* `loss(student_logits, targets)`: one value per position, 0 at equality for the exact channels;
 * `metric(logits, tangent)`: M @ tangent, M the Hessian of the loss in the student's logits at equality,
   the output metric of Lemma 1 (doi 10.1038/s41586-026-10319-8), never built as a matrix;
-* `visible(n)`: which of n logits it looks at at all.
+* `visible(n)`: which of n logits it looks at;
+* `exact`: whether equality of the logits is a minimum of the loss for each target. A sampled token has this
+  only on average over tokens.
 
-Each takes `where`, a boolean mask over the logits, by which `Subset` narrows any other channel.
+`Subset` alone hides logits, before it delegates to another channel.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from subliminal_theory.divergence import Logits, MaybeKey, SoftLogits, Values, softmax_metric
 from subliminal_theory.errors import InputError
 
-Where = Bool[Array, " n"] | None
 _BOOL = np.dtype(bool)
 
 
 @runtime_checkable
 class Channel(Protocol):
-    """The four methods above; see `SoftLogits` for their shapes."""
+    """The four methods and the property above; see `SoftLogits` for their shapes."""
 
-    def targets(
-        self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
-    ) -> Any: ...
+    @property
+    def exact(self) -> bool: ...
 
-    def loss(
-        self, student_logits: Float[Array, "*batch n"], targets: Any, where: Where = None
-    ) -> Float[Array, "*batch"]: ...
+    def targets(self, key: MaybeKey, teacher_logits: Logits) -> PyTree: ...
 
-    def metric(
-        self, logits: Float[Array, "*batch n"], tangent: Float[Array, "*batch n"], where: Where = None
-    ) -> Float[Array, "*batch n"]: ...
+    def loss(self, student_logits: Logits, targets: PyTree) -> Values: ...
+
+    def metric(self, logits: Logits, tangent: Logits) -> Logits: ...
 
     def visible(self, n: int) -> Bool[Array, " n"]: ...
 
 
-def weighted_mean(values: Float[Array, "*batch"], weights: Float[Array, "*batch"]) -> Float[Array, ""]:
-    """The one reduction of the project: sum(weights * values) / sum(weights), and 0 where nothing weighs.
+def weighted_mean(
+    values: Float[Array, "*batch"], weights: Float[Array, "*batch"], total: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
+    """The one reduction of the project: sum(weights * values) / total, and 0 where the total is 0.
 
-    Prompt, padding and dropped positions weigh 0 and change nothing.
+    `total` is sum(weights) unless the values are a part of a batch: then it is the weight of the whole batch,
+    and the results of the parts add up. Prompt, padding and dropped positions weigh 0 and change nothing.
     """
-    total = jnp.sum(weights)
+    total = jnp.sum(weights) if total is None else total
     return jnp.sum(weights * values) / jnp.where(total > 0, total, 1)
 
 
 def imitation_loss(
     channel: Channel,
     student_logits: Float[Array, "*batch n"],
-    targets: Array,
+    targets: PyTree,
     weights: Float[Array, "*batch"],
+    total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """The student's loss, which the theorem verifies; `distill` descends these losses under this reduction."""
-    return weighted_mean(channel.loss(student_logits, targets), weights)
+    """The student's loss: the weighted mean of the channel's losses."""
+    return weighted_mean(channel.loss(student_logits, targets), weights, total)
 
 
-def _mask(logits: Float[Array, "*batch n"], where: Where) -> Float[Array, "*batch n"]:
-    if where is None:
-        return logits
-    # Half the lowest number: its softmax is exactly 0, and sums with it stay finite.
-    return jnp.where(where, logits, 0.5 * jnp.finfo(logits.dtype).min)
+def imitation_value_and_grad(
+    channel: Channel,
+    logits: Callable[[PyTree], Float[Array, "*batch n"]],
+    params: PyTree,
+    targets: PyTree,
+    weights: Float[Array, "*batch"],
+    total: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], PyTree]:
+    """`imitation_loss` of `logits(params)` and its gradient in `params`, the student's step.
+
+    Both the theorem and every path of `distill` call this function, so what is verified is what trains.
+    """
+    return jax.value_and_grad(lambda p: imitation_loss(channel, logits(p), targets, weights, total))(params)
 
 
-def _log_softmax(logits: Float[Array, "*batch n"], where: Where) -> Float[Array, "*batch n"]:
-    return jax.nn.log_softmax(_mask(logits, where))
+def _hidden(dtype: Any) -> float:
+    """The constant that takes the place of unseen logits.
+
+    A power of two, the same number in every dtype but float16, so that equal constants cancel. It lies below any
+    logit of a network, its softmax is exactly 0, and divided by a temperature of 1e-9 it is still finite.
+    """
+    return -(2.0 ** min(96, 3 * jnp.finfo(dtype).maxexp // 4))
 
 
-def _softmax_metric(
-    logits: Float[Array, "*batch n"], tangent: Float[Array, "*batch n"], where: Where
-) -> Float[Array, "*batch n"]:
-    probabilities = jnp.exp(_log_softmax(logits, where))
-    mean = jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
-    return probabilities * (tangent - mean)
+def _hide(values: Logits, seen: Bool[Array, "..."]) -> Logits:
+    return jnp.where(seen, values, _hidden(values.dtype))
 
 
 def _everything(n: int) -> Bool[Array, " n"]:
     return jnp.ones(n, bool)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SoftLogits:
-    """KL(teacher || student) of softmax(logits / temperature): the teacher's whole distribution.
-
-    Its gradient in the student's logits is that of the cross-entropy, and M = (diag(s) - s s^T) / T^2.
-    The loss is not rescaled by T^2.
-
-    Raises:
-        InputError: the temperature is not a positive number.
-    """
-
-    temperature: float | Float[Array, ""] = 1.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.temperature, int | float | np.generic) and not 0 < self.temperature < math.inf:
-            raise InputError(f"SoftLogits: temperature must be positive and finite, got {self.temperature}")
-
-    def targets(
-        self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
-    ) -> Float[Array, "*batch n"]:
-        """The teacher's log-probabilities."""
-        return _log_softmax(teacher_logits / self.temperature, where)
-
-    def loss(
-        self,
-        student_logits: Float[Array, "*batch n"],
-        targets: Float[Array, "*batch n"],
-        where: Where = None,
-    ) -> Float[Array, "*batch"]:
-        """sum_i s_i (log s_i - log z_i), in nats."""
-        student = _log_softmax(student_logits / self.temperature, where)
-        return jnp.sum(jnp.exp(targets) * (targets - student), axis=-1)
-
-    def metric(
-        self,
-        logits: Float[Array, "*batch n"],
-        tangent: Float[Array, "*batch n"],
-        where: Where = None,
-    ) -> Float[Array, "*batch n"]:
-        """(diag(s) - s s^T) tangent / T^2."""
-        return _softmax_metric(logits / self.temperature, tangent, where) / self.temperature**2
-
-    def visible(self, n: int) -> Bool[Array, " n"]:
-        """All n logits."""
-        return _everything(n)
+def _require_weights(name: str, weights: Any) -> None:
+    numbers = weights if isinstance(weights, Sequence) else np.ravel(weights).tolist()
+    if not all(0 <= weight < math.inf for weight in numbers if isinstance(weight, int | float | np.generic)):
+        raise InputError(f"{name}: weights must be finite and not negative, got {list(numbers)}")
 
 
 @jax.tree_util.register_dataclass
@@ -147,50 +117,35 @@ class SquaredError:
         InputError: a weight is negative or not finite.
     """
 
-    weights: ArrayLike | Sequence[float] = 1.0
+    weights: PyTree = 1.0
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, Sequence):
             object.__setattr__(self, "weights", np.asarray(self.weights, float))
         if isinstance(self.weights, int | float | np.generic | np.ndarray):
-            weights = np.asarray(self.weights)
-            if not (np.isfinite(weights).all() and (weights >= 0).all()):
-                raise InputError(f"SquaredError: weights must be finite and not negative, got {weights}")
+            _require_weights("SquaredError", self.weights)
 
-    def targets(
-        self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
-    ) -> Float[Array, "*batch n"]:
+    def targets(self, key: MaybeKey, teacher_logits: Logits) -> Logits:
         """The teacher's logits."""
         return teacher_logits
 
-    def loss(
-        self,
-        student_logits: Float[Array, "*batch n"],
-        targets: Float[Array, "*batch n"],
-        where: Where = None,
-    ) -> Float[Array, "*batch"]:
+    def loss(self, student_logits: Logits, targets: Logits) -> Values:
         """Weighted sum of squares, not their mean."""
-        seen = self.visible(student_logits.shape[-1])
-        # Masked before it is squared: an unseen logit of any size must not reach the loss as inf or nan.
-        difference = jnp.where(seen if where is None else seen & where, student_logits - targets, 0)
-        return jnp.sum(self._weigh(jnp.square(difference), where), axis=-1)
+        # Logits of weight 0 are dropped before the square: one of any size must not reach the loss as inf or nan.
+        difference = jnp.where(self.visible(student_logits.shape[-1]), student_logits - targets, 0)
+        return jnp.sum(self._weigh(jnp.square(difference)), axis=-1)
 
-    def metric(
-        self,
-        logits: Float[Array, "*batch n"],
-        tangent: Float[Array, "*batch n"],
-        where: Where = None,
-    ) -> Float[Array, "*batch n"]:
+    def metric(self, logits: Logits, tangent: Logits) -> Logits:
         """2 w tangent."""
-        return 2 * self._weigh(tangent, where)
+        return 2 * self._weigh(tangent)
 
     def visible(self, n: int) -> Bool[Array, " n"]:
         """The logits of positive weight."""
         return jnp.broadcast_to(jnp.asarray(self.weights) > 0, (n,))
 
-    def _weigh(self, values: Float[Array, "*batch n"], where: Where) -> Float[Array, "*batch n"]:
-        weighted = values * jnp.broadcast_to(jnp.asarray(self.weights, values.dtype), values.shape)
-        return weighted if where is None else jnp.where(where, weighted, 0)
+    def _weigh(self, values: Logits) -> Logits:
+        return values * jnp.broadcast_to(jnp.asarray(self.weights, values.dtype), values.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -198,67 +153,48 @@ class SquaredError:
 class SampledToken:
     """Cross-entropy on one token sampled from the teacher at a temperature; 0 is greedy.
 
-    At temperature 1 the mean of its gradients over tokens is the gradient of `SoftLogits()`.
+    At temperature 1 the mean of its gradients over tokens is the gradient of `SoftLogits()`, and `metric` is the
+    mean Hessian. At any other temperature the mean loss has no minimum at the teacher's logits and no metric.
 
     Raises:
-        InputError: the temperature is negative or not finite.
+        InputError: the temperature is negative or not finite; no key to sample with; no metric.
     """
 
     temperature: float = field(default=1.0, metadata={"static": True})
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"SampledToken: temperature must be finite and not negative, got {self.temperature}")
 
-    def targets(
-        self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
-    ) -> Int[Array, "*batch"]:
-        """One token per position.
-
-        Raises:
-            InputError: a temperature above 0 without a key.
-        """
-        logits = _mask(teacher_logits, where)
+    def targets(self, key: MaybeKey, teacher_logits: Logits) -> Int[Array, "*batch"]:
+        """One token per position."""
         if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1)
+            return jnp.argmax(teacher_logits, axis=-1)
         if key is None:
             raise InputError("SampledToken samples: give it a key, or temperature 0 for greedy tokens")
-        return jax.random.categorical(key, _mask(teacher_logits / self.temperature, where))
+        return jax.random.categorical(key, teacher_logits / self.temperature)
 
-    def loss(
-        self,
-        student_logits: Float[Array, "*batch n"],
-        targets: Int[Array, "*batch"],
-        where: Where = None,
-    ) -> Float[Array, "*batch"]:
+    def loss(self, student_logits: Logits, targets: Int[Array, "*batch"]) -> Values:
         """-log softmax(z)[token], in nats."""
-        logits = _mask(student_logits, where)
-        below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        # Picked by comparison: the gradient is then one pass over the logits, without zeros to scatter into.
-        own = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
-        return jnp.log(jnp.sum(jnp.exp(below), axis=-1)) - jnp.sum(jnp.where(own, below, 0), axis=-1)
+        return _cross_entropy(student_logits, targets)
 
-    def metric(
-        self,
-        logits: Float[Array, "*batch n"],
-        tangent: Float[Array, "*batch n"],
-        where: Where = None,
-    ) -> Float[Array, "*batch n"]:
-        """(diag(s) - s s^T) tangent, the metric in expectation over the token.
-
-        Raises:
-            InputError: any temperature but 1, where the loss has no minimum at the teacher's logits.
-        """
+    def metric(self, logits: Logits, tangent: Logits) -> Logits:
+        """(diag(s) - s s^T) tangent, the metric in expectation over the token."""
         if self.temperature != 1:
-            raise InputError(
-                f"SampledToken at temperature {self.temperature} has no output metric: its expected loss "
-                "is not least at the teacher's logits, so the theorem does not cover it; use temperature 1"
-            )
-        return _softmax_metric(logits, tangent, where)
+            raise InputError(f"SampledToken({self.temperature}) has no output metric: use temperature 1")
+        return softmax_metric(logits, tangent)
 
     def visible(self, n: int) -> Bool[Array, " n"]:
         """All n logits."""
         return _everything(n)
+
+
+def _cross_entropy(logits: Logits, tokens: Int[Array, "*batch"]) -> Values:
+    below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    # The token is picked by comparison: the gradient is then one pass over the logits, without a scatter.
+    own = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
+    return jnp.log(jnp.sum(jnp.exp(below), axis=-1)) - jnp.sum(jnp.where(own, below, 0), axis=-1)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -266,76 +202,133 @@ class SampledToken:
 class Subset:
     """Another channel that sees only some logits; a softmax is then over those alone.
 
-    `where` selects as in NumPy: integer indices, or a boolean mask with one entry per logit. Indices are
-    static. A mask is data, so channels that see different logits can be stacked and run under one `vmap`.
+    `where` selects as in NumPy: integer indices, or a boolean mask with one entry per logit. Indices are static.
+    A mask is data, so channels that see different logits can be stacked and run under one `vmap`.
+    Every method raises InputError for an index outside 0..n-1, a mask of another length, or nothing selected.
     """
 
-    where: Bool[Array, " n"] | Sequence[int]
-    of: Channel = field(default_factory=SoftLogits)
+    where: PyTree
+    of: PyTree = field(default_factory=SoftLogits)
+    exact = property(lambda self: self.of.exact)
 
     def __post_init__(self) -> None:
-        if isinstance(self.where, Sequence) and self.where and all(isinstance(x, bool) for x in self.where):
-            object.__setattr__(self, "where", np.asarray(self.where))
-        if not self._is_mask:
-            object.__setattr__(self, "where", tuple(int(index) for index in self.where))
-
-    @property
-    def _is_mask(self) -> bool:
-        # Tree transformations put placeholders without a dtype in the place of data.
-        return not isinstance(self.where, Sequence) and getattr(self.where, "dtype", _BOOL) == _BOOL
+        object.__setattr__(self, "where", _selection(self.where))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Children and static part of the pytree."""
-        return ((self.of, self.where), None) if self._is_mask else ((self.of,), self.where)
+        return ((self.of, self.where), None) if not isinstance(self.where, tuple) else ((self.of,), self.where)
 
     @classmethod
     def tree_unflatten(cls, indices: Any, children: tuple[Any, ...]) -> "Subset":
         """The inverse of `tree_flatten`."""
-        return cls(children[1], children[0]) if indices is None else cls(indices, children[0])
+        return cls(children[1] if indices is None else indices, children[0])
 
-    def targets(
-        self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
-    ) -> Array:
-        """Targets of the narrowed channel."""
-        return self.of.targets(key, teacher_logits, self._narrow(teacher_logits.shape[-1], where))
+    def targets(self, key: MaybeKey, teacher_logits: Logits) -> PyTree:
+        return self.of.targets(key, _hide(teacher_logits, self._chosen(teacher_logits.shape[-1])))
 
-    def loss(
-        self, student_logits: Float[Array, "*batch n"], targets: Array, where: Where = None
-    ) -> Float[Array, "*batch"]:
-        """Loss of the narrowed channel."""
-        return self.of.loss(student_logits, targets, self._narrow(student_logits.shape[-1], where))
+    def loss(self, student_logits: Logits, targets: PyTree) -> Values:
+        return self.of.loss(_hide(student_logits, self._chosen(student_logits.shape[-1])), targets)
 
-    def metric(
-        self,
-        logits: Float[Array, "*batch n"],
-        tangent: Float[Array, "*batch n"],
-        where: Where = None,
-    ) -> Float[Array, "*batch n"]:
-        """Metric of the narrowed channel, 0 outside."""
-        return self.of.metric(logits, tangent, self._narrow(logits.shape[-1], where))
+    def metric(self, logits: Logits, tangent: Logits) -> Logits:
+        chosen = self._chosen(logits.shape[-1])
+        return jnp.where(chosen, self.of.metric(_hide(logits, chosen), jnp.where(chosen, tangent, 0)), 0)
 
     def visible(self, n: int) -> Bool[Array, " n"]:
-        """The selected logits that the inner channel sees too.
+        return self._chosen(n) & self.of.visible(n)
 
-        Raises:
-            InputError: an index outside 0..n-1, a mask of another length, or nothing selected.
-        """
-        return self._narrow(n, self.of.visible(n))
+    def _chosen(self, n: int) -> Bool[Array, " n"]:
+        require_enough(self, np.ones(n, bool))
+        return jnp.asarray(_mask(self.where, n))
 
-    def _narrow(self, n: int, where: Where) -> Bool[Array, " n"]:
-        if self._is_mask:
-            chosen = jnp.asarray(self.where)
-            if chosen.shape != (n,):
-                raise InputError(f"Subset: a mask of shape {chosen.shape} for {n} logits")
-            if isinstance(self.where, np.ndarray) and not self.where.any():
-                raise InputError("Subset: no logit is selected")
-        else:
-            outside = [index for index in self.where if not 0 <= index < n]
-            if outside or not len(self.where):
-                what = f"logit index {outside[0]} is outside 0..{n - 1}" if outside else "no logit is selected"
-                raise InputError(f"Subset: {what}")
-            chosen = jnp.zeros(n, bool).at[jnp.asarray(self.where)].set(True)
-        return chosen if where is None else chosen & where
+
+def _selection(where: Any) -> Any:
+    """Indices as a tuple of integers; a mask, or the placeholder of a transformation, unchanged."""
+    if isinstance(where, Sequence) and where and all(isinstance(chosen, bool) for chosen in where):
+        return np.asarray(where)
+    if isinstance(where, Sequence) or getattr(where, "dtype", _BOOL) != _BOOL:
+        return tuple(int(index) for index in where)
+    return where
+
+
+def _mask(where: Any, n: int) -> np.ndarray | Array:
+    if not isinstance(where, tuple):
+        if np.shape(where) != (n,):
+            raise InputError(f"Subset: a mask of shape {np.shape(where)} for {n} logits")
+        mask = where
+    else:
+        outside = [index for index in where if not 0 <= index < n]
+        if outside:
+            raise InputError(f"Subset: logit index {outside[0]} is outside 0..{n - 1}")
+        mask = np.isin(np.arange(n), where)
+    if isinstance(mask, np.ndarray) and not mask.any():
+        raise InputError("Subset: no logit is selected")
+    return mask
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TopK:
+    """Another channel that sees, at each position, only the teacher's k largest logits.
+
+    The targets are (mask [*batch, n], targets of the inner channel on the masked logits), so the student is
+    compared on the logits that the teacher chose. Logits hidden by an outer `Subset` are never among the k.
+
+    Raises:
+        InputError: k is below 1, or above the number of logits that the channel sees.
+    """
+
+    k: int = field(metadata={"static": True})
+    of: PyTree = field(default_factory=SoftLogits)
+    exact = property(lambda self: self.of.exact)
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"TopK: k must be at least 1, got {self.k}")
+
+    def targets(self, key: MaybeKey, teacher_logits: Logits) -> PyTree:
+        mask = self._largest(teacher_logits)
+        return mask, self.of.targets(key, _hide(teacher_logits, mask))
+
+    def loss(self, student_logits: Logits, targets: PyTree) -> Values:
+        mask, inner = targets
+        return self.of.loss(_hide(student_logits, mask), inner)
+
+    def metric(self, logits: Logits, tangent: Logits) -> Logits:
+        mask = self._largest(logits)
+        return jnp.where(mask, self.of.metric(_hide(logits, mask), jnp.where(mask, tangent, 0)), 0)
+
+    def visible(self, n: int) -> Bool[Array, " n"]:
+        require_enough(self, np.ones(n, bool))
+        return self.of.visible(n)
+
+    def _largest(self, logits: Logits) -> Bool[Array, "*batch n"]:
+        seen = _hide(logits, self.visible(logits.shape[-1]))
+        _, chosen = jax.lax.top_k(seen, self.k)
+        mask = jnp.put_along_axis(jnp.zeros(seen.shape, bool), chosen, True, axis=-1, inplace=False)
+        return mask & (seen > _hidden(seen.dtype))
+
+
+def require_enough(channel: Any, seen: np.ndarray | Array) -> None:
+    """Refuse a `TopK` within a channel that keeps more logits than the channels around it let it see.
+
+    `seen` [n] are the logits that reach `channel`. A mask that is traced is not judged.
+
+    Raises:
+        InputError: gives k and the number of logits.
+    """
+    if isinstance(channel, WeightedSum):
+        for part in channel.channels:
+            require_enough(part, seen)
+    elif isinstance(channel, Subset):
+        mask = _mask(channel.where, seen.shape[0])
+        require_enough(channel.of, seen if isinstance(mask, jax.core.Tracer) else seen & np.asarray(mask))
+    elif isinstance(channel, TopK):
+        require_enough(channel.of, seen)
+        with jax.ensure_compile_time_eval():
+            inner = channel.of.visible(seen.shape[0])
+        count = int(np.sum(seen if isinstance(inner, jax.core.Tracer) else seen & np.asarray(inner)))
+        if channel.k > count:
+            raise InputError(f"TopK: k = {channel.k}, but only {count} logits are visible: use a smaller k")
 
 
 @jax.tree_util.register_dataclass
@@ -349,47 +342,31 @@ class WeightedSum:
         InputError: there is no channel, or the number of weights is another; a weight is negative or not finite.
     """
 
-    channels: Sequence[Channel]
-    weights: Sequence[float] | Float[Array, " channels"]
+    channels: PyTree
+    weights: PyTree
+    exact = property(lambda self: all(channel.exact for channel in self.channels))
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Sequence | np.ndarray | jax.Array):
             return  # a placeholder of a transformation
         shape = self.weights.shape if hasattr(self.weights, "shape") else (len(self.weights),)
-        count = shape[-1] if shape else 0  # of an ensemble, weights have leading axes
+        count = shape[-1] if shape else 0  # an ensemble has leading axes
         if not self.channels or count != len(self.channels):
             raise InputError(f"WeightedSum: {len(self.channels)} channels and {count} weights")
-        if isinstance(self.weights, jax.Array):
-            return
-        if not all(
-            0 <= weight < math.inf for weight in self.weights if isinstance(weight, int | float | np.generic)
-        ):
-            raise InputError(f"WeightedSum: weights must be finite and not negative, got {list(self.weights)}")
+        if not isinstance(self.weights, jax.Array):
+            _require_weights("WeightedSum", self.weights)
 
-    def targets(
-        self, key: Key[Array, ""] | None, teacher_logits: Float[Array, "*batch n"], where: Where = None
-    ) -> tuple[Array, ...]:
+    def targets(self, key: MaybeKey, teacher_logits: Logits) -> tuple[PyTree, ...]:
         """The targets of each channel, each with a random stream of its own."""
         keys = [None if key is None else jax.random.fold_in(key, number) for number in range(len(self.channels))]
-        pairs = zip(self.channels, keys, strict=True)
-        return tuple(channel.targets(own, teacher_logits, where) for channel, own in pairs)
+        return tuple(part.targets(own, teacher_logits) for part, own in zip(self.channels, keys, strict=True))
 
-    def loss(
-        self, student_logits: Float[Array, "*batch n"], targets: tuple[Array, ...], where: Where = None
-    ) -> Float[Array, "*batch"]:
-        """The weighted sum of the channels' losses."""
-        pairs = zip(self.channels, targets, strict=True)
-        losses = [channel.loss(student_logits, target, where) for channel, target in pairs]
+    def loss(self, student_logits: Logits, targets: tuple[PyTree, ...]) -> Values:
+        losses = [part.loss(student_logits, own) for part, own in zip(self.channels, targets, strict=True)]
         return jnp.tensordot(jnp.asarray(self.weights), jnp.stack(losses), axes=1)
 
-    def metric(
-        self,
-        logits: Float[Array, "*batch n"],
-        tangent: Float[Array, "*batch n"],
-        where: Where = None,
-    ) -> Float[Array, "*batch n"]:
-        """The weighted sum of the channels' metrics."""
-        metrics = [channel.metric(logits, tangent, where) for channel in self.channels]
+    def metric(self, logits: Logits, tangent: Logits) -> Logits:
+        metrics = [channel.metric(logits, tangent) for channel in self.channels]
         return jnp.tensordot(jnp.asarray(self.weights), jnp.stack(metrics), axes=1)
 
     def visible(self, n: int) -> Bool[Array, " n"]:

@@ -140,7 +140,7 @@ def check(
     logits, tangent = jax.jvp(lambda p: apply(p, inputs), (params,), (direction,))
     visible = channel.visible(logits.shape[-1])
     weights = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else weights
-    seen = channel.metric(logits, tangent, None)
+    seen = channel.metric(logits, tangent)
     signal = weighted_mean(jnp.sum(tangent * seen, axis=-1), weights)
 
     def imitation(p: PyTree, targets: Array) -> Float[Array, ""]:
@@ -217,7 +217,7 @@ def _zero_code(
 
     # M is blind if it annihilates a generic direction: one that is neither constant nor sparse.
     probe = jnp.broadcast_to(jnp.sin(1.0 + jnp.arange(n, dtype=logits.dtype)), logits.shape)
-    size = jnp.max(jnp.abs(channel.metric(logits, probe, None)))
+    size = jnp.max(jnp.abs(channel.metric(logits, probe)))
     blind = size <= rounding
     moved = jnp.where(visible, tangent, 0)
     invisible = jnp.max(jnp.abs(moved)) == 0

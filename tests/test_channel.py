@@ -10,14 +10,18 @@ from hypothesis.extra import numpy as hnp
 from scipy import special, stats
 
 from subliminal_theory.channel import (
+    Channel,
     SampledToken,
     SoftLogits,
     SquaredError,
     Subset,
+    TopK,
     WeightedSum,
     imitation_loss,
+    imitation_value_and_grad,
     weighted_mean,
 )
+from subliminal_theory.divergence import JensenShannon, ReverseKL
 from subliminal_theory.errors import InputError
 from tests.tolerances import TOLERANCE
 
@@ -27,7 +31,10 @@ TEACHER, STUDENT = RNG.normal(size=(2, 3, N)).astype(np.float32) * 2
 WEIGHTS = np.array([0.5, 2.0, 1.0, 0.0, 3.0])
 MASK = np.array([True, False, True, True, False])
 INDICES = (0, 2, 3)
-SOFT = [SoftLogits(), SoftLogits(0.3), SoftLogits(4.0), SquaredError(), SquaredError(WEIGHTS)]
+SOFT = [
+    *(SoftLogits(), SoftLogits(0.3), SoftLogits(4.0), SquaredError(), SquaredError(WEIGHTS)),
+    *(ReverseKL(), ReverseKL(2.5), JensenShannon(), JensenShannon(0.7), TopK(3), TopK(2, SquaredError())),
+]
 CHANNELS = [
     *SOFT,
     *(Subset(INDICES, channel) for channel in SOFT),
@@ -35,6 +42,7 @@ CHANNELS = [
     Subset((2,)),
     Subset(INDICES, Subset((2, 3, 4), SoftLogits(2.0))),
     Subset(MASK, Subset((0, 3, 4), SquaredError(WEIGHTS))),
+    TopK(2, Subset(MASK, ReverseKL())),
 ]
 logit_vectors = hnp.arrays(np.float32, N, elements=st.floats(-20, 20, width=32))
 some_logits = st.sets(st.integers(0, N - 1), min_size=1).map(sorted)
@@ -113,6 +121,22 @@ def test_large_temperature_is_centred_squared_error(x64) -> None:
     np.testing.assert_allclose(loss, ((student - teacher) ** 2).sum(-1) / (2 * N), rtol=1e-2)
 
 
+def shifted_mean(teacher: np.ndarray, student: np.ndarray, temperature: float) -> np.ndarray:
+    """Jensen-Shannon of the definition."""
+    p, q = (special.softmax(z.astype(float) / temperature, axis=-1) for z in (teacher, student))
+    return (special.rel_entr(p, (p + q) / 2).sum(-1) + special.rel_entr(q, (p + q) / 2).sum(-1)) / 2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_reverse_kl_and_jensen_shannon(temperature: float) -> None:
+    same(against(ReverseKL(temperature), STUDENT, TEACHER)[0], kl(STUDENT, TEACHER, temperature))
+    loss = against(JensenShannon(temperature), STUDENT, TEACHER)[0]
+    same(loss, shifted_mean(TEACHER, STUDENT, temperature))
+    same(loss, against(JensenShannon(temperature), TEACHER, STUDENT)[0])
+    far = against(JensenShannon(temperature), np.float32([1e4, 0, 0]), np.float32([0, 0, 1e4]))[0]
+    same(far, math.log(2))
+
+
 # --- metric
 
 
@@ -140,9 +164,7 @@ def test_metric_of_sampled_token_is_the_mean_hessian(x64, wrap) -> None:
 
 def test_metric_of_sampled_token_at_other_temperatures() -> None:
     for channel in (SampledToken(0.5), Subset(INDICES, SampledToken(0.5))):
-        with pytest.raises(
-            InputError, match=r"SampledToken at temperature 0\.5 has no output metric: .*use temper"
-        ):
+        with pytest.raises(InputError, match=r"SampledToken\(0\.5\) has no output metric: use temper"):
             channel.metric(jnp.asarray(TEACHER), jnp.asarray(STUDENT))
 
 
@@ -189,7 +211,7 @@ def test_nested_subset_is_the_intersection(a: list[int], b: list[int], student: 
             same(x, y)
 
 
-@pytest.mark.parametrize("huge", [1e30, -1e30, 3e38, -3e38])
+@pytest.mark.parametrize("huge", [1e30, -3e38, np.inf, np.nan])
 @pytest.mark.parametrize(
     "channel", [*SOFT, *(Subset(MASK, c) for c in SOFT), Subset(INDICES, SoftLogits(0.01))], ids=str
 )
@@ -206,7 +228,7 @@ def test_invisible_logits_of_any_size(channel, huge: float) -> None:
     assert not np.asarray(channel.metric(jnp.asarray(student), jnp.asarray(STUDENT)))[:, hidden].any()
 
 
-@pytest.mark.parametrize("huge", [1e30, -1e30, 3e38, -3e38])
+@pytest.mark.parametrize("huge", [1e30, -3e38, np.inf, np.nan])
 def test_invisible_logits_of_any_size_sampled(huge: float) -> None:
     student = STUDENT.copy()
     student[:, ~MASK] = huge
@@ -219,10 +241,136 @@ def test_invisible_logits_of_any_size_sampled(huge: float) -> None:
 
 
 def test_visible_logits_far_below_the_others() -> None:
-    logits = np.where(MASK, -1e30, 0).astype(np.float32)
+    logits = np.where(MASK, -1e25, 0).astype(np.float32)
     same(np.exp(Subset(MASK).targets(None, jnp.asarray(logits))), MASK / 3)
     assert MASK[int(Subset(MASK, SampledToken(0)).targets(None, jnp.asarray(logits)))]
     same(against(Subset(MASK), np.tile(logits, (3, 1)), TEACHER)[0], kl(TEACHER[:, MASK], np.zeros((3, 3)), 1.0))
+
+
+REFERENCES = {
+    "soft": (SoftLogits, lambda mask, value: Subset(mask, SoftLogits(value))),
+    "squared": (lambda weights: SquaredError(weights), lambda mask, value: Subset(mask, SquaredError(value))),
+    "nested": (SoftLogits, lambda mask, value: Subset(mask[0], Subset(mask[1], SoftLogits(value)))),
+    "reverse": (ReverseKL, lambda mask, value: Subset(mask, ReverseKL(value))),
+    "symmetric": (JensenShannon, lambda mask, value: Subset(mask, JensenShannon(value))),
+    "token": (lambda _: SampledToken(), lambda mask, value: Subset(mask, SampledToken())),
+}
+
+
+@jax.jit
+def everything_of(channel, student, targets, tangent):
+    """Loss, gradient and metric of one position."""
+    value, gradient = jax.value_and_grad(channel.loss)(student, targets)
+    return value, gradient, channel.metric(student, tangent)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_subset_against_the_selected_columns(kind: str) -> None:
+    """100 random comparisons of a kind, 600 in all, with hidden logits up to 1e16, infinite or not a number."""
+    rng, n = np.random.default_rng(5), 6
+    reference, narrowed = REFERENCES[kind]
+    for case in range(100):
+        chosen = rng.random(n) < 0.6
+        chosen[rng.integers(n)] = True
+        masks = np.stack([chosen | (rng.random(n) < 0.3), chosen]) if kind == "nested" else chosen
+        chosen = masks.all(0) if kind == "nested" else chosen
+        student, teacher, tangent = (rng.normal(size=(3, n)) * 3).astype(np.float32)
+        value = rng.uniform(0.1, 2, n) if kind == "squared" else np.float32(rng.uniform(0.3, 4))
+        inner = reference(value[chosen] if kind == "squared" else value)
+        channel = narrowed(jnp.asarray(masks), jnp.asarray(value, jnp.float32))
+        hidden = np.array([10.0 ** rng.uniform(-2, 16), -1e16, np.inf, -np.inf, np.nan])[case % 5]
+        wild = [np.where(chosen, z, np.float32(hidden)) for z in (student, teacher, tangent)]
+        if kind == "token":
+            target = channel.targets(jax.random.key(case), jnp.asarray(wild[1]))
+            assert chosen[int(target)]
+            own = jnp.asarray(np.cumsum(chosen)[int(target)] - 1)
+        else:
+            target, own = channel.targets(None, jnp.asarray(wild[1])), inner.targets(None, teacher[chosen])
+        found = everything_of(channel, wild[0], target, wild[2])
+        expected = everything_of(inner, student[chosen], own, tangent[chosen])
+        same(found[0], expected[0])
+        for one, other in zip(found[1:], expected[1:], strict=True):
+            same(np.asarray(one)[chosen], other, scale=np.abs(other).max())
+            assert not np.asarray(one)[~chosen].any()
+
+
+def test_hidden_logits_cancel_across_dtypes() -> None:
+    """A teacher computed in bfloat16 and a student in float32 hide behind the same number."""
+    channel, teacher = Subset(MASK, SquaredError()), jnp.asarray(TEACHER, jnp.bfloat16)
+    loss = channel.loss(jnp.asarray(STUDENT), channel.targets(None, teacher))
+    same(loss, ((STUDENT - np.asarray(teacher, np.float32))[:, MASK] ** 2).sum(-1))
+
+
+# --- the k largest logits
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_top_k_is_the_subset_of_the_largest(k: int) -> None:
+    for inner in (SoftLogits(2.0), SquaredError(WEIGHTS + 1), ReverseKL()):
+        loss, gradient = against(TopK(k, inner), STUDENT, TEACHER)
+        for row in range(3):
+            largest = np.sort(np.argsort(-TEACHER[row])[:k])
+            expected = against(Subset(np.isin(np.arange(N), largest), inner), STUDENT[row], TEACHER[row])
+            same(loss[row], expected[0])
+            same(gradient[row], expected[1])
+
+
+def test_top_k_of_ties_takes_k() -> None:
+    mask, _ = TopK(2).targets(None, jnp.zeros((3, N)))
+    np.testing.assert_array_equal(mask.sum(-1), [2, 2, 2])
+
+
+@pytest.mark.parametrize("channel", [Subset(MASK, TopK(2)), TopK(2, Subset(MASK))], ids=["within", "around"])
+def test_top_k_never_takes_a_hidden_logit(channel) -> None:
+    teacher = np.where(MASK, TEACHER, np.float32(1e20))
+    mask, _ = channel.targets(None, jnp.asarray(teacher))
+    np.testing.assert_array_equal(mask.sum(-1), [2, 2, 2])
+    assert not np.asarray(mask)[:, ~MASK].any()
+    # A traced mask cannot be counted: what is hidden stays hidden all the same.
+    few = jax.jit(lambda seen: Subset(seen, TopK(3)).targets(None, jnp.asarray(TEACHER))[0])(np.arange(N) < 2)
+    np.testing.assert_array_equal(few, np.tile(np.arange(N) < 2, (3, 1)))
+
+
+def test_top_k_sampling() -> None:
+    logits = jnp.tile(jnp.asarray(TEACHER[0]), (5000, 1))
+    _, tokens = TopK(2, SampledToken()).targets(jax.random.key(1), logits)
+    best = np.sort(np.argsort(-TEACHER[0])[:2])
+    assert set(np.asarray(tokens).tolist()) <= set(best.tolist())
+    expected = 5000 * special.softmax(TEACHER[0][best].astype(float))
+    assert stats.chisquare(np.bincount(tokens, minlength=N)[best], expected).pvalue > 1e-3
+    assert not TopK(2, SampledToken()).exact
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(0), "k must be at least 1, got 0"),
+        (lambda: TopK(N + 1).visible(N), "k = 6, but only 5 logits are visible: use a smaller k"),
+        (lambda: TopK(N + 1).targets(None, jnp.asarray(TEACHER)), "k = 6, but only 5 logits"),
+        (lambda: Subset((0, 2), TopK(3)).visible(N), "k = 3, but only 2 logits are visible"),
+        (lambda: TopK(4, Subset(MASK)).visible(N), "k = 4, but only 3 logits are visible"),
+        (lambda: Subset((0, 2), WeightedSum((TopK(3),), (1.0,))).visible(N), "k = 3, but only 2 logits"),
+        (lambda: Subset((0, 2), Subset((1, 2), TopK(2))).visible(N), "k = 2, but only 1 logits"),
+    ],
+)
+def test_top_k_refusals(make, message: str) -> None:
+    with pytest.raises(InputError, match=f"^TopK: {message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("channel", "exact"),
+    [
+        *((channel, True) for channel in CHANNELS),
+        (SampledToken(), False),
+        (Subset(MASK, SampledToken()), False),
+        (WeightedSum((SoftLogits(), SquaredError()), (1.0, 1.0)), True),
+        (WeightedSum((SoftLogits(), SampledToken()), (1.0, 1.0)), False),
+    ],
+)
+def test_exact_channels(channel, exact: bool) -> None:
+    assert channel.exact is exact
+    assert isinstance(channel, Channel)
 
 
 def test_squared_error_of_weight_zero_is_blind() -> None:
@@ -255,7 +403,8 @@ def test_stacked_masks_under_vmap() -> None:
 def test_channels_are_pytrees() -> None:
     for channel in CHANNELS:
         copy = jax.tree.unflatten(jax.tree.structure(channel), jax.tree.leaves(channel))
-        same(copy.loss(STUDENT, copy.targets(None, TEACHER)), against(channel, STUDENT, TEACHER)[0])
+        targets = copy.targets(None, jnp.asarray(TEACHER))
+        same(copy.loss(jnp.asarray(STUDENT), targets), against(channel, STUDENT, TEACHER)[0])
     temperatures = jnp.array([0.5, 2.0])
     losses = jax.vmap(lambda t: against(SoftLogits(t), STUDENT, TEACHER)[0])(temperatures)
     same(losses, [kl(TEACHER, STUDENT, 0.5), kl(TEACHER, STUDENT, 2.0)])
@@ -335,6 +484,27 @@ def test_weighted_mean(x: np.ndarray, weights: np.ndarray, kept: np.ndarray, sca
     np.testing.assert_allclose(weighted_mean(moved, jnp.asarray(weights)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_parts_with_the_total_weight_add_up() -> None:
+    x, weights = RNG.normal(size=(2, 6)).astype(np.float32) ** 2
+    cut = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    parts = [weighted_mean(jnp.asarray(x[c]), jnp.asarray(weights[c]), jnp.sum(weights)) for c in cut]
+    same(sum(parts), np.average(x, weights=weights))
+    assert weighted_mean(jnp.asarray(x), jnp.zeros(6), jnp.zeros(())) == 0
+
+
+def test_imitation_value_and_grad_is_in_the_parameters() -> None:
+    """z = x W under squared error: 2 x^T (w (z - y)) / sum w."""
+    x, kernel, y = RNG.normal(size=(4, 2)), RNG.normal(size=(2, N)), RNG.normal(size=(4, N))
+    weights = np.array([0.5, 0.0, 2.0, 1.0])
+    value, gradient = imitation_value_and_grad(
+        SquaredError(), lambda w: jnp.asarray(x, jnp.float32) @ w, jnp.asarray(kernel, jnp.float32),
+        jnp.asarray(y, jnp.float32), jnp.asarray(weights, jnp.float32),
+    )  # fmt: skip
+    gap = x @ kernel - y
+    same(value, np.average((gap**2).sum(-1), weights=weights))
+    same(gradient, 2 * x.T @ (gap * weights[:, None]) / weights.sum(), scale=10)
+
+
 def test_imitation_loss_is_over_all_positions() -> None:
     """Two texts of three positions: a mean over positions, not over texts of means."""
     teacher, student = RNG.normal(size=(2, 2, 3, N)).astype(np.float32)
@@ -348,9 +518,11 @@ def test_imitation_loss_is_over_all_positions() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.0, math.inf, math.nan, np.float32(-1), np.float64(0)])
-def test_soft_logits_bad_temperature(temperature: float) -> None:
-    with pytest.raises(InputError, match=r"^SoftLogits: temperature must be positive and finite, got"):
-        SoftLogits(temperature)
+@pytest.mark.parametrize("channel", [SoftLogits, ReverseKL, JensenShannon])
+def test_bad_temperature(channel, temperature: float) -> None:
+    name = channel.__name__
+    with pytest.raises(InputError, match=rf"^{name}: temperature must be positive and finite, got"):
+        channel(temperature)
 
 
 @pytest.mark.parametrize("temperature", [-0.5, math.inf, math.nan])

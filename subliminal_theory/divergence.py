@@ -1,0 +1,104 @@
+"""Divergences of the student's softmax from the teacher's softmax: channels that show all logits."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from subliminal_theory.errors import InputError
+
+Logits = Float[Array, "*batch n"]
+Values = Float[Array, "*batch"]
+MaybeKey = Key[Array, ""] | None
+
+
+def softmax_metric(logits: Logits, tangent: Logits) -> Logits:
+    """(diag(s) - s s^T) tangent, s = softmax(logits)."""
+    probabilities = jnp.exp(jax.nn.log_softmax(logits))
+    mean = jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
+    return probabilities * (tangent - mean)
+
+
+@dataclass(frozen=True)
+class _Divergence:
+    """A divergence of softmax(logits / temperature) whose Hessian at equality is (diag(s) - s s^T) / T^2."""
+
+    temperature: PyTree = 1.0
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.temperature, int | float | np.generic) and not 0 < self.temperature < math.inf:
+            name = type(self).__name__
+            raise InputError(f"{name}: temperature must be positive and finite, got {self.temperature}")
+
+    def targets(self, key: MaybeKey, teacher_logits: Logits) -> Logits:
+        """The teacher's log-probabilities."""
+        return jax.nn.log_softmax(teacher_logits / self.temperature)
+
+    def metric(self, logits: Logits, tangent: Logits) -> Logits:
+        """(diag(s) - s s^T) tangent / T^2."""
+        return softmax_metric(logits / self.temperature, tangent) / self.temperature**2
+
+    def visible(self, n: int) -> Bool[Array, " n"]:
+        """All n logits."""
+        return jnp.ones(n, bool)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SoftLogits(_Divergence):
+    """KL(teacher || student) of softmax(logits / temperature): the teacher's whole distribution.
+
+    Its gradient in the student's logits equals the gradient of the cross-entropy, and M = (diag(s) - s s^T) / T^2.
+    The loss is not rescaled by T^2.
+
+    Raises:
+        InputError: the temperature is not a positive number.
+    """
+
+    def loss(self, student_logits: Logits, targets: Logits) -> Values:
+        """sum_i s_i (log s_i - log z_i), in nats."""
+        student = jax.nn.log_softmax(student_logits / self.temperature)
+        return jnp.sum(jnp.exp(targets) * (targets - student), axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ReverseKL(_Divergence):
+    """KL(student || teacher) of softmax(logits / temperature); M is the metric of `SoftLogits`.
+
+    Raises:
+        InputError: the temperature is not a positive number.
+    """
+
+    def loss(self, student_logits: Logits, targets: Logits) -> Values:
+        """sum_i z_i (log z_i - log s_i), in nats."""
+        student = jax.nn.log_softmax(student_logits / self.temperature)
+        return jnp.sum(jnp.exp(student) * (student - targets), axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class JensenShannon(_Divergence):
+    """The mean of KL(s || m) and KL(z || m), m = (s + z) / 2, of softmax(logits / temperature).
+
+    At most log 2 nats. M is a quarter of the metric of `SoftLogits`: (diag(s) - s s^T) / (2 T)^2.
+
+    Raises:
+        InputError: the temperature is not a positive number.
+    """
+
+    def loss(self, student_logits: Logits, targets: Logits) -> Values:
+        """sum_i [s_i (log s_i - log m_i) + z_i (log z_i - log m_i)] / 2, in nats."""
+        student = jax.nn.log_softmax(student_logits / self.temperature)
+        mixture = jnp.logaddexp(student, targets) - math.log(2)
+        parts = jnp.exp(targets) * (targets - mixture) + jnp.exp(student) * (student - mixture)
+        return jnp.sum(parts, axis=-1) / 2
+
+    def metric(self, logits: Logits, tangent: Logits) -> Logits:
+        """(diag(s) - s s^T) tangent / (2 T)^2."""
+        return super().metric(logits, tangent) / 4
