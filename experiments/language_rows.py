@@ -15,7 +15,7 @@ from .language_sweep import LanguageConfig, base_model
 def main(arguments: Sequence[str]) -> int:
     """Write the file; 0 on success."""
     default = LanguageConfig()
-    parser = Parser(prog="python -m experiments language_rows", description=__doc__)
+    parser = Parser("language_rows", description=__doc__)
     parser.add_argument("file", help="the JSONL file to write")
     parser.add_argument("--trait", default="owl", help="built-in trait or trait file (default owl)")
     parser.add_argument("--teacher", default="finetuned", choices=TEACHERS, help="(default finetuned)")

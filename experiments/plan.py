@@ -331,9 +331,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m experiments plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser("plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder with the config.json of a checkpoint")
     add("--devices", type=int, default=1, help="how many there are (default 1)")

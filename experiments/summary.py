@@ -32,7 +32,7 @@ SECTION = """<h2>{name}</h2><p>{claim}</p>
 
 def main(arguments: list[str]) -> int:
     """Write index.html into a folder of run directories."""
-    parser = Parser(prog="python -m experiments summary", description=__doc__)
+    parser = Parser("summary", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder whose subfolders are run directories")
     folder: Path = parser.parse_args(arguments).folder
     runs = sorted(path.parent for path in folder.glob("*/provenance.json"))

@@ -22,12 +22,8 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory, load_results
 
 from . import workers
-from .contract import Parser, Part, configure
+from .contract import PACKAGE, PROGRAM, Parser, Part, configure
 from .progress import progress
-
-# `experiments` in a clone; in a wheel it is a part of the library.
-PACKAGE = __name__.removesuffix(".app.command")
-PROGRAM = ("python", "-m", "experiments") if PACKAGE == "experiments" else ("subliminal-theory",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +163,7 @@ def _use_compilation_cache() -> None:
 
 def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
     parser = Parser(
-        prog=f"{' '.join(PROGRAM)} {name}",
+        name,
         description=module.__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,13 +15,20 @@ from typing import Any, NoReturn
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import Row
 
+# `experiments` in a clone; where the wheel is installed, a part of the library.
+PACKAGE = __name__.removesuffix(".app.contract")
+PROGRAM = ("python", "-m", "experiments") if PACKAGE == "experiments" else ("subliminal-theory",)
+
 
 class Parser(argparse.ArgumentParser):
-    """Command lines that are refused as all bad input is.
+    """Command lines of one name in the list, refused as all bad input is.
 
     Raises:
         InputError: the command line is wrong.
     """
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(prog=" ".join((*PROGRAM, name)), **settings)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
