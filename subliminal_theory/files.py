@@ -1,0 +1,281 @@
+"""Files: written whole or not at all, locked, recognised by a fingerprint; arrays by name in one format.
+
+That format is safetensors: a header with the name, dtype and shape of each array, then their bytes. The library
+of that name checks what is read. It cannot write one array at a time, so the writer is here.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from filelock import FileLock
+from jaxtyping import PyTree
+from safetensors import SafetensorError, TensorSpec, safe_open
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.model import leaves_by_path, path_name
+
+METADATA = "__metadata__"  # no array can have this name
+_NAMES = (
+    "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
+    "float16", "bfloat16", "float32", "float64", "complex64",
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+)  # fmt: skip
+CODES = {
+    name: TensorSpec(dtype=name, shape=(), data_ptr=0, data_len=np.dtype(name).itemsize).dtype for name in _NAMES
+}
+DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to: a reader sees the old one or the whole new one, even after a power cut.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _not_written(path, error) from error
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file as `atomic_file` does, and raise what that raises."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into under a temporary name; it gets the name `path` when all is written, or is removed.
+
+    Raises:
+        InputError: `path` is there and not an empty folder, the disk is full, or the parent cannot be written.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} is there already: delete it or choose another folder")
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _not_written(path, error) from error
+        raise
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return InputError(f"the disk is full: could not write {path}; what was there is kept, make room and go on")
+    return InputError(f"cannot write {path}: {error.strerror or error}; choose another folder")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One thread of one process at a time works in a folder, which is made if needed; others wait.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire()
+    except OSError as error:
+        raise InputError(f"cannot use the folder {folder}: {error.strerror}; choose another folder") from error
+    with lock:
+        yield
+
+
+def fingerprint(*given: Any) -> str:
+    """SHA-256 of values that decide something, in hexadecimal: the same for equal values in every process.
+
+    Pytrees and dataclasses count with all they hold, static fields too: arrays by dtype, shape and bytes (typed
+    random keys by their data), a `Path` by the content of its file, anything else by its `repr` without memory
+    addresses. What a function closes over does not show in that: give it beside the function. One array at a time
+    is on the host.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for part in _parts("", given):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(path: str, value: Any) -> Iterator[bytes | memoryview]:
+    if _is_key(value):
+        value = jax.random.key_data(value)
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and value.dtype != object:
+        yield _line(path, f"{value.dtype.name} {value.shape}")
+        yield raw_bytes(value)
+    elif isinstance(value, Path):
+        try:
+            with open(value, "rb") as file:
+                yield _line(path, f"file {hashlib.file_digest(file, 'sha256').hexdigest()}")
+        except OSError as error:
+            raise InputError(f"cannot read {value}: {error.strerror}; give a file") from error
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield _line(path, type(value).__qualname__)
+        for field in dataclasses.fields(value):
+            if field.compare:
+                yield from _parts(f"{path}.{field.name}", getattr(value, field.name))
+    elif value is not None and not jax.tree_util.all_leaves([value]):
+        children = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda node: node is not value)
+        yield _line(path, f"{len(children)} in a {'mapping' if isinstance(value, Mapping) else 'sequence'}")
+        for key, child in children:
+            yield from _parts(path + jax.tree_util.keystr(key), child)
+    else:
+        text = repr(sorted(map(repr, value)) if isinstance(value, set | frozenset) else value)
+        yield _line(path, text if isinstance(value, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", text))
+
+
+def _line(path: str, text: str) -> bytes:
+    """With its length, so that no two sequences of lines have the same bytes."""
+    line = f"{path} {text}".encode("utf-8", "surrogatepass")
+    return len(line).to_bytes(8, "little") + line
+
+
+def raw_bytes(array: np.ndarray | np.generic | jax.Array) -> memoryview:
+    """The bytes of an array, the last axis fastest and the lowest byte first."""
+    # np.asarray caches the host copy on a JAX array: copy first, so that it can be freed.
+    host = np.asarray(array.copy() if isinstance(array, jax.Array) else array)
+    return np.ascontiguousarray(host, host.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+
+def save_arrays(path: Path, tree: PyTree, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the arrays of a pytree by their names, such as `layers/0/kernel`, and text about them, atomically.
+
+    One array at a time is on the host. The same arrays give the same bytes. Typed random keys are stored as data.
+
+    Raises:
+        InputError: a dtype that the format lacks, names that are equal or not text, or as `atomic_file`.
+    """
+    arrays = {
+        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves_by_path(tree).items()
+    }
+    if METADATA in arrays or len(arrays) < len(jax.tree.leaves(tree)):
+        raise InputError(f"cannot write {path}: two arrays have one name, rename one")
+    # The widest first, so that all are aligned.
+    names = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    try:
+        for name in names:
+            array = arrays[name]
+            begin, end = end, end + array.nbytes
+            header[name] = {"dtype": CODES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except KeyError as error:
+        raise InputError(f"cannot write {path}: convert {name} from {error} to another dtype") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"cannot write {path}: a name is not text ({error}), rename it") from error
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(raw_bytes(arrays[name]))
+
+
+def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a file by name, as read-only views of the mapped file, and the text about them.
+
+    The header is checked now; bytes are read when they are used, so the file must stay as it is.
+
+    Raises:
+        InputError: the file cannot be read, is cut or damaged, or has a dtype that NumPy lacks.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            metadata = file.metadata() or {}
+        data = np.memmap(path, np.uint8, "r")
+        position, arrays = 8 + int.from_bytes(data[:8].tobytes(), "little"), {}
+        for name, found in slices:
+            shape, dtype = found.get_shape(), DTYPES[found.get_dtype()]
+            arrays[name] = np.frombuffer(data, dtype, math.prod(shape), position).reshape(shape)
+            position += arrays[name].nbytes
+    except KeyError as error:
+        raise InputError(f"{path} holds numbers of dtype {error}: convert them to one of NumPy") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}): download or write it again") from error
+    return arrays, metadata
+
+
+def load_arrays(path: Path, like: PyTree = None) -> tuple[Any, dict[str, str]]:
+    """The arrays of a file in host memory by name, or in the structure of `like`, and the text about them.
+
+    Leaves of `like` need a shape and a dtype alone; where it has a typed random key, data becomes one again.
+
+    Raises:
+        InputError: as `open_arrays`, or names, shapes and dtypes are not those of `like`.
+    """
+    arrays, metadata = open_arrays(path)
+    if like is None:
+        return {name: np.array(array) for name, array in arrays.items()}, metadata
+    wanted = {
+        name: jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        for name, leaf in leaves_by_path(like).items()
+    }
+    faults = misfits({name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}, arrays)
+    if faults:
+        raise InputError(
+            f"{path} does not hold what is asked for ({some(faults)}): delete it or give another file"
+        )
+
+    def one(key: Any, leaf: Any) -> Any:
+        array = np.array(arrays[path_name(key)])
+        if not _is_key(leaf):
+            return array
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+
+    return jax.tree_util.tree_map_with_path(one, like), metadata
+
+
+def _is_key(leaf: Any) -> bool:
+    array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return array and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def misfits(wanted: Mapping[str, tuple[Sequence[int], Any]], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """What is missing, unexpected, or not of the shape and dtype (or kind of dtype) wanted, a phrase each."""
+    faults = [f"{name} is missing" for name in wanted if name not in arrays]
+    faults += [f"{ascii(name)[1:-1]} is unexpected" for name in arrays if name not in wanted]
+    for name, (shape, dtype) in wanted.items():
+        found = arrays.get(name)
+        if found is not None and found.shape != tuple(shape):
+            faults.append(f"{name} is {list(found.shape)}, not {list(shape)}")
+        elif found is not None and not jnp.issubdtype(found.dtype, dtype):
+            faults.append(f"{name} is {found.dtype}, not {dtype.__name__ if isinstance(dtype, type) else dtype}")
+    return faults
+
+
+def some(items: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
