@@ -92,8 +92,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _not_written(path: Path, error: OSError) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return InputError(f"the disk is full: could not write {path}; what was there is kept, make room and go on")
-    return InputError(f"cannot write {path}: {error.strerror or error}; choose another folder")
+        advice = "what is finished is kept: make room and go on (--resume)"
+        return InputError(f"the disk is full: could not write {path}; {advice}")
+    return InputError(f"cannot write {path}: {error.strerror or error}; choose another folder (--out)")
 
 
 @contextlib.contextmanager

@@ -7,9 +7,7 @@ summary.json      mean, 95% t interval and n over runs per condition, metric and
 provenance.json   versions, device, commands and wall times
 """
 
-import contextlib
 import csv
-import errno
 import importlib
 import io
 import json
@@ -28,6 +26,7 @@ import jax
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate, t_interval
+from subliminal_theory.files import write_atomically
 
 FORMAT = 1
 COLUMNS = ("condition", "seed", "metric", "value")
@@ -62,29 +61,6 @@ class Results:
             group = tuple((name, row[name]) for name in row if name not in ("seed", "trait", "value"))
             groups.setdefault(group, []).append(row["value"])
         return [(dict(group), t_interval(values)) for group, values in groups.items()]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the whole new one, even after a power cut.
-
-    Raises:
-        InputError: the disk is full, or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"the disk is full: could not write {path}; finished parts are kept, make room and add --resume"
-            ) from error
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another --out") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

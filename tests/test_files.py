@@ -144,7 +144,7 @@ def test_fingerprint_in_another_process() -> None:
 
 
 def tree() -> dict[str, Any]:
-    arrays = [jnp.arange(6).reshape(3, 2).T.astype(dtype) for dtype in DTYPES.values() if dtype.itemsize < 8]
+    arrays = [jnp.arange(1, 7).reshape(3, 2).T.astype(dtype) for dtype in DTYPES.values() if dtype.itemsize < 8]
     return {"all": arrays, "none": None, "key": jax.random.split(jax.random.key(0), 3), "empty": np.zeros((0, 3))}
 
 
@@ -164,7 +164,7 @@ def test_arrays_of_all_dtypes(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     views, _ = open_arrays(path)
     assert all(not view.flags.writeable and view.flags.aligned for view in views.values())
-    assert load_arrays(path)[0].keys() == views.keys() == {"key", "empty", *(f"all/{i}" for i in range(16))}
+    assert load_arrays(path)[0].keys() == views.keys() == {"key", "empty", *(f"all/{i}" for i in range(len(given["all"])))}
 
 
 def test_the_library_reads_what_is_written_and_the_reverse(tmp_path: Path) -> None:

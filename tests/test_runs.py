@@ -15,7 +15,8 @@ import pytest
 
 from subliminal_theory import runs
 from subliminal_theory.errors import InputError
-from subliminal_theory.runs import RunDirectory, load_results, read_config, write_atomically
+from subliminal_theory.files import write_atomically
+from subliminal_theory.runs import RunDirectory, load_results, read_config
 
 CONFIG = {"seeds": 3, "rate": 0.1}
 THIRD = 1 / 3
@@ -352,7 +353,9 @@ def test_refuses_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "unlink", read_only)
     monkeypatch.setattr(Path, "unlink", read_only)
     message = failure(opened, tmp_path)
-    assert message == f"cannot write {tmp_path / 'config.json'}: Read-only file system; choose another --out"
+    assert (
+        message == f"cannot write {tmp_path / 'config.json'}: Read-only file system; choose another folder (--out)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -384,7 +387,7 @@ def test_full_disk_in_a_part(run: Path, monkeypatch: pytest.MonkeyPatch, call: s
     fail_once(monkeypatch, call, code)
     message = failure(directory.save, "two", PARTS["two"], 1.5)
     assert message.startswith(f"the disk is full: could not write {run / 'parts' / 'two.json'}; ")
-    assert "add --resume" in message
+    assert "--resume" in message
     assert not directory.finished("two")
     assert content(run) == before
     complete(opened(run, resume=True))
@@ -418,15 +421,15 @@ def test_write_to_no_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "a", tmp_path / "file" / "a"):
         message = failure(write_atomically, path, b"new")
         assert message.startswith(f"cannot write {path}: ")
-        assert "choose another --out" in message
+        assert "choose another folder (--out)" in message
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from subliminal_theory import runs
+from subliminal_theory import files
 setattr(os, sys.argv[2], lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-runs.write_atomically(Path(sys.argv[1]), b"new" * 100_000)
+files.write_atomically(Path(sys.argv[1]), b"new" * 100_000)
 """
 
 
