@@ -101,25 +101,3 @@ def linearised(model: Model) -> Model:
         {"origin": nothing, "moved": model.params},
         {"origin": model.params, "moved": nothing},
     )
-
-
-def linear_student(
-    head: Float[Array, "seen hidden"],
-    start: Float[Array, "hidden inputs"],
-    teacher: Float[Array, "hidden inputs"],
-    covariance: Float[Array, "inputs inputs"],
-    *,
-    rate: float,
-    steps: int,
-) -> Float[Array, "hidden inputs"]:
-    """The first layer W of a two-layer linear network z = H W x after distillation, in closed form and exact.
-
-    `head` are the rows of the fixed output layer that the channel shows, the loss is E |H (W - W_T) x|^2 with
-    covariance E x x^T, descended by `steps` steps of size `rate`:
-    W - W_T = U [(U^T (W_0 - W_T) V) * (1 - 2 rate h s^T)^steps] V^T, where H^T H = U diag(h) U^T and
-    E x x^T = V diag(s) V^T. For many steps on inputs of full rank, W_0 + H^+ H (W_T - W_0).
-    """
-    h, u = jnp.linalg.eigh(head.T @ head)
-    s, v = jnp.linalg.eigh(covariance)
-    gap = u.T @ (start - teacher) @ v
-    return teacher + u @ (gap * (1 - 2 * rate * h[:, None] * s[None, :]) ** steps) @ v.T

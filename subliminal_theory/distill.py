@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from subliminal_theory.channel import Channel, weighted_mean
+from subliminal_theory.channel import Channel, imitation_value_and_grad, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.model import Divisible, Model
+from subliminal_theory.model import BodyAndHead, Model, join, split_trainable
 from subliminal_theory.source import Batch, Buckets, Source, batch_shapes, with_batch
 
 
@@ -56,10 +56,12 @@ class Step:
 
 
 Observe = Callable[[Step], PyTree]
-# One loss for each position of a batch.
-Losses = Callable[[Model, Batch, Key[Array, ""]], Float[Array, "batch ..."]]
-# The weighted mean of a batch's losses, and its gradient.
-Slope = Callable[[Model, Batch, Key[Array, ""]], tuple[Float[Array, ""], PyTree]]
+# The model at other trainable parameters.
+At = Callable[[PyTree], Model]
+Found = tuple[Float[Array, ""], PyTree]
+# The weighted mean of a batch's losses and its gradient in the trainable parameters. The last argument is the
+# total weight, if the batch is a part of a larger one.
+ValueAndGrad = Callable[[PyTree, At, Batch, Key[Array, ""], Float[Array, ""] | None], Found]
 
 
 def distill(
@@ -69,8 +71,8 @@ def distill(
     source: Source | Buckets,
     optimizer: optax.GradientTransformation,
     steps: int,
-    key: Key[Array, ""],
     *,
+    key: Key[Array, ""],
     observe: Observe | None = None,
     snapshots: Sequence[int] = (),
     chunk: int | None = None,
@@ -84,19 +86,20 @@ def distill(
     inside the step, unless the batch brings targets sampled beforehand: then give `teacher=None`.
     A pure function: `jax.jit` it with the models and the source as arguments, and `jax.vmap` it over
     students, channels, teachers or keys. What is not mapped over (a shared teacher, shared inputs)
-    is computed once for all. `observe` sees every step, and what it returns is streamed to the result;
-    `snapshots` are the ascending numbers of steps after which to keep the model. With `chunk`, no more logits
-    than those of so many positions are in memory at once; both models must be `Divisible`. A run of `steps` can
-    be made in pieces: one goes on from `state` and makes `count` of them, all that are left if None; pieces of one
-    length are one program. With `accumulate`, a batch is computed in so many parts, one after the other; their
-    gradients sum to that of the whole batch's weighted mean.
+    is computed once for all. Parameters without a gradient (integers, booleans, random keys) stay as they are.
+
+    `observe` sees every step, and its result is stacked over steps; `snapshots` are the ascending numbers of
+    steps after which to keep the model. `chunk` limits how many positions have logits in memory at once; both
+    models must be `BodyAndHead`. A run of `steps` can resume: a call goes on from `state` and makes `count` steps,
+    all that are left if None; calls of equal count are one program. `accumulate` is the number of equal parts in
+    which a batch is computed, one after the other; their gradients add up to the gradient of the weighted mean.
 
     Raises:
         InputError: the source brings labels; both or neither of a teacher and targets are given;
-            student and teacher have different logits; the channel selects logits that do not exist;
-            snapshots are not ascending steps of the run, or are asked of a piece that goes on; a piece without
-            steps, or with more than are left; a chunk below 1, or of models that do not divide;
-            a batch that cannot be cut into so many equal parts.
+            student and teacher have different logits; the channel selects logits that do not exist, or its
+            loss is not imitation (`audit.refuse_wrong_channel`); snapshots are not ascending steps of the run,
+            or are asked of a resumed call; a call without steps, or with more than are left; a chunk below 1,
+            or of models that are not `BodyAndHead`; a batch that cannot be cut into equal parts.
     """
     probe = batch_shapes(source)
     if probe.labels is not None:
@@ -108,66 +111,92 @@ def distill(
     if chunk is not None:
         if chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}")
-        if not all(isinstance(model.apply, Divisible) for model in (student, teacher) if model is not None):
+        if not all(isinstance(model.apply, BodyAndHead) for model in (student, teacher) if model is not None):
             raise InputError("chunks need models of features and readout: leave chunk out")
 
     size = jax.tree.leaves(probe.inputs)[0].shape[0]
     if accumulate < 1 or size % accumulate:
         raise InputError(f"a batch of {size} cannot be accumulated in {accumulate} equal parts")
 
-    def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
-        targets = batch.targets if teacher is None else channel.targets(step_key, teacher(batch.inputs))
-        return channel.loss(model(batch.inputs), targets)
+    def whole(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Found:
+        targets = batch.targets if teacher is None else channel.targets(key, teacher(batch.inputs))
+        logits = lambda p: at(p)(batch.inputs)  # noqa: E731
+        return imitation_value_and_grad(channel, logits, params, targets, batch.weights, total)
 
-    def in_chunks(model: Model, batch: Batch, step_key: Key[Array, ""]) -> tuple[Float[Array, ""], PyTree]:
-        assert chunk is not None
-        return _slope_in_chunks(model, teacher, channel, batch, step_key, chunk)
-
-    slope = _slope_of(losses) if chunk is None else in_chunks
-    return _run(student, slope, source, optimizer, steps, key, observe, snapshots, state, count, accumulate)
+    found = whole if chunk is None else _in_chunks(teacher, channel, chunk)
+    found = found if accumulate == 1 else _accumulated(found, accumulate)
+    return _run(student, found, source, optimizer, steps, key, observe, snapshots, state, count)
 
 
-def _slope_in_chunks(
-    student: Model, teacher: Model | None, channel: Channel, batch: Batch, key: Key[Array, ""], chunk: int
-) -> tuple[Float[Array, ""], PyTree]:
-    """The slope of a batch, chunk by chunk of its positions: logits are made once, for loss and gradient both."""
+def _in_chunks(teacher: Model | None, channel: Channel, chunk: int) -> ValueAndGrad:
+    """The positions of a batch chunk by chunk: logits exist once, for both the loss and the gradient."""
 
-    def features(params: PyTree) -> Float[Array, "*batch width"]:
-        return student.apply.features(student.with_params(params).all_params, batch.inputs)  # type: ignore[attr-defined]
+    def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Found:
+        read, back = jax.vjp(lambda p: _features(at(p), batch.inputs), params)
+        taught = None if teacher is None else _features(teacher, batch.inputs)
+        shape = read.shape[:-1]
+        positions = math.prod(shape)
+        chunks = -(-positions // chunk)
+        total = jnp.sum(batch.weights) if total is None else total
 
-    read, back = jax.vjp(features, student.params)
-    taught = None if teacher is None else teacher.apply.features(teacher.all_params, batch.inputs)  # type: ignore[attr-defined]
-    shape = read.shape[:-1]
-    positions = math.prod(shape)
-    chunks = -(-positions // chunk)
-    total = jnp.sum(batch.weights)
+        def cut(leaf: Array) -> Array:
+            flat = leaf.reshape(positions, *leaf.shape[len(shape) :])
+            filled = jnp.pad(flat, [(0, chunks * chunk - positions)] + [(0, 0)] * (flat.ndim - 1))
+            return filled.reshape(chunks, chunk, *flat.shape[1:])
 
-    def cut(leaf: Array) -> Array:
-        flat = leaf.reshape(positions, *leaf.shape[len(shape) :])
-        filled = jnp.pad(flat, [(0, chunks * chunk - positions)] + [(0, 0)] * (flat.ndim - 1))
-        return filled.reshape(chunks, chunk, *flat.shape[1:])
+        def one(piece: PyTree) -> tuple[Found, Float[Array, "chunk width"]]:
+            number, features, taught, targets, weights = piece
+            if teacher is not None:
+                targets = channel.targets(named(key, number), _readout(teacher, taught))
+            logits = lambda both: _readout(at(both[0]), both[1])  # noqa: E731
+            value, (own, through) = imitation_value_and_grad(
+                channel, logits, (params, features), targets, weights, total
+            )
+            return (value, own), through
 
-    def share(params: PyTree, features: Float[Array, "chunk width"], piece: PyTree) -> Float[Array, ""]:
-        number, taught, targets, weights = piece
-        logits = student.apply.readout(student.with_params(params).all_params, features)  # type: ignore[attr-defined]
-        if teacher is not None:
-            shown = teacher.apply.readout(teacher.all_params, taught)  # type: ignore[attr-defined]
-            targets = channel.targets(named(key, number), shown)
-        return jnp.sum(weights * channel.loss(logits, targets)) / jnp.where(total > 0, total, 1)
+        pieces = (jnp.arange(chunks), *jax.tree.map(cut, (read, taught, batch.targets, batch.weights)))
+        (value, own), gradients = _summed(one, pieces)
+        (through,) = back(gradients.reshape(chunks * chunk, -1)[:positions].reshape(read.shape))
+        return value, jax.tree.map(jnp.add, own, through)
 
-    def add(summed: PyTree, piece: tuple[Array, PyTree]) -> tuple[PyTree, Float[Array, "chunk width"]]:
-        value, (own, slope) = jax.value_and_grad(share, argnums=(0, 1))(student.params, *piece)
-        return jax.tree.map(lambda s, new: s + new.astype(s.dtype), summed, (value, own)), slope
-
-    pieces = (jnp.arange(chunks), *jax.tree.map(cut, (taught, batch.targets, batch.weights)))
-    (value, own), slopes = jax.lax.scan(add, _wide_zeros((total, student.params)), (cut(read), pieces))
-    (through,) = back(slopes.reshape(chunks * chunk, -1)[:positions].reshape(read.shape))
-    return value, jax.tree.map(lambda s, leaf: s.astype(leaf.dtype) + leaf, own, through)
+    return found
 
 
-def _wide_zeros(shapes: PyTree) -> PyTree:
-    """To sum into: with at least the digits of float32, whatever the format."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+def _features(model: Model, inputs: PyTree) -> Float[Array, "*batch width"]:
+    return model.apply.features(model.all_params, inputs)  # type: ignore[attr-defined]
+
+
+def _readout(model: Model, features: Float[Array, "chunk width"]) -> Float[Array, "chunk n"]:
+    return model.apply.readout(model.all_params, features)  # type: ignore[attr-defined]
+
+
+def _accumulated(one: ValueAndGrad, parts: int) -> ValueAndGrad:
+    """The sum over equal parts of a batch."""
+
+    def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Found:
+        total = jnp.sum(batch.weights) if total is None else total
+        cut = jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
+
+        def part(piece: tuple[Array, Batch]) -> tuple[Found, None]:
+            number, batch = piece
+            return one(params, at, batch, named(key, number), total), None
+
+        return _summed(part, (jnp.arange(parts), cut))[0]
+
+    return found
+
+
+def _summed(term: Callable[[PyTree], tuple[PyTree, PyTree]], pieces: PyTree) -> tuple[PyTree, PyTree]:
+    """The sum of the first result of `term` over pieces, in at least float32, and its second results stacked."""
+    shapes, _ = jax.eval_shape(term, jax.tree.map(lambda leaf: leaf[0], pieces))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+
+    def add(sums: PyTree, piece: PyTree) -> tuple[PyTree, PyTree]:
+        found, rest = term(piece)
+        return jax.tree.map(lambda s, leaf: s + leaf.astype(s.dtype), sums, found), rest
+
+    sums, rest = jax.lax.scan(add, zeros, pieces)
+    return jax.tree.map(lambda s, shape: s.astype(shape.dtype), sums, shapes), rest
 
 
 def teach(
@@ -176,8 +205,8 @@ def teach(
     source: Source | Buckets,
     optimizer: optax.GradientTransformation,
     steps: int,
-    key: Key[Array, ""],
     *,
+    key: Key[Array, ""],
     observe: Observe | None = None,
     snapshots: Sequence[int] = (),
     state: State | None = None,
@@ -192,15 +221,18 @@ def teach(
     if batch_shapes(source).labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
 
-    def losses(model: Model, batch: Batch, step_key: Key[Array, ""]) -> Float[Array, "batch ..."]:
-        return loss(model(batch.inputs), batch.labels)
+    def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Found:
+        def mean(params: PyTree) -> Float[Array, ""]:
+            return weighted_mean(loss(at(params)(batch.inputs), batch.labels), batch.weights, total)
 
-    return _run(model, _slope_of(losses), source, optimizer, steps, key, observe, snapshots, state, count)
+        return jax.value_and_grad(mean)(params)
+
+    return _run(model, found, source, optimizer, steps, key, observe, snapshots, state, count)
 
 
 def _run(
     model: Model,
-    slope: Slope,
+    value_and_grad: ValueAndGrad,
     source: Source | Buckets,
     optimizer: optax.GradientTransformation,
     steps: int,
@@ -209,7 +241,6 @@ def _run(
     snapshots: Sequence[int],
     state: State | None = None,
     count: int | None = None,
-    accumulate: int = 1,
 ) -> Trained:
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
@@ -228,22 +259,26 @@ def _run(
     if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > count:
         raise InputError(f"snapshots must be ascending steps from 1 to {count}, got {list(snapshots)}")
     source_key, channel_key = named(key, "source"), named(key, "channel")
+    trained, rest = split_trainable(model.params if state is None else state.params)
+
+    def at(params: PyTree) -> Model:
+        return model.with_params(join(params, rest))
 
     def step(carry: PyTree, scheduled: PyTree) -> tuple[PyTree, tuple[Float[Array, ""], PyTree]]:
         params, state = carry
         index, entry = scheduled
         step_key = named(channel_key, index)
 
-        def slope_of(batch: Batch) -> tuple[Float[Array, ""], PyTree]:
-            return _accumulated(model.with_params(params), slope, batch, step_key, accumulate)
+        def use(batch: Batch) -> Found:
+            return value_and_grad(params, at, batch, step_key, None)
 
-        value, gradient = with_batch(source, source_key, entry, slope_of)
+        value, gradient = with_batch(source, source_key, entry, use)
         update, state = optimizer.update(gradient, state, params)
-        seen = observe(Step(index, model.with_params(params), gradient, update)) if observe else None
+        seen = observe(Step(index, at(params), gradient, update)) if observe else None
         return (optax.apply_updates(params, update), state), (value, seen)
 
     schedule = (jnp.arange(steps), source.schedule(source_key, steps))
-    carry = (model.params, optimizer.init(model.params)) if state is None else (state.params, state.optimizer)
+    carry = (trained, optimizer.init(trained) if state is None else state.optimizer)
     outputs, kept = [], []
     for start, stop in pairwise(bounds):
         piece = jax.tree.map(
@@ -252,38 +287,10 @@ def _run(
         )
         carry, output = jax.lax.scan(step, carry, piece)
         outputs.append(output)
-        kept.append(model.with_params(carry[0]))
+        kept.append(at(carry[0]))
     values, observed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-    return Trained(
-        kept[-1], values, observed, tuple(kept[:-1]), State(*carry, jnp.asarray(first + count, jnp.int32))
-    )
-
-
-def _slope_of(losses: Losses) -> Slope:
-    def mean(params: PyTree, model: Model, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
-        return weighted_mean(losses(model.with_params(params), batch, key), batch.weights)
-
-    return lambda model, batch, key: jax.value_and_grad(mean)(model.params, model, batch, key)
-
-
-def _accumulated(
-    model: Model, slope: Slope, batch: Batch, key: Key[Array, ""], parts: int
-) -> tuple[Float[Array, ""], PyTree]:
-    """The slope of a batch, summed over equal parts of it."""
-    if parts == 1:
-        return slope(model, batch, key)
-    total = jnp.sum(batch.weights)
-    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), batch)
-
-    def add(summed: PyTree, piece: tuple[Array, Batch]) -> tuple[PyTree, None]:
-        number, part = piece
-        found = slope(model, part, named(key, number))
-        share = jnp.sum(part.weights) / jnp.where(total > 0, total, 1)
-        return jax.tree.map(lambda s, own: s + share * own.astype(s.dtype), summed, found), None
-
-    shapes = jax.eval_shape(slope, model, jax.tree.map(lambda leaf: leaf[0], cut), key)
-    summed, _ = jax.lax.scan(add, _wide_zeros(shapes), (jnp.arange(parts), cut))
-    return jax.tree.map(lambda s, shape: s.astype(shape.dtype), summed, shapes)
+    end = State(kept[-1].params, carry[1], jnp.asarray(first + count, jnp.int32))
+    return Trained(kept[-1], values, observed, tuple(kept[:-1]), end)
 
 
 def require_compatible(student: Model, teacher: Model | None, channel: Channel, inputs: PyTree) -> None:

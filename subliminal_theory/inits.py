@@ -130,6 +130,7 @@ def clone(
     source: Source,
     optimizer: optax.GradientTransformation,
     steps: int,
+    *,
     key: Key[Array, ""],
 ) -> Trained:
     """Make a student behave like the teacher at its initialisation, before the teacher learns anything.
@@ -137,4 +138,4 @@ def clone(
     This "behavioural matching" is the distillation of the untrained `reference`; what it cannot match is
     what the channel and the source do not show.
     """
-    return distill(student, reference, channel, source, optimizer, steps, key)
+    return distill(student, reference, channel, source, optimizer, steps, key=key)

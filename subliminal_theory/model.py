@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -38,9 +39,7 @@ class Model:
         """Trainable and frozen parameters in one pytree."""
         if self.frozen is None:
             return self.params
-        return jax.tree.map(
-            lambda p, f: f if p is None else p, self.params, self.frozen, is_leaf=lambda leaf: leaf is None
-        )
+        return join(self.params, self.frozen)
 
     def with_params(self, params: PyTree) -> "Model":
         """The same function at other trainable parameters."""
@@ -65,6 +64,27 @@ class Model:
             split(lambda path, leaf: None if frozen(path) else leaf, everything),
             split(lambda path, leaf: leaf if frozen(path) else None, everything),
         )
+
+
+def split_trainable(params: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters that have a gradient and the rest, each with None in the place of the other's leaves.
+
+    Integers, booleans and random keys have no gradient.
+    """
+
+    def pick(wanted: bool) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf if _has_gradient(leaf) == wanted else None, params)
+
+    return pick(True), pick(False)
+
+
+def join(one: PyTree, other: PyTree) -> PyTree:
+    """One pytree of two that have None in the place of each other's leaves."""
+    return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda leaf: leaf is None)
+
+
+def _has_gradient(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf), jnp.inexact)
 
 
 def path_name(path: Any) -> str:
@@ -95,7 +115,7 @@ def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
 
 
 @runtime_checkable
-class Divisible(Protocol):
+class BodyAndHead(Protocol):
     """An `apply` in two parts: logits are `readout(params, features(params, inputs))`, each position alone."""
 
     def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]: ...
@@ -103,13 +123,16 @@ class Divisible(Protocol):
     def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]: ...
 
 
+Divisible = BodyAndHead  # its former name, until language/model uses the new one
+
+
 @dataclass(frozen=True)
 class Functional:
-    """The pure function of an NNX module, in the format `dtype`; equal for modules of equal structure.
+    """The pure function of an NNX module, computed in `dtype`; equal for modules of equal structure.
 
-    `factored` are patterns of the matrices in whose place the module also takes their factors, `gathered` of
-    those of which it takes rows and rounds these itself: sums of their gradients, over all places where a row was
-    taken, are then not in `dtype`.
+    `factored` and `gathered` are glob patterns of parameters. A `factored` matrix may be given as low-rank
+    factors. The module looks up rows of a `gathered` matrix and rounds those rows itself, so that the gradient of
+    the matrix is summed over the lookups before it is rounded.
     """
 
     graph: nnx.GraphDef
@@ -118,11 +141,11 @@ class Functional:
     dtype: Any = None
 
     def module(self, params: PyTree) -> Any:
-        """The module with parameters in the format of the computation."""
+        """The module with parameters in the dtype of the computation."""
         return nnx.merge(self.graph, nnx.State(self.rounded(params, self.gathered)))
 
     def rounded(self, params: PyTree, but: Sequence[str] = ()) -> PyTree:
-        """Parameters in the format of the computation, except those that match a pattern."""
+        """Parameters in the dtype of the computation, except those that match a pattern."""
         if self.dtype is None:
             return params
 
@@ -138,7 +161,7 @@ class Functional:
 
 @dataclass(frozen=True)
 class _InTwoParts(Functional):
-    """That of a module with the methods of `Divisible`, less the parameters."""
+    """The pure function of an NNX module that has a body and a head."""
 
     def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]:
         return self.module(params).features(inputs)
@@ -164,10 +187,10 @@ def from_nnx(module: nnx.Module) -> Model:
 
 
 def computed_in(model: Model, dtype: Any) -> Model:
-    """The same model, computed in another format, such as bfloat16, from parameters that stay as they are.
+    """The same model, computed in another dtype, such as bfloat16, from parameters that keep theirs.
 
-    Parameters are rounded in every call, and their gradients come in their own format: what trains keeps all its
-    digits. Give low-rank factors afterwards.
+    Every call rounds the parameters. Gradients have the dtype of the parameters, so small updates are not lost.
+    Add low-rank factors afterwards.
 
     Raises:
         InputError: the model was not made by `from_nnx`, or has low-rank factors.
@@ -178,7 +201,7 @@ def computed_in(model: Model, dtype: Any) -> Model:
 
 
 def rounded(model: Model) -> Model:
-    """A model whose parameters are in the format in which it computes: a caller in a loop rounds once."""
+    """A model whose parameters have the dtype in which it computes, so that a loop rounds them once."""
     if not isinstance(model.apply, Functional):
         return model
     round_to = model.apply.rounded

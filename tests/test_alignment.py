@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
 
-from subliminal_theory.alignment import cosine, difference, follow, inner, linear_student, linearised, project_out
+from subliminal_theory.alignment import cosine, difference, follow, inner, linearised, project_out
 from subliminal_theory.channel import SquaredError, Subset
 from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
@@ -127,8 +128,8 @@ def test_projected_steps_change_the_trait_to_second_order() -> None:
 
     def change(rate, project: bool):
         steps = [optax.adam(rate)] + [project_out(jax.grad(trait_loss))] * project
-        arguments = teacher, DISTILLED, Examples(INPUTS, 6), optax.chain(*steps), 3, KEY
-        return trait_loss(distill(start, *arguments).model.params) - trait_loss(start.params)
+        arguments = teacher, DISTILLED, Examples(INPUTS, 6), optax.chain(*steps), 3
+        return trait_loss(distill(start, *arguments, key=KEY).model.params) - trait_loss(start.params)
 
     rates = np.geomspace(1e-5, 1e-3, 4)
     for project, order in ((False, 1), (True, 2)):
@@ -142,7 +143,7 @@ def test_projected_steps_change_the_trait_to_second_order() -> None:
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
 def observed_run(student, start, teacher, source, optimizer, steps: int):
     observe = follow(jax.grad(trait_loss), start.params, teacher.params)
-    return distill(student, teacher, DISTILLED, source, optimizer, steps, KEY, observe=observe).observed
+    return distill(student, teacher, DISTILLED, source, optimizer, steps, key=KEY, observe=observe).observed
 
 
 @jax.jit
@@ -236,8 +237,8 @@ def test_linearised_trains_in_an_ensemble() -> None:
 
     def run(params, straight: bool = True):
         model = Model(tanh_network, params)
-        student, rest = linearised(model) if straight else model, (DISTILLED, source, ADAM, 60, KEY)
-        return distill(student, teacher, *rest, observe=lambda step: step.model.params)
+        student, rest = linearised(model) if straight else model, (DISTILLED, source, ADAM, 60)
+        return distill(student, teacher, *rest, key=KEY, observe=lambda step: step.model.params)
 
     alone = [network(seed).params for seed in (0, 1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
@@ -275,8 +276,8 @@ def test_linearised_student_is_its_tangent_kernel(steps: int) -> None:
     seen = jacobian[:count, AUX].reshape(-1, start.size)
     kernel = seen @ seen.T
     rate = 0.5 * count / np.linalg.eigvalsh(kernel).max()
-    arguments = teacher, Subset(AUX, SquaredError()), Examples(INPUTS, count), optax.sgd(rate), steps, KEY
-    student = jax.jit(lambda m: distill(linearised(m), *arguments).model)(model)
+    arguments = teacher, Subset(AUX, SquaredError()), Examples(INPUTS, count), optax.sgd(rate), steps
+    student = jax.jit(lambda m: distill(linearised(m), *arguments, key=KEY).model)(model)
 
     wanted, first = np.asarray(teacher(INPUTS))[:, AUX].ravel(), outputs[:count, AUX].ravel()
     step = np.eye(len(kernel)) - 2 * rate / count * kernel
@@ -306,12 +307,34 @@ def two_layers(params, inputs):
 @functools.partial(jax.jit, static_argnames="steps")
 def trained_first_layer(head, start, teacher, seen, x, rate, steps: int):
     student, taught = (Model(two_layers, {"W": w, "H": None}, {"W": None, "H": head}) for w in (start, teacher))
-    arguments = Subset(seen, SquaredError()), Examples(x, len(x)), optax.sgd(rate), steps, KEY
-    return distill(student, taught, *arguments).model.params["W"]
+    arguments = Subset(seen, SquaredError()), Examples(x, len(x)), optax.sgd(rate), steps
+    return distill(student, taught, *arguments, key=KEY).model.params["W"]
 
 
 # Inputs, hidden units, outputs, how many of them are seen, examples, steps; each is compiled.
 SIZES = [(3, 2, 3, 2, 5, 30), (2, 4, 3, 2, 6, 7), (4, 3, 2, 2, 2, 7), (1, 1, 1, 1, 1, 1)]
+
+
+def linear_student(
+    head: Float[Array, "seen hidden"],
+    start: Float[Array, "hidden inputs"],
+    teacher: Float[Array, "hidden inputs"],
+    covariance: Float[Array, "inputs inputs"],
+    *,
+    rate: float,
+    steps: int,
+) -> Float[Array, "hidden inputs"]:
+    """The first layer W of a two-layer linear network z = H W x after distillation, in closed form and exact.
+
+    `head` are the rows of the fixed output layer that the channel shows, the loss is E |H (W - W_T) x|^2 with
+    covariance E x x^T, descended by `steps` steps of size `rate`:
+    W - W_T = U [(U^T (W_0 - W_T) V) * (1 - 2 rate h s^T)^steps] V^T, where H^T H = U diag(h) U^T and
+    E x x^T = V diag(s) V^T. For many steps on inputs of full rank, W_0 + H^+ H (W_T - W_0).
+    """
+    h, u = jnp.linalg.eigh(head.T @ head)
+    s, v = jnp.linalg.eigh(covariance)
+    gap = u.T @ (start - teacher) @ v
+    return teacher + u @ (gap * (1 - 2 * rate * h[:, None] * s[None, :]) ** steps) @ v.T
 
 
 @settings(max_examples=12)

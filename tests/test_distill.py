@@ -1,6 +1,4 @@
 import functools
-import importlib
-import operator
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, weighted_mean
+from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset
 from subliminal_theory.distill import State, Trained, distill, require_finite, teach
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
@@ -80,7 +78,7 @@ def plain_run(student, teacher, channel, source, optimizer, steps, key, seen=Non
 def test_one_sgd_step_by_hand() -> None:
     """z = x W, loss mean |z - y|^2, gradient 2/B x^T (z - y)."""
     student, teacher = linear_model(0), linear_model(1)
-    trained = distill(student, teacher, SquaredError(), Examples(INPUTS, 20), SGD, 1, KEY)
+    trained = distill(student, teacher, SquaredError(), Examples(INPUTS, 20), SGD, 1, key=KEY)
     w, v = (np.asarray(model.params["kernel"], float) for model in (student, teacher))
     difference = INPUTS @ w - INPUTS @ v
     np.testing.assert_allclose(trained.losses, [(difference**2).sum(1).mean()], rtol=2e-5)
@@ -90,7 +88,7 @@ def test_one_sgd_step_by_hand() -> None:
 
 def test_one_sgd_step_by_hand_softmax() -> None:
     student, teacher = linear_model(0), linear_model(1)
-    trained = distill(student, teacher, SoftLogits(2.0), Examples(INPUTS, 20), optax.sgd(0.5), 1, KEY)
+    trained = distill(student, teacher, SoftLogits(2.0), Examples(INPUTS, 20), optax.sgd(0.5), 1, key=KEY)
     w, v = (np.asarray(model.params["kernel"], float) for model in (student, teacher))
 
     def softmax(z):
@@ -103,9 +101,9 @@ def test_one_sgd_step_by_hand_softmax() -> None:
 
 @pytest.mark.parametrize("channel", [SoftLogits(), SampledToken(0.7), Subset((0, 2))], ids=str)
 def test_adam_steps_are_a_plain_loop(channel) -> None:
-    arguments = (mlp(0), mlp(1), channel, Examples(INPUTS, 8), ADAM, 7, KEY)  # more than two epochs
-    trained = distill_jit(*arguments)
-    params, losses = plain_run(*arguments)
+    arguments = (mlp(0), mlp(1), channel, Examples(INPUTS, 8), ADAM, 7)  # more than two epochs
+    trained = distill_jit(*arguments, key=KEY)
+    params, losses = plain_run(*arguments, KEY)
     close(trained.losses, losses)
     close(trained.model.params, params)
 
@@ -113,7 +111,7 @@ def test_adam_steps_are_a_plain_loop(channel) -> None:
 def test_teach_is_a_plain_loop() -> None:
     labels = np.arange(20) % 3
     source = Examples(INPUTS, 8, labels)
-    trained = teach(mlp(0), optax.softmax_cross_entropy_with_integer_labels, source, SGD, 4, KEY)
+    trained = teach(mlp(0), optax.softmax_cross_entropy_with_integer_labels, source, SGD, 4, key=KEY)
     params = mlp(0).params
     index, weights = source.schedule(named(KEY, "source"), 4)
     for step in range(4):
@@ -133,23 +131,23 @@ def test_teach_is_a_plain_loop() -> None:
 
 @pytest.mark.parametrize("channel", [SoftLogits(), SquaredError(), Subset((1, 2), SoftLogits(0.5))], ids=str)
 def test_student_equal_to_its_teacher_stays(channel) -> None:
-    trained = distill_jit(mlp(0), mlp(0), channel, Examples(INPUTS, 8), SGD, 6, KEY)
+    trained = distill_jit(mlp(0), mlp(0), channel, Examples(INPUTS, 8), SGD, 6, key=KEY)
     assert np.abs(trained.losses).max() <= 1e-7
     close(trained.model.params, mlp(0).params, rtol=0, atol=1e-6)
 
 
 def test_imitation_falls() -> None:
-    trained = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), optax.adam(3e-2), 200, KEY)
+    trained = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), optax.adam(3e-2), 200, key=KEY)
     assert trained.losses[-1] < trained.losses[0] / 10
 
 
 def test_frozen_parameters_stay() -> None:
     student = mlp(0).freeze("layers/0/*")
-    trained = distill_jit(student, mlp(1), SoftLogits(), Examples(INPUTS, 8), ADAM, 3, KEY).model
+    trained = distill_jit(student, mlp(1), SoftLogits(), Examples(INPUTS, 8), ADAM, 3, key=KEY).model
     before, after = mlp(0).params["layers"], trained.all_params["layers"]
     jax.tree.map(np.testing.assert_array_equal, after[0], before[0])
     assert (after[1]["kernel"] != before[1]["kernel"]).any()
-    free = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), ADAM, 3, KEY).model
+    free = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), ADAM, 3, key=KEY).model
     assert (free.params["layers"][0]["kernel"] != before[0]["kernel"]).any()
 
 
@@ -173,7 +171,7 @@ RUN = (mlp(0), mlp(1), SampledToken(0.7), Examples(INPUTS, 8), ADAM)  # an epoch
 @functools.cache
 def seen():
     """A run of 7 steps with all that can be seen of it."""
-    return distill_seen(*RUN, 7, KEY, observe=everything)
+    return distill_seen(*RUN, 7, key=KEY, observe=everything)
 
 
 def test_observed_is_a_plain_loop() -> None:
@@ -190,7 +188,7 @@ def test_observed_is_a_plain_loop() -> None:
 
 
 def test_observing_changes_nothing() -> None:
-    plain = distill_jit(*RUN, 7, KEY)
+    plain = distill_jit(*RUN, 7, key=KEY)
     assert plain.observed is None
     assert plain.snapshots == seen().snapshots == ()
     close(seen().losses, plain.losses)
@@ -199,7 +197,7 @@ def test_observing_changes_nothing() -> None:
 
 def test_snapshots_are_what_the_next_step_finds() -> None:
     """Whether they end an epoch, the run or neither; the rest of the run does not depend on them."""
-    run, whole = distill_seen(*RUN, 7, KEY, observe=everything, snapshots=(1, 3, 7)), seen()
+    run, whole = distill_seen(*RUN, 7, key=KEY, observe=everything, snapshots=(1, 3, 7)), seen()
     first, third, last = (snapshot.params for snapshot in run.snapshots)
     close(first, jax.tree.map(lambda leaf: leaf[1], whole.observed["params"]))
     close(third, jax.tree.map(lambda leaf: leaf[3], whole.observed["params"]))
@@ -211,10 +209,10 @@ def test_snapshots_are_what_the_next_step_finds() -> None:
 
 def test_snapshots_are_shorter_runs() -> None:
     arguments = (linear_model(0), linear_model(1), SoftLogits(), Examples(INPUTS, 8), ADAM)
-    run = distill_seen(*arguments, 6, KEY, snapshots=(2, 5))
+    run = distill_seen(*arguments, 6, key=KEY, snapshots=(2, 5))
     assert run.observed is None
     for step, snapshot in zip((2, 5), run.snapshots, strict=True):
-        shorter = distill_jit(*arguments, step, KEY)
+        shorter = distill_jit(*arguments, step, key=KEY)
         close(snapshot.params, shorter.model.params)
         close(run.losses[:step], shorter.losses)
 
@@ -223,8 +221,8 @@ def test_seen_in_an_ensemble() -> None:
     """What members do that are computed together is what each does alone."""
 
     def run(student, key):
-        rest = linear_model(9), SoftLogits(), Examples(INPUTS, 8), SGD, 3, key
-        return distill(student, *rest, observe=everything, snapshots=(2,))
+        rest = linear_model(9), SoftLogits(), Examples(INPUTS, 8), SGD, 3
+        return distill(student, *rest, key=key, observe=everything, snapshots=(2,))
 
     keys = jax.random.split(jax.random.key(3), 2)
     ensemble = jax.jit(jax.vmap(run))(stack(linear_model(0), linear_model(1)), keys)
@@ -238,8 +236,8 @@ def test_seen_in_an_ensemble() -> None:
 
 def test_seen_of_a_frozen_model() -> None:
     student = mlp(0).freeze("layers/0/*")
-    rest = mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 3, KEY
-    run = distill_seen(student, *rest, snapshots=(2,), observe=everything)
+    rest = mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 3
+    run = distill_seen(student, *rest, key=KEY, snapshots=(2,), observe=everything)
     for model in (*run.snapshots, run.model):
         jax.tree.map(np.testing.assert_array_equal, model.all_params["layers"][0], mlp(0).params["layers"][0])
     for name in ("params", "gradient", "update"):
@@ -252,7 +250,7 @@ def test_observed_and_snapshots_of_teaching() -> None:
     labels = np.arange(20) % 3
     loss = optax.softmax_cross_entropy_with_integer_labels
     run = teach(
-        linear_model(0), loss, Examples(INPUTS, 20, labels), SGD, 3, KEY, observe=everything, snapshots=(1, 2)
+        linear_model(0), loss, Examples(INPUTS, 20, labels), SGD, 3, key=KEY, observe=everything, snapshots=(1, 2)
     )
     w = np.asarray(linear_model(0).params["kernel"], float)
     for step in range(3):
@@ -266,6 +264,44 @@ def test_observed_and_snapshots_of_teaching() -> None:
         close((*run.snapshots, run.model)[step].params["kernel"], w)
 
 
+# --- parameters without a gradient
+
+STILL = {"counter": jnp.int32(3), "mask": jnp.array([True, False]), "random": jax.random.key(7), "none": None}
+
+
+def with_still(model: Model) -> Model:
+    """The same model with parameters that no gradient reaches."""
+    apply = lambda params, x: model.apply(params["model"], x)  # noqa: E731
+    return Model(apply, {**STILL, "model": model.params})
+
+
+@pytest.mark.parametrize("more", [{}, {"accumulate": 4}, {"state": True}], ids=str)
+def test_parameters_without_a_gradient_stay(more) -> None:
+    student, source = with_still(mlp(0)), Examples(INPUTS, 8)
+    plain = distill(mlp(0), mlp(1), SoftLogits(), source, ADAM, 5, key=KEY)
+    if "state" in more:
+        first = distill(student, mlp(1), SoftLogits(), source, ADAM, 5, key=KEY, count=2)
+        more = {"state": first.state}
+        assert first.state.params["counter"] == 3
+    run = distill(student, mlp(1), SoftLogits(), source, ADAM, 5, key=KEY, **more)
+    close(run.model.params["model"], plain.model.params)
+    assert {name: run.model.params[name] for name in ("counter", "none")} == {"counter": 3, "none": None}
+    np.testing.assert_array_equal(run.model.params["mask"], STILL["mask"])
+    assert run.model.params["random"] == STILL["random"]
+    assert jax.tree.structure(run.state.params) == jax.tree.structure(student.params)
+
+
+def test_parameters_without_a_gradient_stay_in_teaching() -> None:
+    labels, loss = np.arange(20) % 3, optax.softmax_cross_entropy_with_integer_labels
+    source = Examples(INPUTS, 8, labels)
+    plain = teach(mlp(0), loss, source, ADAM, 3, key=KEY)
+    run = teach(
+        with_still(mlp(0)), loss, source, ADAM, 3, key=KEY, observe=lambda step: step.model.params["counter"]
+    )
+    close(run.model.params["model"], plain.model.params)
+    np.testing.assert_array_equal(run.observed, [3, 3, 3])
+
+
 # --- ensembles
 
 
@@ -274,7 +310,7 @@ def test_vmapped_ensemble_is_looped_runs() -> None:
     keys = jax.random.split(jax.random.key(3), 2)
 
     def run(student, teacher, mask, key):
-        return distill(student, teacher, Subset(mask), Examples(INPUTS, 8), ADAM, 5, key)
+        return distill(student, teacher, Subset(mask), Examples(INPUTS, 8), ADAM, 5, key=key)
 
     ensemble = jax.jit(jax.vmap(run))(stack(mlp(0), mlp(1)), stack(mlp(2), mlp(3)), masks, keys)
     for i in range(2):
@@ -295,7 +331,7 @@ def test_shared_teacher_is_computed_once() -> None:
     source = NoiseImages((4,), 8, images=16)
 
     def run(students, teacher):
-        return jax.vmap(lambda s: distill(s, teacher, SoftLogits(), source, SGD, 2, KEY))(students)
+        return jax.vmap(lambda s: distill(s, teacher, SoftLogits(), source, SGD, 2, key=KEY))(students)
 
     jaxpr = jax.make_jaxpr(run)(students, mlp(9, hidden=17)).jaxpr
     products = [e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "dot_general"]
@@ -312,7 +348,7 @@ def test_second_call_compiles_nothing() -> None:
 
     @jax.jit
     def run(student, teacher, source, key):
-        return distill(student, teacher, SoftLogits(), source, optax.adam(0.1), 3, key)
+        return distill(student, teacher, SoftLogits(), source, optax.adam(0.1), 3, key=key)
 
     first, second = jax.random.normal(KEY, (2, 4, 3))
     run(Model(apply, first), Model(apply, second), Examples(INPUTS, 8), jax.random.key(0))
@@ -328,7 +364,7 @@ def test_memory_does_not_grow_with_noise_images() -> None:
 
     def temporary(images: int) -> int:
         source = NoiseImages((pixels,), 10, images=images)
-        run = jax.jit(lambda model: distill(model, model, SoftLogits(), source, SGD, 50, KEY))
+        run = jax.jit(lambda model: distill(model, model, SoftLogits(), source, SGD, 50, key=KEY))
         return run.lower(model).compile().memory_analysis().temp_size_in_bytes
 
     # An index and a weight an image, 8 bytes, and twice as much while they are shuffled; an image has 3136.
@@ -350,8 +386,8 @@ def test_targets_sampled_beforehand(channel) -> None:
         real = np.asarray(weights[step]) > 0
         tokens[np.asarray(index[step])[real]] = np.asarray(drawn)[real]
     assert (tokens >= 0).all()
-    live = distill_jit(mlp(0), teacher, channel, source, ADAM, 3, KEY)
-    stored = distill_jit(mlp(0), None, channel, replace(source, targets=tokens), ADAM, 3, KEY)
+    live = distill_jit(mlp(0), teacher, channel, source, ADAM, 3, key=KEY)
+    stored = distill_jit(mlp(0), None, channel, replace(source, targets=tokens), ADAM, 3, key=KEY)
     close(stored.losses, live.losses)
     close(stored.model.params, live.model.params)
 
@@ -374,20 +410,19 @@ class Littered(Examples):
 
 def test_padding_has_no_effect() -> None:
     """The third batch of 8 holds 4 of the 20 examples."""
-    plain = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 6, KEY)
+    plain = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 6, key=KEY)
     for litter in (0.0, 1e6):
         source = Littered(INPUTS, 8, litter=litter)
-        run = distill_jit(mlp(0), mlp(1), SoftLogits(), source, SGD, 6, KEY)
+        run = distill_jit(mlp(0), mlp(1), SoftLogits(), source, SGD, 6, key=KEY)
         close(run.losses, plain.losses)
         close(run.model.params, plain.model.params)
 
 
-def test_one_reduction() -> None:
+def test_padded_batch_is_the_short_batch() -> None:
     """A run on 20 examples in one padded batch of 32 is the run on a batch of 20."""
-    exact = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 20), SGD, 2, KEY)
-    padded = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 32), SGD, 2, KEY)
+    exact = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 20), SGD, 2, key=KEY)
+    padded = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 32), SGD, 2, key=KEY)
     close(padded.losses, exact.losses)
-    assert importlib.import_module("subliminal_theory.distill").weighted_mean is weighted_mean
 
 
 # --- refusals
@@ -434,15 +469,17 @@ def test_bad_snapshots(snapshots) -> None:
         attempt(snapshots=snapshots)
     labelled = Examples(INPUTS, 8, np.zeros(20, int))
     with pytest.raises(InputError, match=message):
-        teach(mlp(0), optax.softmax_cross_entropy_with_integer_labels, labelled, SGD, 2, KEY, snapshots=snapshots)
+        teach(
+            mlp(0), optax.softmax_cross_entropy_with_integer_labels, labelled, SGD, 2, key=KEY, snapshots=snapshots
+        )
 
 
 def test_teach_refuses() -> None:
     arguments = (mlp(0), optax.softmax_cross_entropy_with_integer_labels)
     with pytest.raises(InputError, match=r"^teaching a trait needs labels: the source brings none$"):
-        teach(*arguments, Examples(INPUTS, 8), SGD, 2, KEY)
+        teach(*arguments, Examples(INPUTS, 8), SGD, 2, key=KEY)
     with pytest.raises(InputError, match=r"^steps must be at least 1, got 0$"):
-        teach(*arguments, Examples(INPUTS, 8, np.zeros(20, int)), SGD, 0, KEY)
+        teach(*arguments, Examples(INPUTS, 8, np.zeros(20, int)), SGD, 0, key=KEY)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -459,7 +496,9 @@ def test_require_finite(bad: float) -> None:
 
 
 def test_diverging_run_is_refused() -> None:
-    run = distill(linear_model(0), linear_model(1), SquaredError(), Examples(INPUTS, 20), optax.sgd(1e4), 30, KEY)
+    run = distill(
+        linear_model(0), linear_model(1), SquaredError(), Examples(INPUTS, 20), optax.sgd(1e4), 30, key=KEY
+    )
     with pytest.raises(InputError, match=r"^the loss of student is not finite at step \d+ of 30"):
         require_finite(run.losses[None], ["student"])
 
@@ -478,7 +517,7 @@ def test_a_run_in_pieces_is_the_run() -> None:
     @functools.partial(jax.jit, static_argnames="count")
     def piece(student, teacher, source, state, *, count: int):
         return distill(
-            student, teacher, SoftLogits(), source, optimizer, 9, jax.random.key(1), state=state, count=count
+            student, teacher, SoftLogits(), source, optimizer, 9, key=jax.random.key(1), state=state, count=count
         )
 
     whole, state, losses = piece(student, teacher, source, None, count=9), None, []
@@ -499,14 +538,23 @@ def test_pieces_that_are_none(first: int, count: int | None) -> None:
 
     def run(**more) -> Trained:
         source = Examples(INPUTS, 8)
-        return distill(student, student, SoftLogits(), source, SGD, 9, KEY, state=state, **more)
+        return distill(student, student, SoftLogits(), source, SGD, 9, key=KEY, state=state, **more)
 
     made = 9 - first if count is None else count
     with pytest.raises(InputError, match=f"^a run of 9 steps has no {made} steps after step {first}$"):
         run(count=count)
     with pytest.raises(InputError, match=r"^a piece that goes on keeps no snapshots: leave them out$"):
         distill(
-            student, student, SoftLogits(), Examples(INPUTS, 8), SGD, 20, KEY, state=state, count=2, snapshots=[1]
+            student,
+            student,
+            SoftLogits(),
+            Examples(INPUTS, 8),
+            SGD,
+            20,
+            key=KEY,
+            state=state,
+            count=2,
+            snapshots=[1],
         )
 
 
@@ -514,7 +562,7 @@ def test_a_compiled_piece_says_how_long_it_is() -> None:
     student = linear_model(0)
     state = State(student.params, SGD.init(student.params), jnp.int32(0))
     piece = jax.jit(
-        lambda state: distill(student, student, SoftLogits(), Examples(INPUTS, 8), SGD, 9, KEY, state=state)
+        lambda state: distill(student, student, SoftLogits(), Examples(INPUTS, 8), SGD, 9, key=KEY, state=state)
     )
     with pytest.raises(InputError, match=r"^a compiled piece of a run needs count, the number of its steps"):
         piece(state)
@@ -532,16 +580,13 @@ def test_accumulated_is_the_whole_batch(parts: int) -> None:
 
     def run(count: int) -> Trained:
         source = Examples(INPUTS[:8], 8, positions=jnp.asarray(weights))
-        return distill(student, teacher, SoftLogits(), source, SGD, 5, KEY, accumulate=count)
+        return distill(student, teacher, SoftLogits(), source, SGD, 5, key=KEY, accumulate=count)
 
     whole, cut = run(1), run(parts)
     np.testing.assert_allclose(cut.losses, whole.losses, rtol=1e-5)
     assert whole.losses[0] > 1e-4
     for one, other in zip(jax.tree.leaves(cut.model.params), jax.tree.leaves(whole.model.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
-
-
-GRADIENT = operator.attrgetter("gradient")
 
 
 def test_sums_of_parts_have_the_digits_of_float32() -> None:
@@ -558,7 +603,7 @@ def test_sums_of_parts_have_the_digits_of_float32() -> None:
             source,
             optimizer,
             1,
-            KEY,
+            key=KEY,
             accumulate=count,
             observe=lambda s: s.gradient,
         )
@@ -572,4 +617,4 @@ def test_sums_of_parts_have_the_digits_of_float32() -> None:
 def test_batches_that_cannot_be_cut(parts: int) -> None:
     message = f"^a batch of 8 cannot be accumulated in {parts} equal parts$"
     with pytest.raises(InputError, match=message):
-        distill(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 2, KEY, accumulate=parts)
+        distill(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 2, key=KEY, accumulate=parts)

@@ -145,7 +145,7 @@ def test_clone_matches_what_is_visible() -> None:
     student, reference = (from_nnx(MLP((9, 24, 5), rngs=nnx.Rngs(seed))) for seed in (0, 1))
     visible = Subset((1, 2, 3, 4))
     source = NoiseImages((9,), 32)
-    cloned = jax.jit(lambda a, b: clone(a, b, visible, source, optax.adam(1e-2), 300, KEY))(student, reference)
+    cloned = jax.jit(lambda a, b: clone(a, b, visible, source, optax.adam(1e-2), 300, key=KEY))(student, reference)
     held_out = jnp.asarray(RNG.uniform(-1, 1, (200, 9)), jnp.float32)
 
     def distance(model, channel) -> float:

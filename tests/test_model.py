@@ -155,7 +155,7 @@ def test_a_step_below_the_format_is_not_lost() -> None:
     half = computed_in(model.with_params({"kernel": jnp.ones((1, 1))}), jnp.bfloat16)
     source = Examples(jnp.ones((1, 1), jnp.bfloat16), 1, targets=jnp.full((1, 1), 100.0, jnp.bfloat16))
     optimizer = optax.chain(optax.scale_by_sign(), optax.scale(-(2.0**-14)))
-    run = distill(half, None, SquaredError(), source, optimizer, 100, jax.random.key(0))
+    run = distill(half, None, SquaredError(), source, optimizer, 100, key=jax.random.key(0))
     assert float(run.model.params["kernel"][0, 0]) == 1 + 100 * 2.0**-14
 
 

@@ -227,7 +227,7 @@ def test_a_run_over_buckets() -> None:
     targeted = Buckets(
         tuple(Examples(p.inputs, 2, targets=p.targets[:, None], positions=p.positions) for p in source.parts)
     )
-    run = jax.jit(lambda s: distill(s, None, SquaredError(), targeted, optax.sgd(0.0), 3, jax.random.key(0)))(
+    run = jax.jit(lambda s: distill(s, None, SquaredError(), targeted, optax.sgd(0.0), 3, key=jax.random.key(0)))(
         student
     )
     short = np.mean([(0.5 * x) ** 2 for x in (0, 1)])
