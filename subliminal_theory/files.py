@@ -36,6 +36,7 @@ _NAMES = (
 CODES = {
     name: TensorSpec(dtype=name, shape=(), data_ptr=0, data_len=np.dtype(name).itemsize).dtype for name in _NAMES
 }
+_KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
 DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
 
 
@@ -254,7 +255,8 @@ def load_arrays(path: Path, like: PyTree = None) -> tuple[Any, dict[str, str]]:
         array = np.array(arrays[path_name(key)])
         if not _is_key(leaf):
             return array
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+        impl = next(name for name in _KEYS if jax.random.key(0, impl=name).dtype == leaf.dtype)
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
 
     return jax.tree_util.tree_map_with_path(one, like), metadata
 
