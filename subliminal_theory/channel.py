@@ -102,7 +102,7 @@ def _everything(n: int) -> Bool[Array, " n"]:
 
 def _require_weights(name: str, weights: Any) -> None:
     numbers = weights if isinstance(weights, Sequence) else np.ravel(weights).tolist()
-    if not all(0 <= weight < math.inf for weight in numbers if isinstance(weight, int | float | np.generic)):
+    if not all(0 <= float(weight) < math.inf for weight in numbers if isinstance(weight, int | float | np.number)):
         raise InputError(f"{name}: weights must be finite and not negative, got {list(numbers)}")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from subliminal_theory.audit import refuse_wrong_channel
 from subliminal_theory.channel import Channel, imitation_value_and_grad, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
@@ -297,14 +298,15 @@ def require_compatible(student: Model, teacher: Model | None, channel: Channel, 
     """Refuse a student and a teacher that do not speak over the same logits.
 
     Raises:
-        InputError: their logits differ in shape, or the channel selects logits that do not exist.
+        InputError: their logits differ in shape, the channel selects logits that do not exist, or its loss is
+            not imitation.
     """
     shape = jax.eval_shape(lambda model, x: model(x), student, inputs).shape
     if teacher is not None:
         taught = jax.eval_shape(lambda model, x: model(x), teacher, inputs).shape
         if shape != taught:
             raise InputError(f"student logits {shape} and teacher logits {taught} differ in shape")
-    channel.visible(shape[-1])
+    refuse_wrong_channel(channel, shape[-1])
 
 
 def require_finite(losses: Float[Array, "..."], runs: list[str]) -> None:

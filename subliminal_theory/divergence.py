@@ -31,7 +31,7 @@ class _Divergence:
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.temperature, int | float | np.generic) and not 0 < self.temperature < math.inf:
+        if isinstance(self.temperature, int | float | np.number) and not 0 < float(self.temperature) < math.inf:
             name = type(self).__name__
             raise InputError(f"{name}: temperature must be positive and finite, got {self.temperature}")
 

@@ -17,18 +17,16 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
-from subliminal_theory.channel import Channel, imitation_loss, weighted_mean
+from subliminal_theory.channel import Channel, imitation_loss, imitation_value_and_grad, weighted_mean
 from subliminal_theory.errors import InputError
+from subliminal_theory.model import join, split_trainable
+from subliminal_theory.signal import ZERO_CASES, measure_signal, signs
 
-ZERO_CASES = (
-    "",
-    "the trait loss is stationary: the teacher does not move",
-    "blind channel: a softmax over one logit, or no logit of positive weight",
-    "invisible trait: the teacher's step moves no logit that the channel sees",
-    "logit shift: the step moves all visible logits alike, which a softmax cannot see",
-    "no signal above rounding",
+_MEASURED = (
+    *("inner_product", "predicted_inner_product", "cosine", "teacher_norm", "student_norm"),
+    *("trait_loss_before", "trait_loss_after", "predicted_change"),
 )
 
 
@@ -46,26 +44,35 @@ class Report:
         trait_loss_before: L_T at the student's initialisation.
         trait_loss_after: L_T after the student's step.
         predicted_change: -eps alpha A, the leading order of after - before.
+        change_rounding: 16 eps |L_T|, eps of the coarsest dtype at work: a smaller change has no sign.
+        teacher_kept: the share of the teacher's step that its parameters' dtype keeps: near 1, or 0 if
+            theta + eps D_T rounds to theta.
+        student_kept: the same for the student's step.
         zero_code: which of `ZERO_CASES` makes A vanish, 0 for none.
         unupdated_cosine: cosine of D_S and the direction that imitates the teacher before its step; nan
             for a shared initialisation, where that direction is 0. It tends to 1 with eps otherwise.
         unupdated_inner_product: that direction times D_T, the leading order of D_S . D_T for a
             different initialisation, where eps A is not.
         same_initialisation: whether the theorem covers the case.
+        exact: whether the channel is exact; if not, the theorem holds on average over the targets only.
     """
 
-    inner_product: Float[Array, ""]
-    predicted_inner_product: Float[Array, ""]
-    cosine: Float[Array, ""]
-    teacher_norm: Float[Array, ""]
-    student_norm: Float[Array, ""]
-    trait_loss_before: Float[Array, ""]
-    trait_loss_after: Float[Array, ""]
-    predicted_change: Float[Array, ""]
-    zero_code: Int[Array, ""]
-    unupdated_cosine: Float[Array, ""]
-    unupdated_inner_product: Float[Array, ""]
+    inner_product: PyTree
+    predicted_inner_product: PyTree
+    cosine: PyTree
+    teacher_norm: PyTree
+    student_norm: PyTree
+    trait_loss_before: PyTree
+    trait_loss_after: PyTree
+    predicted_change: PyTree
+    change_rounding: PyTree
+    teacher_kept: PyTree
+    student_kept: PyTree
+    zero_code: PyTree
+    unupdated_cosine: PyTree
+    unupdated_inner_product: PyTree
     same_initialisation: bool = field(metadata={"static": True})
+    exact: bool = field(default=True, metadata={"static": True})
 
     @property
     def change(self) -> Float[Array, ""]:
@@ -79,12 +86,26 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """`descends`, `orthogonal`, `step too large`, or `different initialisation`."""
+        """`descends`, `orthogonal` or `step too large`; or why the case decides nothing, and what to do."""
+        if broken := [name for name in self._numbers if not math.isfinite(float(getattr(self, name)))]:
+            return f"not finite: {', '.join(broken)}; use smaller steps"
         if not self.same_initialisation:
             return "different initialisation"
         if self.zero_case:
             return "orthogonal"
+        for name in ("teacher", "student"):
+            if float(getattr(self, f"{name}_kept")) < 0.5:
+                return f"step lost to rounding: the {name}'s; use float64 or a larger step"
+        if abs(float(self.change)) <= float(self.change_rounding):
+            return "below rounding: use float64 or larger steps"
+        if not self.exact:
+            return "single draw: one draw of targets decides nothing; average over keys"
         return "descends" if float(self.change) < 0 else "step too large"
+
+    @property
+    def _numbers(self) -> list[str]:
+        unupdated = [] if self.same_initialisation else ["unupdated_cosine", "unupdated_inner_product"]
+        return [*_MEASURED, *unupdated]
 
     def __str__(self) -> str:
         lines = [
@@ -121,58 +142,73 @@ def check(
     those of the reduction, 1 by default. With `student_params` the student starts elsewhere and the
     teacher does not: the theorem then promises nothing, and the report says what the student imitates.
 
-    Costs two gradients and one Jacobian-vector product (three gradients and one with `student_params`)
-    and keeps a few copies of the parameters. Pure: wrap it in `jax.jit` for large models. Exact up to
-    rounding; run it in float64 to see orders in eps.
+    Parameters without a gradient (integers, booleans, random keys) stay as they are. Costs two gradients and two
+    Jacobian-vector products (three gradients and two with `student_params`) and keeps a few copies of the
+    parameters. Pure: wrap it in `jax.jit` for large models. Exact up to rounding; run it in float64 to see orders
+    in eps.
 
     Raises:
         InputError: a step that is not positive and finite, a trait loss that is no scalar, a channel
-            whose logits do not exist or that has no output metric, or unlike parameter trees.
+            whose logits do not exist or that has no output metric, a metric or visible logits that its loss
+            contradicts (judged where they are not traced), or unlike parameter trees.
     """
     for name, step in (("teacher_step", teacher_step), ("student_step", student_step)):
         require_step(name, step)
     same = student_params is None
-    student = params if same else student_params
-    if jax.tree.map(jnp.shape, student) != jax.tree.map(jnp.shape, params):
+    student_params = params if same else student_params
+    if jax.tree.map(jnp.shape, student_params) != jax.tree.map(jnp.shape, params):
         raise InputError("student_params must have the structure and shapes of params")
+    (params, rest), (student, student_rest) = split_trainable(params), split_trainable(student_params)
 
-    loss_before, direction = _descent(trait_loss, params)
-    logits, tangent = jax.jvp(lambda p: apply(p, inputs), (params,), (direction,))
-    visible = channel.visible(logits.shape[-1])
-    weights = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else weights
-    seen = channel.metric(logits, tangent)
-    signal = weighted_mean(jnp.sum(tangent * seen, axis=-1), weights)
+    def logits_of(p: PyTree) -> Float[Array, "*batch n"]:
+        return apply(join(p, rest), inputs)
 
-    def imitation(p: PyTree, targets: Array) -> Float[Array, ""]:
-        return imitation_loss(channel, apply(p, inputs), targets, weights)
+    def student_logits(p: PyTree) -> Float[Array, "*batch n"]:
+        return apply(join(p, student_rest), inputs)
+
+    def trait(p: PyTree) -> Float[Array, ""]:
+        return trait_loss(join(p, rest))
+
+    loss_before, direction = _descent(trait, params)
+    signal = measure_signal(logits_of, params, direction, channel, weights)
+    weights = signal.weights
+
+    def student_step_on(targets: PyTree) -> PyTree:
+        _, gradient = imitation_value_and_grad(channel, student_logits, student, targets, weights)
+        return optax.tree.scale(-1, gradient)
 
     teacher = optax.tree.add_scale(params, teacher_step, direction)
-    targets = channel.targets(key, apply(teacher, inputs))
-    _, student_direction = _descent(lambda p: imitation(p, targets), student)
+    student_direction = student_step_on(channel.targets(key, logits_of(teacher)))
     inner = optax.tree.vdot(student_direction, direction)
     teacher_norm, student_norm = optax.tree.norm(direction), optax.tree.norm(student_direction)
 
     unupdated_cosine = unupdated_inner = jnp.full_like(inner, jnp.nan)
     if not same:
-        _, unupdated = _descent(lambda p: imitation(p, channel.targets(key, logits)), student)
+        unupdated = student_step_on(channel.targets(key, signal.logits))
         unupdated_inner = optax.tree.vdot(unupdated, direction)
         overlap = optax.tree.vdot(student_direction, unupdated)
         unupdated_cosine = _ratio(overlap, student_norm * optax.tree.norm(unupdated))
 
-    after = trait_loss(optax.tree.add_scale(student, student_step, student_direction))
+    moved = optax.tree.add_scale(student, student_step, student_direction)
+    before = loss_before if same else trait_loss(student_params)
+    after = trait_loss(join(moved, student_rest))
     return Report(
         inner_product=inner,
-        predicted_inner_product=teacher_step * signal,
+        predicted_inner_product=teacher_step * signal.strength,
         cosine=_ratio(inner, student_norm * teacher_norm),
         teacher_norm=teacher_norm,
         student_norm=student_norm,
-        trait_loss_before=loss_before if same else trait_loss(student),
+        trait_loss_before=before,
         trait_loss_after=after,
-        predicted_change=-teacher_step * student_step * signal,
-        zero_code=_zero_code(channel, logits, tangent, seen, visible, weights, teacher_norm),
+        predicted_change=-teacher_step * student_step * signal.strength,
+        change_rounding=_rounding(params, signal.logits, before) * jnp.maximum(jnp.abs(before), jnp.abs(after)),
+        teacher_kept=_kept(params, teacher, teacher_step, direction),
+        student_kept=_kept(student, moved, student_step, student_direction),
+        zero_code=jnp.where(teacher_norm == 0, 1, signal.zero_code),
         unupdated_cosine=unupdated_cosine,
         unupdated_inner_product=unupdated_inner,
         same_initialisation=same,
+        exact=channel.exact,
     )
 
 
@@ -199,59 +235,38 @@ def _ratio(a: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
-def _zero_code(
-    channel: Channel,
-    logits: Float[Array, "*batch n"],
-    tangent: Float[Array, "*batch n"],
-    seen: Float[Array, "*batch n"],
-    visible: Array,
-    weights: Float[Array, "*batch"],
-    teacher_norm: Float[Array, ""],
-) -> Int[Array, ""]:
-    """Index into `ZERO_CASES`. A is called zero below the rounding error of tangent . M tangent."""
-    n = logits.shape[-1]
-    rounding = 16 * jnp.finfo(logits.dtype).eps
+def _rounding(*trees: PyTree) -> float:
+    """16 times the largest machine epsilon among the floating leaves."""
+    return 16 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
 
-    def strength(vector: Array, image: Array) -> Float[Array, ""]:
-        return weighted_mean(jnp.sum(jnp.abs(vector * image), axis=-1), weights)
 
-    # M is blind if it annihilates a generic direction: one that is neither constant nor sparse.
-    probe = jnp.broadcast_to(jnp.sin(1.0 + jnp.arange(n, dtype=logits.dtype)), logits.shape)
-    size = jnp.max(jnp.abs(channel.metric(logits, probe)))
-    blind = size <= rounding
-    moved = jnp.where(visible, tangent, 0)
-    invisible = jnp.max(jnp.abs(moved)) == 0
-    spread = jnp.max(moved, axis=-1, where=visible, initial=-jnp.inf) - jnp.min(
-        moved, axis=-1, where=visible, initial=jnp.inf
-    )
-    shift = jnp.all((spread <= rounding * jnp.max(jnp.abs(moved), axis=-1)) | (weights == 0))
-    zero = strength(tangent, seen) <= rounding * size * strength(moved, moved)
-    named = jnp.where(shift & zero, 4, jnp.where(zero, 5, 0))
-    return jnp.where(teacher_norm == 0, 1, jnp.where(blind, 2, jnp.where(invisible, 3, named)))
+def _kept(start: PyTree, end: PyTree, step: float | Float[Array, ""], direction: PyTree) -> Float[Array, ""]:
+    """(end - start) . direction / (step |direction|^2): how much of a step remains after rounding."""
+    # Squares of small directions underflow, so the direction is scaled to a largest entry of 1.
+    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf), initial=0), direction))
+    unit = jax.tree.map(lambda leaf: leaf / jnp.where(largest > 0, largest, 1).astype(leaf.dtype), direction)
+    displacement = jax.tree.map(lambda a, b, u: (b - a) / jnp.asarray(step * largest, u.dtype), start, end, unit)
+    squared = optax.tree.vdot(unit, unit)
+    return jnp.where(squared > 0, optax.tree.vdot(displacement, unit) / jnp.where(squared > 0, squared, 1), 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SmallSteps:
-    """How small is small enough: the answer of `how_small`, in units of the raw gradients.
+    """How small is small enough: what the search of `how_small` found, in units of the raw gradients.
 
     Attributes:
-        teacher_step: the largest eps up to which D_S . D_T >= 0 held wherever it was probed.
-        teacher_step_bound: 2 A / k, k the largest -d^2(D_S . D_T)/d eps^2 up to there: below it
-            D_S . D_T > 0 follows from Taylor's theorem.
-        student_step: the largest alpha up to which the trait loss stays below its start, at the given eps.
-        student_step_bound: 2 D_S . D_T / k, k the largest D_S^T H D_S up to there, H the Hessian of the
-            trait loss.
+        teacher_step: the largest eps up to which D_S . D_T >= 0 held wherever it was probed, 0 where A = 0.
+        student_step: the largest alpha up to which the trait loss stays below its start, at the given eps; 0
+            where A = 0.
         teacher_step_searched: the largest eps probed; a teacher step equal to it means "no failure found".
         student_step_searched: the same for alpha. Both are 0 where their direction vanishes.
     """
 
-    teacher_step: Float[Array, ""]
-    teacher_step_bound: Float[Array, ""]
-    student_step: Float[Array, ""]
-    student_step_bound: Float[Array, ""]
-    teacher_step_searched: Float[Array, ""]
-    student_step_searched: Float[Array, ""]
+    teacher_step: PyTree
+    student_step: PyTree
+    teacher_step_searched: PyTree
+    student_step_searched: PyTree
 
 
 def how_small(
@@ -267,61 +282,68 @@ def how_small(
     farthest: float = 10.0,
     probes: int = 48,
 ) -> SmallSteps:
-    """The largest teacher and student steps for which the guarantee still holds.
+    """Search the largest teacher and student steps for which the guarantee still holds.
 
     `teacher_step` is the eps at which the student's step is judged. Steps are probed on a geometric grid of
     `probes` points that spans eight decades and ends where a step has moved the parameters by `farthest`
-    times their norm; the first failure is then bisected to rounding. The bounds use curvature along the two
-    directions only (nested Jacobian-vector products, so Hessian-vector products without the Hessian), taken
-    at the probes: exact where curvature does not peak between probes, and blind to the kinks of a ReLU,
-    whose curvature is 0 almost everywhere. Channels with sampled targets have no derivative in eps.
+    times their norm; the first failure is then bisected to rounding. This is a search, not a bound: a failure
+    between two probes that is over by the next is missed, and a gain smaller than its rounding error counts as no
+    failure.
 
-    Costs about 2 * probes + 100 forward passes and 2 * probes second derivatives. Pure; wrap it in `jax.jit`.
+    Costs about 2 * probes + 100 forward passes. Pure; wrap it in `jax.jit`.
 
     Raises:
         InputError: as `check`.
     """
     require_step("teacher_step", teacher_step)
-    _, direction = _descent(trait_loss, params)
-    logits, tangent = jax.jvp(lambda p: apply(p, inputs), (params,), (direction,))
-    channel.visible(logits.shape[-1])
-    weights = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else weights
+    params, rest = split_trainable(params)
+
+    def logits_of(p: PyTree) -> Float[Array, "*batch n"]:
+        return apply(join(p, rest), inputs)
+
+    def trait(p: PyTree) -> Float[Array, ""]:
+        return trait_loss(join(p, rest))
+
+    before, direction = _descent(trait, params)
+    signal = measure_signal(logits_of, params, direction, channel, weights)
+    logits, tangent = signal.logits, signal.tangent
+    rounding = _rounding(logits)
+    # Logits that are off by one unit in their last place change the gradient in the logits by M times that.
+    blur = channel.metric(logits, logits * signs(logits))
+    unsure = rounding * weighted_mean(jnp.sum(jnp.abs(tangent * blur), axis=-1), signal.weights)
+
+    def targets_of(eps: Float[Array, ""] | float) -> PyTree:
+        return channel.targets(key, logits_of(optax.tree.add_scale(params, eps, direction)))
 
     def inner_product(eps: Float[Array, ""]) -> Float[Array, ""]:
         """D_S . D_T by the chain rule through the logits: no gradient in the parameters is needed."""
-        targets = channel.targets(key, apply(optax.tree.add_scale(params, eps, direction), inputs))
-        loss = lambda z: imitation_loss(channel, z, targets, weights)  # noqa: E731
-        return -jax.jvp(loss, (logits,), (tangent,))[1]
+        loss = lambda z: imitation_loss(channel, z, targets_of(eps), signal.weights)  # noqa: E731
+        return unsure - jax.jvp(loss, (logits,), (tangent,))[1]
 
-    targets = channel.targets(key, apply(optax.tree.add_scale(params, teacher_step, direction), inputs))
-    _, student_direction = _descent(lambda p: imitation_loss(channel, apply(p, inputs), targets, weights), params)
+    _, gradient = imitation_value_and_grad(channel, logits_of, params, targets_of(teacher_step), signal.weights)
+    student_direction = optax.tree.scale(-1, gradient)
+    noise = _rounding(params, logits, before) * jnp.abs(before)
 
     def progress(alpha: Float[Array, ""]) -> Float[Array, ""]:
         """How far the trait loss has fallen."""
-        return trait_loss(params) - trait_loss(optax.tree.add_scale(params, alpha, student_direction))
+        return noise + before - trait(optax.tree.add_scale(params, alpha, student_direction))
 
     size = farthest * optax.tree.norm(params)
     decades = jnp.logspace(-8, 0, probes, dtype=logits.dtype)
     eps_grid = decades * _ratio(size, optax.tree.norm(direction))
     alpha_grid = decades * _ratio(size, optax.tree.norm(student_direction))
-    teacher_found, teacher_bound = _first_failure(inner_product, eps_grid)
-    student_found, student_bound = _first_failure(progress, alpha_grid)
-    return SmallSteps(teacher_found, teacher_bound, student_found, student_bound, eps_grid[-1], alpha_grid[-1])
+    found = (_first_failure(inner_product, eps_grid), _first_failure(progress, alpha_grid))
+    vanishes = (signal.zero_code > 0) | (optax.tree.norm(direction) == 0)
+    teacher_found, student_found = (jnp.where(vanishes, 0, step) for step in found)
+    return SmallSteps(teacher_found, student_found, eps_grid[-1], alpha_grid[-1])
 
 
 def _first_failure(
     gain: Callable[[Float[Array, ""]], Float[Array, ""]], grid: Float[Array, " probes"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Where a function with gain(0) = 0 and gain'(0) > 0 first falls below 0, found and bounded."""
-
-    def slope(x: Float[Array, ""]) -> Float[Array, ""]:
-        return jax.jvp(gain, (x,), (jnp.ones_like(x),))[1]
-
-    def curvature(x: Float[Array, ""]) -> Float[Array, ""]:
-        return -jax.jvp(slope, (x,), (jnp.ones_like(x),))[1]
-
-    start = jnp.zeros_like(grid[0])
-    failed = jax.lax.map(gain, grid) < 0
+) -> Float[Array, ""]:
+    """Where a function first falls below 0 on a grid, bisected; the end of the grid if it never does."""
+    # Not a number is a failure too.
+    failed = ~(jax.lax.map(gain, grid) >= 0)
     first = jnp.argmax(failed)
     low = jnp.where(first == 0, 0, grid[first - 1])
 
@@ -332,8 +354,4 @@ def _first_failure(
         return (jnp.where(good, middle, low), jnp.where(good, high, middle)), None
 
     (low, _), _ = jax.lax.scan(halve, (low, grid[first]), None, length=50)
-    found = jnp.where(jnp.any(failed), low, grid[-1])
-
-    bend = jax.lax.cummax(jnp.maximum(jax.lax.map(curvature, jnp.append(start, grid)), 0))[1:]
-    reach = jnp.where(bend > 0, 2 * slope(start) / jnp.where(bend > 0, bend, 1), jnp.inf)
-    return found, jnp.max(jnp.minimum(grid, reach))
+    return jnp.where(jnp.any(failed), low, grid[-1])
