@@ -59,13 +59,14 @@ class Config:
     smallest: float = option(1e-5, "smallest eps and alpha, in units of the raw gradients", positive=True)
     largest: float = option(1e-3, "largest eps and alpha", positive=True)
     steps: int = option(7, "step sizes from the smallest to the largest", minimum=2)
+    network: str | None = option(None, "the only kind of network (default all)", choices=tuple(BUILDERS))
 
     def __post_init__(self) -> None:
         if self.smallest >= self.largest:
             raise InputError(f"--smallest {self.smallest:g} must be below --largest {self.largest:g}")
 
 
-PRESETS = {"default": Config()}
+PRESETS = {"default": Config(), "smoke": Config(seeds=2, network="MLP, tanh")}
 
 
 def plan(config: Config) -> list[Part]:
@@ -73,6 +74,7 @@ def plan(config: Config) -> list[Part]:
     return [
         Part(f"network-{number}", config.seeds, functools.partial(measure_network, config, name))
         for number, name in enumerate(BUILDERS)
+        if config.network in (None, name)
     ]
 
 

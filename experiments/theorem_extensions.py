@@ -207,7 +207,7 @@ class Config:
     network: str = option("MLP, tanh", "kind of network", choices=tuple(BUILDERS))
 
 
-PRESETS = {"default": Config()}
+PRESETS = {"default": Config(), "smoke": Config(seeds=5)}
 
 
 def plan(config: Config) -> list[Part]:
@@ -288,7 +288,7 @@ def _transmit(
     (taught, _), _ = jax.lax.scan(step, opening, None, length=extension.teacher_steps)
     student = distill(
         model.with_params(student_start), model.with_params(taught), channel, Examples(inputs, len(inputs)),
-        extension.student, extension.student_steps, key,
+        extension.student, extension.student_steps, key=key,
     )  # fmt: skip
     return trait_loss(student.model.params) - trait_loss(student_start)
 

@@ -47,6 +47,12 @@ def _main(arguments: list[str]) -> int:
         for name, claim in found.items():
             print(f"  {name:{width}}  {claim}")
         return 0
+    if arguments == ["--names"]:
+        print(*discover("plan"), sep="\n")
+        return 0
+    if arguments == ["--figures"]:
+        print(*figures(), sep="\n")
+        return 0
     name, *rest = arguments
     if name not in found:
         close = difflib.get_close_matches(name, found, n=1)
@@ -58,15 +64,29 @@ def _main(arguments: list[str]) -> int:
     return run(name, module, rest)
 
 
-def discover() -> dict[str, str]:
-    """The experiments of the package, by name, with the first line of their docstring; nothing is imported."""
-    found = {}
+def discover(*kinds: str) -> dict[str, str]:
+    """The names of the list, with the first line of their docstring; nothing is imported.
+
+    A file that defines `plan` is an experiment, one that defines `main` another command; both unless `kinds` says.
+    """
+    found, wanted = {}, set(kinds or ("plan", "main"))
     for file in sorted(Path(__file__).parent.parent.glob("[!_]*.py")):
         module = ast.parse(file.read_text(encoding="utf-8"))
-        functions = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
-        if functions & {"plan", "main"}:
+        if wanted & {node.name for node in module.body if isinstance(node, ast.FunctionDef)}:
             found[file.stem] = (ast.get_docstring(module) or "").split("\n")[0]
     return found
+
+
+def figures() -> list[str]:
+    """For each committed figure a line: its folder, then the command that makes it.
+
+    An experiment has one, of its own name and default settings, unless its FIGURES say which settings others have.
+    """
+    lines = []
+    for name in discover("plan"):
+        own = getattr(importlib.import_module(f".{name}", PACKAGE), "FIGURES", {name: ""})
+        lines += [f"{folder} {name} {settings}".rstrip() for folder, settings in own.items()]
+    return lines
 
 
 def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
@@ -74,8 +94,8 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
     options = vars(_parser(name, module).parse_args(arguments))
     out, resume, preset = options.pop("out"), options.pop("resume"), options.pop("preset", None)
     for field in dataclasses.fields(next(iter(module.PRESETS.values()))):
-        if field.metadata.get("positional"):
-            options[field.name] = ",".join(options.get(field.name, ()))
+        if words := field.metadata.get("positional") and options.pop(field.name, None):
+            options[field.name] = ",".join(words)
     flags = workers.take_flags(options)
     path = Path(out) if out is not None else Path("runs") / name
     _use_compilation_cache()

@@ -143,6 +143,14 @@ def test_lists_experiments(arguments: list[str], capsys: Capture) -> None:
         assert (EXPERIMENTS[name].__doc__ or "").splitlines()[0] == line
 
 
+def test_names_of_experiments(capsys: Capture) -> None:
+    assert command_line.main(["--names"]) == 0
+    output, errors = capsys.readouterr()
+    assert not errors
+    assert output.split() == [name for name, module in EXPERIMENTS.items() if hasattr(module, "plan")]
+    assert {name for name in EXPERIMENTS if name not in output.split()} == {"language_rows", "plan", "summary"}
+
+
 def shown_defaults(output: str) -> dict[str, str]:
     return dict(re.findall(r"^  --(\S+) \w+(?:, --\S+ \w+)?\s+.*\(default (.+)\)$", output, re.M))
 
@@ -236,7 +244,7 @@ def test_in_a_process_of_its_own() -> None:
         ("mnist --data digits --inputs foo", "--inputs 'foo' is unknown; there are uniform, "),
         ("mnist --data digits --data-dir x", "--data-dir is a folder of idx files, but the digits are embedded"),
         ("theorem --smallest nan", "--smallest must be finite, got nan"),
-        ("theorem --preset nature", "unrecognized arguments: --preset nature; see "),
+        ("theorem --preset nature", "unknown preset 'nature'; there are default, smoke"),
     ],
 )
 def test_refuses(arguments: str, message: str, tmp_path: Path, capsys: Capture) -> None:
@@ -338,7 +346,7 @@ def matrix_product(params: Any, inputs: Any) -> Any:
 
 def imitate(student: Model, teacher: Model, channel: Any = SoftLogits(), labels: Any = None) -> None:  # noqa: B008
     source = Examples(jnp.ones((4, 2)), 2, labels)
-    distill(student, teacher, channel, source, optax.sgd(0.1), 1, jnp.zeros(2, jnp.uint32))
+    distill(student, teacher, channel, source, optax.sgd(0.1), 1, key=jnp.zeros(2, jnp.uint32))
 
 
 def examine(**changes: Any) -> None:
