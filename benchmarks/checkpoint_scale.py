@@ -29,8 +29,7 @@ from flax import nnx
 from subliminal_theory import theorem
 from subliminal_theory.channel import SoftLogits, imitation_loss, weighted_mean
 from subliminal_theory.language.hub.checkpoint import load_checkpoint, skeleton
-from subliminal_theory.language.hub.families import read_family
-from subliminal_theory.language.hub.tensor_map import entries
+from subliminal_theory.language.hub.families import entries, read_family
 from subliminal_theory.language.hub.tensors import write_tensors
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.transformer import Text, Transformer
@@ -54,7 +53,7 @@ def write(folder: Path) -> None:
     shapes = {name: leaf.shape for name, leaf in leaves_by_path(shell).items()}
     rng = np.random.default_rng(0)
     wanted = {entry.theirs: entry.shape([shapes[name] for name in entry.ours]) for entry in entries(family)}
-    write_tensors(folder, {name: rng.random(shape, np.float32) for name, shape in wanted.items()}, {})
+    write_tensors(folder, {name: rng.random(shape, np.float32) for name, shape in wanted.items()})
 
 
 def anonymous() -> int:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,10 +171,40 @@ def raw_bytes(array: np.ndarray | np.generic | jax.Array) -> memoryview:
     return np.ascontiguousarray(host, host.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
 
 
-def save_arrays(path: Path, tree: PyTree, metadata: Mapping[str, str] | None = None) -> None:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, holds no JSON object, or an object with one key twice.
+    """
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): give a folder that has it") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): download or write it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: download or write it again")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"one of the keys {', '.join(map(ascii, content))} is there twice")
+    return content
+
+
+def save_arrays(
+    path: Path,
+    tree: PyTree,
+    metadata: Mapping[str, str] | None = None,
+    read: Callable[[str], np.ndarray | jax.Array] | None = None,
+) -> None:
     """Write the arrays of a pytree by their names, such as `layers/0/kernel`, and text about them, atomically.
 
-    One array at a time is on the host. The same arrays give the same bytes. Typed random keys are stored as data.
+    One array at a time is in host memory. `read` gives the array of a name when it is written; leaves then need a
+    shape and a dtype alone. The same arrays give the same bytes. Typed random keys are stored as their data.
 
     Raises:
         InputError: a dtype that the format lacks, names that are equal or not text, or as `atomic_file`.
@@ -191,7 +221,7 @@ def save_arrays(path: Path, tree: PyTree, metadata: Mapping[str, str] | None = N
     try:
         for name in names:
             array = arrays[name]
-            begin, end = end, end + array.nbytes
+            begin, end = end, end + array.size * array.dtype.itemsize
             header[name] = {"dtype": CODES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except KeyError as error:
@@ -202,7 +232,7 @@ def save_arrays(path: Path, tree: PyTree, metadata: Mapping[str, str] | None = N
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(raw_bytes(arrays[name]))
+            file.write(raw_bytes(arrays[name] if read is None else read(name)))
 
 
 def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -274,7 +304,7 @@ def misfits(wanted: Mapping[str, tuple[Sequence[int], Any]], arrays: Mapping[str
         found = arrays.get(name)
         if found is not None and found.shape != tuple(shape):
             faults.append(f"{name} is {list(found.shape)}, not {list(shape)}")
-        elif found is not None and not jnp.issubdtype(found.dtype, dtype):
+        if found is not None and not jnp.issubdtype(found.dtype, dtype):
             faults.append(f"{name} is {found.dtype}, not {dtype.__name__ if isinstance(dtype, type) else dtype}")
     return faults
 

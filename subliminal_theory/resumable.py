@@ -155,7 +155,7 @@ def _resume(
     saves = _saves(folder)
     others = sorted({path.name for path in folder.iterdir()} - {path.name for path in saves.values()} - {".lock"})
     if others:
-        raise InputError(f"the folder {folder} holds something else ({others[0]}): choose an empty or new one")
+        raise InputError(f"folder {folder} holds something else ({others[0]}): choose an empty or new one")
     if not saves:
         return None, np.zeros(0, np.float32)
     newest_first = sorted(saves, reverse=True)
@@ -195,6 +195,6 @@ def _require_same(folder: Path, found: dict[str, str], about: dict[str, str]) ->
     for name, value in about.items():
         if found.get(name) != value:
             raise InputError(
-                f"the folder {folder} holds a run of {name} {found.get(name)}, and this one has {name} {value}: "
+                f"folder {folder} holds a run of {name} {found.get(name)}, and this one has {name} {value}: "
                 "choose another folder"
             )

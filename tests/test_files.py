@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import deserialize
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.files import (
@@ -25,6 +28,7 @@ from subliminal_theory.files import (
     load_arrays,
     locked,
     open_arrays,
+    read_json,
     save_arrays,
     write_atomically,
 )
@@ -143,7 +147,7 @@ def test_fingerprint_in_another_process() -> None:
     assert runs[0].stdout == runs[1].stdout
 
 
-def tree() -> dict[str, Any]:
+def example() -> dict[str, Any]:
     arrays = [jnp.arange(1, 7).reshape(3, 2).T.astype(dtype) for dtype in DTYPES.values() if dtype.itemsize < 8]
     return {"all": arrays, "none": None, "key": jax.random.split(jax.random.key(0), 3), "empty": np.zeros((0, 3))}
 
@@ -154,7 +158,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_arrays_of_all_dtypes(tmp_path: Path) -> None:
-    path, given = tmp_path / "a.safetensors", tree()
+    path, given = tmp_path / "a.safetensors", example()
     save_arrays(path, given, {"b": "two", "a": "ü"})
     found, text = load_arrays(path, given)
     assert text == {"b": "two", "a": "ü"}
@@ -164,7 +168,11 @@ def test_arrays_of_all_dtypes(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     views, _ = open_arrays(path)
     assert all(not view.flags.writeable and view.flags.aligned for view in views.values())
-    assert load_arrays(path)[0].keys() == views.keys() == {"key", "empty", *(f"all/{i}" for i in range(len(given["all"])))}
+    assert (
+        load_arrays(path)[0].keys()
+        == views.keys()
+        == {"key", "empty", *(f"all/{i}" for i in range(len(given["all"])))}
+    )
 
 
 def test_the_library_reads_what_is_written_and_the_reverse(tmp_path: Path) -> None:
@@ -180,12 +188,12 @@ def test_the_library_reads_what_is_written_and_the_reverse(tmp_path: Path) -> No
 
 
 def test_arrays_that_cannot_be_written(tmp_path: Path) -> None:
-    for given in (
+    for tree in (
         {"a": jnp.zeros(2, "int4")}, {"a": np.zeros(2, complex)}, {"\ud83e": np.zeros(2)},
         {"__metadata__": np.zeros(2)}, {"a/b": np.zeros(2), "a": {"b": np.zeros(2)}},
     ):  # fmt: skip
         with pytest.raises(InputError, match=r"^cannot write"):
-            save_arrays(tmp_path / "a", given)
+            save_arrays(tmp_path / "a", tree)
     assert not list(tmp_path.iterdir())
 
 
@@ -231,6 +239,43 @@ def test_damaged_arrays(tmp_path: Path, kind: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
+one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+VALID = raw(
+    {
+        "__metadata__": {"a": "b"},
+        "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "v": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [8, 12]},
+    },
+    bytes(range(12)),
+)
+SIGNS = [b"0", b"9", b"-1", b'"', b"[", b"]", b"{", b"}", b","]
+EDIT = st.tuples(
+    st.integers(0, len(VALID)), st.integers(0, 3), st.one_of(st.binary(max_size=3), st.sampled_from(SIGNS))
+)
+
+
+@given(edits=st.lists(EDIT, max_size=4), fitting=st.booleans())
+@settings(one_folder, max_examples=300)
+def test_no_bytes_give_another_exception(
+    tmp_path: Path, edits: list[tuple[int, int, bytes]], fitting: bool
+) -> None:
+    """Whatever the bytes: they are refused, or read as the library reads them."""
+    content = VALID
+    for position, removed, added in edits:
+        content = content[:position] + added + content[position + removed :]
+    if fitting:
+        content = raw(content[8:-12], content[-12:])
+    (tmp_path / "a").write_bytes(content)
+    try:
+        found, _ = open_arrays(tmp_path / "a")
+    except InputError:
+        return
+    wanted = dict(deserialize(content))
+    assert found.keys() == wanted.keys()
+    for name, array in found.items():
+        assert (array.tobytes(), list(array.shape)) == (bytes(wanted[name]["data"]), wanted[name]["shape"])
+
+
 def test_arrays_that_are_not_there_or_others(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match="cannot read"):
@@ -241,3 +286,17 @@ def test_arrays_that_are_not_there_or_others(tmp_path: Path) -> None:
     faults = r"e is missing, d\\n is unexpected, a is \[3\], not \[2\], b is float32, not float64"
     with pytest.raises(InputError, match=faults):
         load_arrays(path, like)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}', "\xff", "[" * 10**5]
+)
+def test_json_that_is_no_object(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=f"^{path} (is not valid JSON|holds no JSON object)"):
+        read_json(path)
+    path.write_text('{"a": {"b": 1}, "b": {"b": 2}}')
+    assert read_json(path) == {"a": {"b": 1}, "b": {"b": 2}}
+    with pytest.raises(InputError, match=r"^cannot read "):
+        read_json(tmp_path / "none")

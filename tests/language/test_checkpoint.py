@@ -1,6 +1,9 @@
 """Checkpoints of every family against stored logits, in old spellings, and in every broken form."""
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +78,34 @@ def test_text_files_travel(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(theirs)
     save_checkpoint(tmp_path / "ours", checkpoint, checkpoint.model)
     assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is there already"):
         save_checkpoint(tmp_path / "ours", checkpoint, checkpoint.model)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """At any of its steps. A killed process leaves a folder of another name, which the next save removes."""
+    theirs, ours = folder_of("llama", tmp_path / "theirs"), tmp_path / "ours"
+    (theirs / "tokenizer.json").write_text("{}")
+    checkpoint, real = load_checkpoint(theirs), getattr(os, call)
+    for last in range(3 + (call == "replace")):
+        calls = iter(range(9))
+
+        def fail(*given: Any, last: int = last, calls: Any = calls) -> None:
+            if next(calls) == last:
+                raise OSError(errno.ENOSPC, "no room")
+            real(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(InputError, match=r"^the disk is full: could not write "):
+                save_checkpoint(ours, checkpoint, checkpoint.model)
+        assert os.listdir(tmp_path) == ["theirs"]
+    shutil.copytree(theirs, tmp_path / ".ours.tmp")
+    (tmp_path / ".ours.tmp" / "more").touch()
+    save_checkpoint(ours, checkpoint, checkpoint.model)
+    assert sorted(os.listdir(ours)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
 
 
 def test_another_shape_is_not_saved(tmp_path: Path) -> None:
@@ -113,11 +142,14 @@ def test_every_fault_is_in_one_error(tmp_path: Path) -> None:
     tensors["other"] = tensors.pop("model.norm.weight")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:40]
     retell(folder, tensors)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].astype(np.int8)
+    retell(folder, tensors)
     with pytest.raises(InputError) as caught:
         load_checkpoint(folder)
     assert str(caught.value) == (
         f"{folder}: the tensors do not fit LlamaForCausalLM: model.norm.weight is missing; other is unexpected; "
-        "model.embed_tokens.weight is [40, 32], not [50, 32]"
+        "model.embed_tokens.weight is [40, 32], not [50, 32]; "
+        "model.layers.0.mlp.up_proj.weight is int8, not floating"
     )
 
 
@@ -165,9 +197,13 @@ def test_old_spellings(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"architectures": None}, r"names no architecture: add architectures, one of LlamaForCausalLM, "),
+        (
+            "llama",
+            {"architectures": None},
+            r"names no architecture: add architectures, one of Gemma2ForCausalLM, ",
+        ),
         ("llama", {"architectures": ["A", "B"]}, "names no architecture: "),
-        ("llama", {"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported; there are Llama"),
+        ("llama", {"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported; there are Gemma2"),
         ("llama", {"hidden_size": None}, "lacks hidden_size: take the config.json that belongs to the weights"),
         ("llama", {"hidden_size": "32"}, "has a setting of the wrong type "),
         ("llama", {"vocab_size": -1}, "TransformerConfig: vocabulary must be a positive integer, got -1"),
@@ -202,11 +238,11 @@ def test_settings_that_are_not_handled(name: str, changes: dict, message: str, t
 def test_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent is no folder: give the folder of a checkpoint "):
         read_family(tmp_path / "absent")
-    with pytest.raises(InputError, match=r"^cannot read .*config\.json \(No such file .*\): give the folder"):
+    with pytest.raises(InputError, match=r"^cannot read .*config\.json \(No such file .*\): give a folder"):
         read_family(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is not JSON \(.*\): download it again$"):
+    with pytest.raises(InputError, match=r"config\.json is not valid JSON \(.*\): download or write it again$"):
         read_family(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config\.json is no JSON object: download it again$"):
+    with pytest.raises(InputError, match=r"config\.json holds no JSON object: download or write it again$"):
         read_family(tmp_path)

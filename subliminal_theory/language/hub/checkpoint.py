@@ -20,15 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.hub.families import Family, read_family
-from subliminal_theory.language.hub.tensor_file import misfits
-from subliminal_theory.language.hub.tensor_map import Entry, entries, ignored
+from subliminal_theory.files import atomic_folder, misfits, write_atomically
+from subliminal_theory.language.hub.families import Family, entries, ignored, read_family
+from subliminal_theory.language.hub.tensor_map import Entry
 from subliminal_theory.language.hub.tensors import open_tensors, release, write_tensors
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.model.transformer import Transformer, transformer_of
 from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
-from subliminal_theory.runs import write_atomically
 
 _ALIGNED, _THREADS = 64, 4
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -71,7 +70,7 @@ def open_base(
 ) -> CheckpointBase:
     """The base in a folder with weights, tokenizer and chat template; blocks compute again for gradients.
 
-    With `compute` it computes in that format, from parameters in the format `dtype`.
+    With `compute` it computes in that dtype, from parameters of `dtype`.
 
     Raises:
         InputError: as `load_checkpoint` and `CheckpointTokenizer.load`, or tokenizer and embedding do not fit.
@@ -80,11 +79,11 @@ def open_base(
     tokenizer.check_fits(read_family(folder).config.vocabulary)
     checkpoint = load_checkpoint(folder, dtype, placement, remat=True)
     if compute not in (None, dtype):
-        checkpoint = replace(checkpoint, model=computed_in(checkpoint.model, _format(compute)))
+        checkpoint = replace(checkpoint, model=computed_in(checkpoint.model, _dtype(compute)))
     return CheckpointBase(seed, checkpoint, tokenizer)
 
 
-def _format(name: str) -> Any:
+def _dtype(name: str) -> Any:
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is unknown; there are {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -100,16 +99,16 @@ def skeleton(family: Family, remat: bool = False) -> Model:
 def load_checkpoint(
     folder: Path, dtype: str = "float32", placement: Any = None, remat: bool = False
 ) -> Checkpoint:
-    """The model in a folder, its parameters in one format, each put on the device as soon as it is read.
+    """The model in a folder, its parameters of one dtype, each put on its device as soon as it is read.
 
-    `placement` is what `jax.device_put` takes: a device, a sharding, or a function from a parameter's path and
-    shape to either. Files are mapped into memory: nothing is held twice but as many tensors as there are threads.
+    `placement` is what `jax.device_put` takes, a device or a sharding, or a function from a parameter's path and
+    shape to either. Files are mapped into memory: only one tensor a thread is in memory twice.
 
     Raises:
         InputError: config.json or the weights cannot be read (see `read_family`, `open_tensors`), or tensors are
             missing, unexpected or misshapen; one error names all of them.
     """
-    kind = _format(dtype)
+    kind = _dtype(dtype)
     family = read_family(folder)
     tensors = _renamed(open_tensors(folder), entries(family))
     shell = skeleton(family, remat)
@@ -118,7 +117,7 @@ def load_checkpoint(
     found: dict[str, jax.Array] = {}
 
     def read(entry: Entry) -> None:
-        parts = entry.take_apart(tensors[entry.theirs], family.config.heads)
+        parts = entry.take_apart(tensors[entry.theirs])
         for name, part in zip(entry.ours, parts, strict=True):
             place = placement(name, part.shape) if callable(placement) else placement
             found[name] = _put(part, kind, place)
@@ -137,19 +136,19 @@ def _put(tensor: np.ndarray, dtype: Any, place: Any) -> jax.Array:
         return jax.make_array_from_single_device_arrays(tensor.shape, place, pieces)
     if tensor.ndim == 2 and tensor.T.flags.c_contiguous and not tensor.flags.c_contiguous:
         if jax.default_backend() == "cpu" and tensor.dtype == dtype:
-            return jax.device_put(tensor, place).block_until_ready()  # turned as it is copied, once
-        # As it lies, and turned by the device: NumPy takes several times as long.
-        return _turned(jax.device_put(tensor.T, place), dtype).block_until_ready()
+            return jax.device_put(tensor, place).block_until_ready()  # transposed as it is copied
+        # The device transposes: NumPy takes several times as long.
+        return _transposed(jax.device_put(tensor.T, place), dtype).block_until_ready()
     return jax.device_put(_copy(tensor, dtype), place)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _turned(tensor: jax.Array, dtype: Any) -> jax.Array:
+def _transposed(tensor: jax.Array, dtype: Any) -> jax.Array:
     return tensor.T.astype(dtype)
 
 
 def _copy(tensor: np.ndarray, dtype: Any) -> np.ndarray:
-    """A copy in another order and format, at an address from which a CPU device takes it over as it is."""
+    """A contiguous copy of another dtype, aligned so that a CPU device uses it without one more copy."""
     bytes_ = tensor.size * np.dtype(dtype).itemsize
     room = np.empty(bytes_ + _ALIGNED, np.uint8)
     start = -room.ctypes.data % _ALIGNED
@@ -159,7 +158,7 @@ def _copy(tensor: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _renamed(tensors: Mapping[str, np.ndarray], wanted: list[Entry]) -> dict[str, np.ndarray]:
-    """Tensors under their full names: bare models are stored without the first part of them."""
+    """Tensors by their full names: models without a head are stored without the first part of them."""
     names = {entry.theirs for entry in wanted}
     stem = wanted[0].theirs.split(".")[0]
     bare = not any(name.startswith(f"{stem}.") for name in tensors)
@@ -171,40 +170,46 @@ def _require_bijection(
     folder: Path, family: Family, tensors: dict[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     wanted = {entry.theirs: entry.shape([shapes[name] for name in entry.ours]) for entry in entries(family)}
-    head = "embed_out.weight" if family.architecture == "GPTNeoXForCausalLM" else "lm_head.weight"
+    untied = replace(family, config=replace(family.config, tied=False))
+    head = entries(untied)[-1].theirs
     if family.config.tied and head in tensors:
         embedding = tensors.get(entries(family)[0].theirs)
         # Some libraries store a tied matrix twice.
         if embedding is not None and np.array_equal(tensors[head], embedding):
             del tensors[head]
-    faults = misfits(wanted, tensors)
+    faults = misfits({name: (shape, jnp.floating) for name, shape in wanted.items()}, tensors)
     if faults:
         raise InputError(f"{folder}: the tensors do not fit {family.architecture}: {'; '.join(faults)}")
 
 
 def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | None = None) -> None:
-    """A model of a checkpoint's kind in a new folder that other libraries load, low-rank factors merged.
+    """A model of a checkpoint's kind in a new folder that other libraries load, with low-rank factors merged.
 
-    Tensors keep the model's format unless `dtype` names another one. Text files of the checkpoint's folder
-    (tokenizer, template) are copied.
+    Tensors keep the model's dtype unless `dtype` names another one. Text files of the checkpoint's folder
+    (tokenizer, template) are copied. The folder gets its name when it is whole; one tensor at a time is in host
+    memory.
 
     Raises:
-        InputError: the model has other shapes, the folder holds weights already or cannot be written.
+        InputError: the model has other shapes, the folder is there already or cannot be written.
     """
     plain = merge_lora(model)
     if transformer_of(plain).config != like.family.config:
         raise InputError(f"save_checkpoint: the model is not of the shape of {like.folder}")
     params = leaves_by_path(plain.all_params)
-    kind = next(iter(params.values())).dtype if dtype is None else _format(dtype)
-    tensors = {}
-    for entry in entries(like.family):
-        parts = [np.asarray(params[name]).astype(kind, copy=False) for name in entry.ours]
-        tensors[entry.theirs] = entry.put_together(parts, like.family.config.heads)
-    # The weights first, which refuse a folder that has some; without config.json they are no checkpoint yet.
-    write_tensors(folder, tensors, {})
-    for name in TEXT_FILES:
-        if (like.folder / name).exists():
-            write_atomically(folder / name, (like.folder / name).read_bytes())
+    kind = np.dtype(next(iter(params.values())).dtype if dtype is None else _dtype(dtype))
+    by_name = {entry.theirs: entry for entry in entries(like.family)}
+    shapes = {name: entry.shape([params[ours].shape for ours in entry.ours]) for name, entry in by_name.items()}
+
+    def read(name: str) -> np.ndarray:
+        # np.asarray caches the host copy on a JAX array: copy first, so that it can be freed.
+        parts = [np.asarray(params[ours].copy()).astype(kind, copy=False) for ours in by_name[name].ours]
+        return by_name[name].put_together(parts)
+
     settings = {key: value for key, value in like.family.settings.items() if key != "torch_dtype"}
-    settings["dtype"] = str(np.dtype(kind))
-    write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+    settings["dtype"] = str(kind)
+    with atomic_folder(folder) as new:
+        write_tensors(new, {name: jax.ShapeDtypeStruct(shape, kind) for name, shape in shapes.items()}, read)
+        for name in TEXT_FILES:
+            if (like.folder / name).exists():
+                write_atomically(new / name, (like.folder / name).read_bytes())
+        write_atomically(new / "config.json", (json.dumps(settings, indent=2) + "\n").encode())

@@ -1,0 +1,76 @@
+"""The families of checkpoints, a file each: it reads config.json and says how the tensors are called.
+
+A file has `ARCHITECTURE`, the name in config.json; `read(settings)`, the shape of the transformer; and
+`tensors(config)`, the tensors in the order of the layers, the one of the head last unless it is tied. A new family
+is a new file here.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.files import read_json
+from subliminal_theory.language.hub.settings import Settings
+from subliminal_theory.language.hub.tensor_map import Entry
+from subliminal_theory.language.model.config import TransformerConfig
+
+_MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+_FAMILIES = {module.ARCHITECTURE: module for module in _MODULES}
+ARCHITECTURES = tuple(_FAMILIES)
+# Tables of positions and masks that older libraries stored.
+_TABLES = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)")
+
+
+@dataclass(frozen=True)
+class Family:
+    """The architecture that a config.json names, the shape it describes, and its settings as they were read."""
+
+    architecture: str
+    config: TransformerConfig
+    settings: Mapping[str, Any]
+
+
+def entries(family: Family) -> list[Entry]:
+    """All tensors of a checkpoint, in the order of its layers; the one of the head only if it is not tied."""
+    found: list[Entry] = _FAMILIES[family.architecture].tensors(family.config)
+    return found
+
+
+def ignored(name: str) -> bool:
+    """Whether a tensor holds no parameters but a table, of frequencies or masks."""
+    return _TABLES.fullmatch(name) is not None
+
+
+def read_family(folder: Path) -> Family:
+    """The family that the config.json of a checkpoint's folder describes.
+
+    Raises:
+        InputError: no folder or no such file, no JSON object, no architecture or an unknown one, a setting that is
+            missing, has a bad value or is not supported; names it.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give the folder of a checkpoint with config.json")
+    given = read_json(path)
+    named = given.get("architectures")
+    if not isinstance(named, list) or len(named) != 1:
+        raise InputError(f"{path} names no architecture: add architectures, one of {', '.join(ARCHITECTURES)}")
+    if named[0] not in ARCHITECTURES:
+        raise InputError(
+            f"{path}: architecture {named[0]!r} is not supported; there are {', '.join(ARCHITECTURES)}"
+        )
+    settings = Settings(given, str(path))
+    try:
+        config = _FAMILIES[named[0]].read(settings)
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if str(path) in text else f"{path}: {text}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} has a setting of the wrong type ({error}): download it again") from error
+    settings.finish()
+    return Family(named[0], config, given)

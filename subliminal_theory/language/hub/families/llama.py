@@ -1,0 +1,50 @@
+"""Llama, and what most families share with it."""
+
+from typing import Any
+
+from subliminal_theory.language.hub.settings import Settings
+from subliminal_theory.language.hub.tensor_map import Entry, linear
+from subliminal_theory.language.model.config import TransformerConfig
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+def read(settings: Settings, *, qkv_bias: bool = False, **fixed: Any) -> TransformerConfig:
+    """The shape; `fixed` are fields that a family has beside those of Llama."""
+    bias = bool(settings.take("attention_bias", False))
+    return TransformerConfig(
+        **settings.sizes(),
+        **settings.rotary(),
+        tied=settings.take("tie_word_embeddings", False),
+        norm_epsilon=settings.take("rms_norm_eps", 1e-6),
+        activation=settings.activation("hidden_act", "silu"),
+        attention_bias=bias or qkv_bias,
+        output_bias=bias,
+        mlp_bias=bool(settings.take("mlp_bias", False)),
+        **fixed,
+    )
+
+
+def tensors(config: TransformerConfig) -> list[Entry]:
+    """The tensors, also of families with norms after the sublayers or in the heads."""
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    if config.post_norm:
+        norms = {"input_layernorm": "attention_norm", "pre_feedforward_layernorm": "mlp_norm"}
+        norms = norms if config.pre_norm else {}
+        norms |= {
+            "post_attention_layernorm": "attention_post_norm",
+            "post_feedforward_layernorm": "mlp_post_norm",
+        }
+    if config.head_norm != "none":
+        norms |= {"self_attn.q_norm": "attention/query_norm", "self_attn.k_norm": "attention/key_norm"}
+    found = [Entry("model.embed_tokens.weight", ("embedding",))]
+    for layer in range(config.layers):
+        at, to = f"model.layers.{layer}", f"layers/{layer}"
+        found += [Entry(f"{at}.{theirs}.weight", (f"{to}/{ours}/scale",)) for theirs, ours in norms.items()]
+        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+            found += linear(f"{at}.self_attn.{theirs}_proj", f"{to}/attention/{ours}", config.attention_bias)
+        found += linear(f"{at}.self_attn.o_proj", f"{to}/attention/output", config.output_bias)
+        for name in ("gate", "up", "down"):
+            found += linear(f"{at}.mlp.{name}_proj", f"{to}/mlp/{name}", config.mlp_bias)
+    found.append(Entry("model.norm.weight", ("norm/scale",)))
+    return found + linear("lm_head", "head", False) * (not config.tied)

@@ -1,0 +1,127 @@
+"""The adapter_config.json of `peft`: rank, alpha and the modules that have factors."""
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.files import read_json
+
+CONFIG = "adapter_config.json"
+# Settings of training and of libraries: they do not change the function.
+_HARMLESS = {
+    "peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "inference_mode",
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "unsloth_fixed", "runtime_config",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    # How the base stores its matrices, which its config.json says too.
+    "fan_in_fan_out",
+    # Without effect unless others, which are refused, are set too.
+    "layers_pattern", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# Values that settings may have, besides off. Other starts ("pissa", "loftq", ...) change the base.
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    "use_rslora": (True,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What adapter_config.json says; `targets` are names of modules or their ends, None if it lists none."""
+
+    rank: int
+    alpha: float
+    rooted: bool
+    targets: tuple[str, ...] | None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / _divisor(self.rank, self.rooted)
+
+    def adapts(self, module: str) -> bool:
+        """Whether a list of targets names a module."""
+        return any(f".{module}".endswith(f".{target}") for target in self.targets or ())
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """The configuration of the adapter in a folder.
+
+    Raises:
+        InputError: no folder or no such file, no JSON object; a setting is missing, wrong or not supported.
+    """
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: give the folder of an adapter with {CONFIG}")
+    given = read_json(path)
+    _require_supported(path, given)
+    rank, alpha = given["r"], given["lora_alpha"]
+    if type(rank) is not int or rank < 1:
+        raise InputError(f"{path}: r must be a positive integer, got {short(rank)}: download it again")
+    if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
+        raise InputError(f"{path}: lora_alpha must be a positive number, got {short(alpha)}: download it again")
+    return PeftConfig(
+        rank, float(alpha), bool(given.get("use_rslora")), _listed(path, given.get("target_modules"))
+    )
+
+
+def _listed(path: Path, targets: Any) -> tuple[str, ...] | None:
+    # A text is a regular expression. Nobody else's is run: the tensors themselves say what is adapted.
+    if targets is None or isinstance(targets, str):
+        return None
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{path}: target_modules must list names, got {short(targets)}: download it again")
+    return tuple(targets)
+
+
+def _require_supported(path: Path, given: Mapping[str, Any]) -> None:
+    """Refuse settings that are not off and that this project does not compute."""
+    if given.get("peft_type") != "LORA":
+        raise InputError(
+            f"{path}: peft_type {short(given.get('peft_type'))} is not supported, only LORA: "
+            "merge the adapter where it was made and load the whole checkpoint"
+        )
+    lacking = [name for name in ("r", "lora_alpha") if name not in given]
+    if lacking:
+        raise InputError(f"{path} lacks {' and '.join(lacking)}: take the file that belongs to the factors")
+    refused = [
+        f"{ascii(name)[1:-1]} {short(value)}"
+        for name, value in given.items()
+        if name not in _HARMLESS
+        and value not in (None, False, 0, "", [], {})
+        and value not in _KNOWN.get(name, ())
+    ]
+    if refused:
+        raise InputError(
+            f"{path}: not supported: {', '.join(refused)}; "
+            "merge the adapter where it was made and load the whole checkpoint"
+        )
+
+
+def _divisor(rank: int, rooted: bool) -> float:
+    return math.sqrt(rank) if rooted else rank
+
+
+def alpha_of(scale: float, rank: int) -> tuple[float, bool]:
+    """An alpha that gives back the scale, bit for bit, and whether it is divided by the root of the rank.
+
+    Multiplication rounds, so the right alpha is the product of scale and divisor or one of its two neighbors.
+    """
+    choices = [
+        (alpha, rooted)
+        for rooted in (False, True)
+        for middle in [scale * _divisor(rank, rooted)]
+        for alpha in (middle, math.nextafter(middle, 0), math.nextafter(middle, math.inf))
+    ]
+
+    def distance(choice: tuple[float, bool]) -> tuple[float, bool, int]:
+        alpha, rooted = choice
+        return abs(alpha / _divisor(rank, rooted) - scale), rooted, len(repr(alpha))
+
+    alpha, rooted = min(choices, key=distance)
+    return int(alpha) if alpha.is_integer() else alpha, rooted
