@@ -7,7 +7,17 @@ from flax import nnx
 
 from subliminal_theory.channel import SoftLogits, Subset, imitation_loss
 from subliminal_theory.errors import InputError
-from subliminal_theory.inits import Fresh, Interpolated, Perturbed, Shared, clone, initialise, permute_neurons
+from subliminal_theory.inits import (
+    Fresh,
+    Interpolated,
+    PerLayer,
+    Perturbed,
+    Policy,
+    Shared,
+    clone,
+    initialise,
+    permute_neurons,
+)
 from subliminal_theory.model import from_nnx
 from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.mlp import MLP
@@ -80,6 +90,49 @@ def test_mapping_first_pattern_decides() -> None:
     same(leaf(student, 0), leaf(fresh, 0))
     same(leaf(student, 1), leaf(reference, 1))
     same(initialise({"*": Fresh(), "layers/1/*": Shared()}, reference, fresh, KEY), fresh)
+
+
+RULES = {"layers/1/*": Perturbed(0.5), "layers/*/bias": Shared(), "*": Interpolated(0.25)}
+
+
+def test_per_layer_is_the_mapping_in_its_order() -> None:
+    reference, fresh = mlp_params(0), mlp_params(1)
+    expected = initialise(RULES, reference, fresh, jax.random.key(5))
+    rules = PerLayer.of(RULES)
+    assert rules.patterns == tuple(RULES)
+    same(initialise(rules, reference, fresh, jax.random.key(5)), expected)
+    copy = jax.tree.unflatten(jax.tree.structure(rules), jax.tree.leaves(rules))
+    assert copy == rules
+    compiled = jax.jit(initialise)(rules, reference, fresh, jax.random.key(5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), compiled, expected)
+    # A sorted mapping would let "*" decide for all.
+    swapped = PerLayer.of(dict(sorted(RULES.items())))
+    same(initialise(swapped, reference, fresh, jax.random.key(5)), initialise(RULES["*"], reference, fresh, KEY))
+
+
+@pytest.mark.parametrize(
+    "make", [Perturbed, Interpolated, lambda x: PerLayer.of({"*/0/*": Perturbed(x), "*": Shared()})]
+)
+def test_policies_stack(make) -> None:
+    reference, fresh = mlp_params(0), mlp_params(1)
+    amounts = (0.25, 1.0)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(make, map(jnp.float32, amounts)))
+    starts = jax.vmap(lambda policy: initialise(policy, reference, fresh, jax.random.key(2)))(stacked)
+    for i, amount in enumerate(amounts):
+        alone = initialise(make(amount), reference, fresh, jax.random.key(2))
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], starts)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one, alone)
+
+
+def test_policies_of_one_structure_have_no_leaves_of_their_own() -> None:
+    assert jax.tree.leaves((Shared(), Fresh())) == []
+    assert jax.tree.leaves(PerLayer.of(RULES)) == [0.5, 0.25]
+    assert all(isinstance(policy, Policy) for policy in RULES.values())
+
+
+def test_per_layer_refusals() -> None:
+    with pytest.raises(InputError, match=r"^PerLayer: 2 patterns and 1 policies$"):
+        PerLayer(("a", "b"), (Shared(),))
 
 
 def test_mapping_refusals() -> None:

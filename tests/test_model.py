@@ -5,6 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
+import subliminal_theory as st
 from subliminal_theory.channel import SquaredError
 from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
@@ -132,7 +133,19 @@ def test_any_pytree(apply, params) -> None:
     np.testing.assert_array_equal(stacked, [expected, 2 * expected])
 
 
-# --- in another format
+def test_public_names() -> None:
+    """Modules are attributes of the package, and every public name is there."""
+    assert st.theorem.check is st.check
+    assert st.audit.audit.__module__ == "subliminal_theory.audit"
+    assert st.inits.initialise
+    assert st.alignment.follow
+    assert all(hasattr(st, name) for name in st.__all__)
+    assert isinstance(st.TopK(2, st.ReverseKL()), st.Channel)
+    assert isinstance(st.Perturbed(0.1), st.Policy)
+    assert isinstance(st.Examples(np.zeros((2, 3)), 2), st.Source)
+
+
+# --- in another dtype
 
 
 def test_computed_in_keeps_parameters_and_gradients() -> None:
