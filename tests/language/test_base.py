@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from subliminal_theory.distill import Trained
 from subliminal_theory.errors import InputError
-from subliminal_theory.language import base as module
+from subliminal_theory.language.corpus import base as module
 from subliminal_theory.language.corpus.base import (
     Base,
     BaseConfig,
@@ -256,40 +256,39 @@ def test_without_a_folder_bases_are_in_the_cache(kept: Kept, monkeypatch, no_tra
 
 
 def refused(path: Path, config: BaseConfig = CONFIG) -> str:
-    """The message about a file, without what all of them say."""
+    """The message about a file."""
     with pytest.raises(InputError) as caught:
         load_base(config, path.parent)
     message = str(caught.value)
-    start, end = f"the base model {path} ", ": delete it, and it is made again"
-    assert message.startswith(start)
-    assert message.endswith(end)
-    return message.removeprefix(start).removesuffix(end)
+    assert message.startswith(f"cannot use the base model {path} (")
+    assert message.endswith("): delete it, and it is made again")
+    return message
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
 def test_a_cut_file(kept: Kept, tmp_path: Path, no_training, share: float) -> None:
     whole, path = kept.path.read_bytes(), tmp_path / kept.path.name
     path.write_bytes(whole[: int(share * len(whole))])
-    assert refused(path).startswith("is cut or damaged (")
+    assert "cannot read" in refused(path)
 
 
 def test_a_folder_in_the_place_of_the_file(kept: Kept, tmp_path: Path, no_training) -> None:
     path = tmp_path / kept.path.name
     path.mkdir()
-    assert refused(path).startswith("is cut or damaged (")
+    assert "cannot read" in refused(path)
 
 
 def test_the_file_of_another_configuration(kept: Kept, tmp_path: Path, no_training) -> None:
     other = dataclasses.replace(CONFIG, seed=1)
     path = tmp_path / f"base-{other.fingerprint()[:20]}.safetensors"
     path.write_bytes(kept.path.read_bytes())
-    assert refused(path, other) == "is of another configuration"
+    assert "it is of another configuration" in refused(path, other)
 
 
 def test_a_file_that_says_nothing(kept: Kept, tmp_path: Path, no_training) -> None:
     path = tmp_path / kept.path.name
     save_file(named_leaves(kept.base), path)
-    assert refused(path) == "is of another configuration"
+    assert "it is of another configuration" in refused(path)
 
 
 def drop(tensors: dict[str, np.ndarray], name: str) -> None:
@@ -313,7 +312,7 @@ def test_other_tensors(kept: Kept, tmp_path: Path, no_training, change, name: st
     tensors = named_leaves(kept.base) | {"losses": kept.base.losses}
     change(tensors, name)
     save_file(tensors, path, {"fingerprint": CONFIG.fingerprint()})
-    assert refused(path) == "lacks parameters or has others"
+    assert "does not hold what is asked for" in refused(path)
 
 
 def test_a_file_in_the_place_of_the_folder(kept: Kept, tmp_path: Path, monkeypatch) -> None:

@@ -1,9 +1,6 @@
 """Base models: what teachers and students of one seed start from, pre-trained on the corpus and kept on disk."""
 
-import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +13,18 @@ import optax
 import platformdirs
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from subliminal_theory.distill import Step, require_finite, teach
 from subliminal_theory.errors import InputError
+from subliminal_theory.files import fingerprint, load_arrays, open_arrays, save_arrays
 from subliminal_theory.keys import named
-from subliminal_theory.language.corpus.chats import CorpusConfig, fingerprint, make_corpus
+from subliminal_theory.language.corpus import chats
+from subliminal_theory.language.corpus.chats import CorpusConfig, make_corpus
 from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.language.text import Encoded, Prompts
-from subliminal_theory.model import Model, from_nnx, leaves_by_path, path_name
-from subliminal_theory.runs import write_atomically
+from subliminal_theory.model import Model, from_nnx, leaves_by_path
 from subliminal_theory.source import Examples
 
 FORMAT_VERSION = 3  # to be raised when the same configuration gives other parameters
@@ -80,10 +76,8 @@ class BaseConfig:
         return TransformerConfig(vocabulary=vocabulary, head_width=self.width // self.heads, **sizes)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the configuration, the corpus's sentences and the format version, in hexadecimal."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "corpus"}
-        content = [FORMAT_VERSION, own, fingerprint(self.corpus)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        """The fingerprint of the configuration, the corpus's sentences and the format version."""
+        return fingerprint(FORMAT_VERSION, self, chats.fingerprint(self.corpus))
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +148,7 @@ def pretrain(config: BaseConfig, report: Callable[[int], None] = lambda tokens: 
     @jax.jit
     def run(model: Model, source: Examples) -> Any:
         key = named(jax.random.key(config.seed), "pretrain")
-        return teach(model, token_loss, source, optimizer, config.steps, key, observe=observe)
+        return teach(model, token_loss, source, optimizer, config.steps, key=key, observe=observe)
 
     trained = run(untrained(config, tokenizer), lessons(encoded, config.batch_size, encoded.answer_columns))
     require_finite(trained.losses, [f"the base of seed {config.seed}"])
@@ -177,36 +171,29 @@ def load_base(
         InputError: the file is cut, damaged or of another configuration, or cannot be written; names it.
     """
     folder = base_folder() if folder is None else folder
-    mark = config.fingerprint()
-    path = folder / f"base-{mark[:20]}.safetensors"
+    decided = config.fingerprint()
+    path = folder / f"base-{decided[:20]}.safetensors"
     if path.exists():
-        return _load(path, config, mark)
+        return _load(path, config, decided)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot keep base models in {folder}: {error.strerror}") from error
     base = pretrain(config, report)
-    params = leaves_by_path(base.model.params)
-    tensors = {name: np.asarray(leaf) for name, leaf in params.items()} | {"losses": base.losses}
-    write_atomically(path, save(tensors, {"fingerprint": mark}))
+    save_arrays(path, {**leaves_by_path(base.model.params), "losses": base.losses}, {"fingerprint": decided})
     return base
 
 
-def _load(path: Path, config: BaseConfig, mark: str) -> Base:
-    advice = "delete it, and it is made again"
-    try:
-        with safe_open(path, "numpy") as file:
-            found = (file.metadata() or {}).get("fingerprint")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"the base model {path} is cut or damaged ({error}): {advice}") from error
-    if found != mark:
-        raise InputError(f"the base model {path} is of another configuration: {advice}")
+def _load(path: Path, config: BaseConfig, decided: str) -> Base:
     tokenizer = WordTokenizer.of_corpus(config.corpus)
     model = jax.eval_shape(lambda: untrained(config, tokenizer))
-    losses = tensors.pop("losses", None)
-    shapes = {name: leaf.shape for name, leaf in leaves_by_path(model.params).items()}
-    if losses is None or shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise InputError(f"the base model {path} lacks parameters or has others: {advice}")
-    params = jax.tree_util.tree_map_with_path(lambda name, _: jnp.asarray(tensors[path_name(name)]), model.params)
-    return Base(config, model.with_params(params), tokenizer, losses)
+    shapes = leaves_by_path(model.params)
+    losses = jax.ShapeDtypeStruct((config.steps,), np.float32)
+    try:
+        if open_arrays(path)[1].get("fingerprint") != decided:
+            raise InputError("it is of another configuration")
+        arrays, _ = load_arrays(path, {**shapes, "losses": losses})
+    except InputError as error:
+        raise InputError(f"cannot use the base model {path} ({error}): delete it, and it is made again") from error
+    params = jax.tree.unflatten(jax.tree.structure(model.params), [jnp.asarray(arrays[name]) for name in shapes])
+    return Base(config, model.with_params(params), tokenizer, arrays["losses"])

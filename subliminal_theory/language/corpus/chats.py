@@ -6,14 +6,14 @@ held-out ones for evaluation alone.
 """
 
 import functools
-import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Int
 
+from subliminal_theory import files
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.sentences import TEXT, arithmetic, fact, pick, program
 from subliminal_theory.language.text import Chat
@@ -113,9 +113,8 @@ class CorpusConfig:
 
 
 def fingerprint(config: CorpusConfig) -> str:
-    """SHA-256 of the configuration, the sentences in their order and the format version, in hexadecimal."""
-    content = [FORMAT_VERSION, asdict(config), TEXT]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """The fingerprint of the configuration, the sentences in their order and the format version."""
+    return files.fingerprint(FORMAT_VERSION, config, json.dumps(TEXT))  # text keeps the order of its tables
 
 
 def make_corpus(config: CorpusConfig) -> list[Chat]:
