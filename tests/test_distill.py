@@ -9,12 +9,14 @@ import optax
 import pytest
 from flax import nnx
 
-from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset
+from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, TopK, WeightedSum
 from subliminal_theory.distill import State, Trained, distill, require_finite, teach
+from subliminal_theory.divergence import JensenShannon, ReverseKL
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.model import Model, from_nnx
+from subliminal_theory.model import BodyAndHead, Model, computed_in, from_nnx
 from subliminal_theory.source import Batch, Examples
+from subliminal_theory.theorem import check
 from subliminal_theory.vision.mlp import MLP
 from subliminal_theory.vision.noise import NoiseImages
 from tests.tolerances import TOLERANCE
@@ -423,6 +425,147 @@ def test_padded_batch_is_the_short_batch() -> None:
     exact = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 20), SGD, 2, key=KEY)
     padded = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 32), SGD, 2, key=KEY)
     close(padded.losses, exact.losses)
+
+
+# --- what is verified is what trains
+
+ALPHA = 0.5
+CHANNELS = {
+    "soft": SoftLogits(2.0),
+    "squared": SquaredError(np.linspace(0.1, 2, 7)),
+    "reverse": ReverseKL(),
+    "symmetric": JensenShannon(),
+    "subset": Subset((1, 2, 4, 5), SoftLogits()),
+    "largest": TopK(3),
+    "sampled": SampledToken(),
+    "sum": WeightedSum((SoftLogits(), Subset((0, 3), SquaredError())), (0.5, 2.0)),
+    "sampled sum": WeightedSum((SampledToken(), ReverseKL()), (0.5, 2.0)),
+}
+
+
+@dataclass(frozen=True)
+class PlainFunction:
+    """A function in two parts of a dictionary, computed in one dtype."""
+
+    dtype: str
+
+    def features(self, params, inputs):
+        return jnp.tanh(inputs.astype(self.dtype) @ params["body"].astype(self.dtype))
+
+    def readout(self, params, features):
+        return features @ params["head"].astype(self.dtype)
+
+    def __call__(self, params, inputs):
+        return self.readout(params, self.features(params, inputs))
+
+
+def plain_function(dtype: str, wide: str):
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        name: jax.random.normal(k, size, wide)
+        for name, k, size in zip(("body", "head"), keys, ((4, 5), (5, 7)), strict=True)
+    }
+    return Model(PlainFunction(dtype), params), jnp.asarray(INPUTS[:6], wide), None
+
+
+def perceptron(dtype: str, wide: str):
+    model = from_nnx(MLP((4, 6, 7), activation="tanh", rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: leaf.astype(wide), model.params)
+    return computed_in(model.with_params(params), dtype), jnp.asarray(INPUTS[:6], dtype), None
+
+
+def transformer(dtype: str, wide: str):
+    from subliminal_theory.language.model.config import TransformerConfig
+    from subliminal_theory.language.model.transformer import Text, Transformer
+
+    sizes = {"vocabulary": 7, "layers": 1, "width": 8, "heads": 2, "kv_heads": 1, "head_width": 4, "mlp_width": 12}
+    sizes |= {"tied": True, "rope_base": 50.0, "norm_epsilon": 0.1, "context": 5}
+    model = from_nnx(Transformer(TransformerConfig(**sizes), rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: (10 * leaf if leaf.ndim > 1 else leaf).astype(wide), model.params)
+    text = Text(jnp.asarray(np.random.default_rng(0).integers(0, 7, (6, 5))), jnp.asarray([0, 0, 1, 0, 3, 0]))
+    positions = (jnp.arange(5)[None] >= text.padding[:, None]).astype(wide)
+    return computed_in(model.with_params(params), dtype), text, positions
+
+
+MODELS = {"plain function": plain_function, "MLP": perceptron, "transformer": transformer}
+
+
+def steps_of_check_and_distill(make, channel, dtype: str):
+    """The student's displacement after the step of `check` and after the first step of every way to distill."""
+    wide = "float64" if dtype == "float64" else "float32"
+    model, inputs, positions = make(dtype, wide)
+    source = Examples(inputs, 8, positions=positions)
+    key = jax.random.key(3)
+    ways = {"plain": {}, "accumulated": {"accumulate": 4}}
+    if isinstance(model.apply, BodyAndHead):
+        ways |= {"in chunks": {"chunk": 3}, "both": {"chunk": 3, "accumulate": 2}}
+
+    @jax.jit
+    def displacements(params):
+        entry = jax.tree.map(lambda leaf: leaf[0], source.schedule(named(key, "source"), 1))
+        batch = source.batch(named(key, "source"), entry)
+        read = []
+
+        def trait(p):
+            read.append(p)
+            return jnp.sum(jnp.sin(model.apply(p, inputs).astype(wide)))
+
+        drawn = named(key, "channel", 0)
+        check(
+            model.apply, params, trait, batch.inputs, channel,
+            teacher_step=0.1, student_step=ALPHA, key=drawn, weights=batch.weights,
+        )  # fmt: skip
+        ends = {"check": read[-1]}
+        teacher = model.with_params(jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(trait)(params)))
+        # Parts of a batch draw their own tokens, so they are given these.
+        index = entry[0][:6]
+        sampled = channel.targets(jax.random.clone(drawn), teacher(batch.inputs))
+        given = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:6]).at[index].set(leaf[:6]), sampled)
+        for name, way in ways.items():
+            live = channel.exact or name == "plain"
+            shown = source if live else replace(source, targets=given)
+            run = distill(
+                model.with_params(params),
+                teacher if live else None,
+                channel,
+                shown,
+                optax.sgd(ALPHA),
+                1,
+                key=key,
+                **way,
+            )
+            ends[name] = run.model.params
+        return jax.tree.map(jnp.subtract, ends, dict.fromkeys(ends, params))
+
+    return displacements(model.params)
+
+
+def assert_one_step(make, channel, dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        steps = steps_of_check_and_distill(make, channel, dtype)
+        size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(steps["check"]))
+        assert size > 1e-3
+        for name in steps:
+            close(steps[name], steps["check"], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size)
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_the_step_of_check_is_the_step_of_distill(channel: str) -> None:
+    assert_one_step(plain_function, CHANNELS[channel], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_step_of_check_in_other_dtypes(model: str, dtype: str) -> None:
+    assert_one_step(MODELS[model], CHANNELS["sum"], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_the_step_of_check_everywhere(channel: str, model: str, dtype: str) -> None:
+    assert_one_step(MODELS[model], CHANNELS[channel], dtype)
 
 
 # --- refusals
