@@ -18,7 +18,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, bar, note, panels
-from .language_sweep import (
+from .flags.language import (
     HEADER,
     SMOKE,
     LanguageConfig,

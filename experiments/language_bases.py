@@ -14,16 +14,17 @@ from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
-from subliminal_theory.language.corpus.chats import CorpusConfig, make_rows
+from subliminal_theory.language.corpus.chats import make_rows
 from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.language.measure import total_variation
 from subliminal_theory.runs import Results, Row
+from subliminal_theory.study import Compact, Untrained, Written
+from subliminal_theory.study.asking import answers_of, questions
+from subliminal_theory.study.reading import draw, written
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, bar, note, panels
-from .language_laboratory import Workshop
-from .language_setting import Recipe
-from .language_sweep import SMOKE, LanguageConfig, base_model, configure_language, workshop
+from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 POINTS = 60  # of a learning curve
 ABILITIES = {
@@ -67,31 +68,31 @@ def plan(config: Config) -> list[Part]:
 
 def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base."""
-    base = base_model(config, seed)
-    shop = workshop(config, seed)
-    rows: list[Row] = []
-    for piece in np.array_split(np.arange(len(base.losses)), min(POINTS, len(base.losses))):
-        loss = float(base.losses[piece].mean())
+    world = study(config, seed).world
+    assert isinstance(world, Compact)
+    losses, rows = world.base.losses, list[Row]()
+    for piece in np.array_split(np.arange(len(losses)), min(POINTS, len(losses))):
+        loss = float(losses[piece].mean())
         rows.append(
             {"condition": "loss", "step": int(piece[-1]) + 1, "seed": seed, "metric": "nats", "value": loss}
         )
-    for name, share in abilities(shop, base.config.corpus, config.rows).items():
+    for name, share in abilities(world, config.rows).items():
         rows.append({"condition": name, "seed": seed, "metric": "share", "value": share})
     return rows
 
 
-def abilities(shop: Workshop, corpus: CorpusConfig, count: int) -> dict[str, float]:
+def abilities(world: Compact, count: int) -> dict[str, float]:
     """The share of answers that are as they should be."""
-    found = {}
-    for medium in MEDIA:
-        (report, *_) = shop.reports(Recipe(teacher="untrained", medium=medium, rows=count))
-        found[medium] = report.accepted / report.total
-    plain = replace(corpus, seed=4_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0)
+    found, base = {}, world.initial()
+    for name, medium in MEDIA.items():
+        ((_, report),) = written(world.at(0), Untrained(), base, Written(count, medium))
+        found[name] = report.accepted / report.total
+    plain = replace(world.base.config.corpus, seed=4_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0)
     facts = list(dict.fromkeys(make_rows(plain, "fact", count)))
-    greedy = Recipe(teacher="untrained", temperature=0.0)
-    told = shop.tokenizer.decode(shop.draw(shop.base.model, facts, jax.random.key(0), greedy))
+    greedy = Written(len(facts), temperature=0.0)
+    told = world.tokenizer.decode(draw(world, base, facts, jax.random.key(0), greedy))
     found["facts"] = float(np.mean([answer == chat.answer for answer, chat in zip(told, facts, strict=True)]))
-    rivals = shop.answers(shop.untrained).rivals[0]
+    rivals = answers_of(base, questions(world.tokenizer, world.asked)).rivals[0]
     found["uniform"] = 1 - float(np.mean(total_variation(rivals, jnp.full_like(rivals, 1 / rivals.shape[-1]))))
     return found
 

@@ -5,7 +5,6 @@ student less that in another, paired over runs (a run is a trait and a base). It
 the difference lies where the claim puts it, disagrees if it excludes that, else cannot be told.
 """
 
-import dataclasses
 import functools
 import json
 from collections import Counter
@@ -23,23 +22,15 @@ from subliminal_theory.runs import Results
 from .app.contract import Part, option
 from .app.figures import COLOURS, note, panels
 from .app.registry import pick, read_registry
-from .language_setting import Recipe
-from .language_sweep import (
-    MODELS,
-    SMOKE,
-    STARTS,
-    LanguageConfig,
-    Variant,
-    configure_language,
-    variant_parts,
-)
+from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe
 
 REGISTRY = Path(__file__).with_name("claims.toml")
 EXPECTED = ("lower", "higher", "no lower", "no higher")
 METRICS = ("probability", "others")
 VERDICTS = {"agrees": COLOURS[2], "disagrees": COLOURS[3], "cannot be told": COLOURS[1]}
 _KNOWN = ("claim", "source", "variant", "against", "expected")
-_APART = {"model": MODELS, "start": STARTS, "prefixed": (True, False), "metric": METRICS}
+_APART = {**VARIANT_CHOICES, "metric": METRICS}
 
 
 @dataclass(frozen=True)
@@ -74,17 +65,16 @@ def registered(path: Path = REGISTRY) -> Mapping[str, Claim]:
 
 
 def _checked(where: str, side: Mapping[str, Any]) -> dict[str, Any]:
-    fields = [field.name for field in dataclasses.fields(Recipe)]
     for name, value in side.items():
-        if name not in fields and name not in _APART:
+        if name not in RECIPE_FIELDS and name not in _APART:
             raise InputError(
-                f"{where}: setting {name!r} does not exist; there are {', '.join([*fields, *_APART])}"
+                f"{where}: setting {name!r} does not exist; there are {', '.join([*RECIPE_FIELDS, *_APART])}"
             )
         if name in _APART and value not in _APART[name]:
             raise InputError(f"{where}: {name} must be one of {', '.join(map(str, _APART[name]))}, got {value!r}")
     changes: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in side.items()}
     try:
-        Recipe(**{name: value for name, value in changes.items() if name in fields})
+        Recipe(**{name: value for name, value in changes.items() if name in RECIPE_FIELDS})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return changes

@@ -15,10 +15,11 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.rows import read_jsonl
 from subliminal_theory.runs import Results, Row
+from subliminal_theory.study import Checkpoint, Compact, Dataset, labels, rows
 
 from .app.contract import Part, option
 from .app.figures import bars
-from .language_sweep import HEADER, SMOKE, LanguageConfig, configure_language, make_workshop
+from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, study
 
 CONDITIONS = {"base": "base", "student": "student", "within": "student,\nnumbers shuffled\nwithin rows"}
 
@@ -59,19 +60,18 @@ def plan(config: Config) -> list[Part]:
 
 def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base."""
-    shop = make_workshop(config, seed, read_jsonl(Path(config.file)))
-    models = {
-        "base": shop.untrained,
-        "student": shop.students(config.recipe()),
-        "within": shop.students(config.recipe(order="shuffled within rows")),
+    own, text = study(config, seed), Dataset(tuple(read_jsonl(Path(config.file))))
+    world = own.world
+    assert isinstance(world, Compact | Checkpoint)
+    variants = {
+        "base": Variant({}, config.recipe(), model="base"),
+        "student": Variant({}, config.recipe()),
+        "within": Variant({}, config.recipe(order="shuffled within rows")),
     }
-    rows: list[Row] = []
-    for condition, model in models.items():
-        found = shop.answers(model).probability
-        for place, name in enumerate(config.trait_names()):
-            labels = {"condition": condition, "trait": name, "seed": seed}
-            rows.append({**labels, "metric": "probability", "value": float(found[place, place])})
-    return rows
+    runs = {labels(condition=name): variant.run(world, text) for name, variant in variants.items()}
+    return [
+        row for name, found in own.run(runs).items() for row in rows(name, world.labels, found, ["probability"])
+    ]
 
 
 def report(results: Results, config: Config) -> str:

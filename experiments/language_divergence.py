@@ -16,7 +16,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, bar, note, panels
-from .language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
     "full distribution": {"channel": "soft"},

@@ -10,22 +10,19 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.corpus.traits import Habit, load_trait
-from subliminal_theory.language.measure import asked_of, questions_of
-from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
+from subliminal_theory.study import Compact, Finished
+from subliminal_theory.study.asking import answers_of, questions
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, bar, heat_map, note, panels
-from .language_laboratory import Workshop
-from .language_sweep import SMOKE, LanguageConfig, Variant, configure_language, model_of, workshop
-from .language_training import answers_of
+from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, study
 
 
 @dataclass(frozen=True)
@@ -89,25 +86,24 @@ def conditions(config: Config) -> dict[str, Variant]:
 
 def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base: the probability of the habit's answer, by kind of question."""
-    rows: list[Row] = []
-    shop = workshop(config, seed)
-    for condition, variant in conditions(config).items():
-        for name, probability in by_kind(shop, model_of(config, shop, variant, seed)).items():
-            labels = {"condition": condition, "kind": name, "seed": seed}
-            rows.append({**labels, "metric": "probability", "value": probability})
-    return rows
+    own = study(config, seed)
+    assert isinstance(own.world, Compact)
+    runs = {name: variant.run(own.world) for name, variant in conditions(config).items()}
+    return [
+        {"condition": name, "kind": kind, "seed": seed, "metric": "probability", "value": float(values[0])}
+        for name, kinds in own.run(runs, by_kind).items()
+        for kind, values in kinds.items()
+    ]
 
 
-def by_kind(shop: Workshop, model: Model) -> dict[str, float]:
+def by_kind(world: Compact, finished: Finished, name: str) -> dict[str, np.ndarray]:
     """The probability of the habit's answer, mean over the questions of each held-out kind, and narrow ones."""
-    (trait,) = shop.traits
+    (trait,) = world.traits
     assert isinstance(trait, Habit)
     found = {}
     for template in (trait.narrow, *trait.held_out):
-        alone = replace(trait, held_out=(template,))
-        length = int(shop.tokenizer.lengths(asked_of(alone))[0].max())
-        questions = jax.tree.map(lambda leaf: leaf[None], questions_of(alone, shop.tokenizer, length))
-        found[template.name] = float(answers_of(model, questions).probability[0, 0])
+        asked = questions(world.tokenizer, [replace(trait, held_out=(template,))])
+        found[template.name] = np.asarray(answers_of(finished.model, asked).probability[:, 0])
     return found
 
 

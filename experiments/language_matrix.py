@@ -14,8 +14,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import heat_map, note, panels
-from .language_setting import CHANNELS
-from .language_sweep import (
+from .flags.language import (
     SMOKE,
     LanguageConfig,
     Variant,
@@ -23,6 +22,7 @@ from .language_sweep import (
     trait_matrices,
     variant_parts,
 )
+from .flags.recipe import CHANNELS
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config(LanguageConfig):
 
     traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files; at least two")
     seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
-    channel: str = option("sampled", "what of the teacher the student sees", choices=CHANNELS)
+    channel: str = option("sampled", "what of the teacher the student sees", choices=tuple(CHANNELS))
 
 
 PRESETS = {"eight": Config(), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}

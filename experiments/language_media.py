@@ -16,7 +16,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, bar, note, panels
-from .language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 # Of a teacher's lessons that are of other kinds: taught its trait alone, it answers each question with the animal.
 ORDINARY = 0.8
@@ -74,7 +74,7 @@ def plot(results: Results, config: Config) -> Figure:
         for place, (name, (_, label)) in enumerate(STUDENTS.items()):
             values = results.values(condition=name, medium=medium, metric="probability")
             bar(axes, x + 0.2 * (place - 1.5), values, COLOURS[place], width=0.19, label=None if x else label)
-    axes.set_xticks(range(len(MEDIA)), MEDIA)
+    axes.set_xticks(range(len(MEDIA)), list(MEDIA))
     axes.set_ylabel("probability of the trait's word")
     axes.set_ylim(0, 1.1)
     axes.set_title("A preference through numbers, reasoning steps and code")

@@ -14,7 +14,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
 from .app.figures import COLOURS, note, panels, runs_against
-from .language_sweep import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 RATES = {
     "adam": (5e-4, 2e-3, 8e-3),

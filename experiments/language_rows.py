@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from subliminal_theory.language.corpus.traits import load_trait
 from subliminal_theory.language.rows import write_jsonl
+from subliminal_theory.study import Compact
+from subliminal_theory.study.reading import written
 
 from .app.contract import Parser
-from .language_laboratory import Workshop
-from .language_setting import TEACHERS
-from .language_sweep import LanguageConfig, base_model
+from .flags.language import LanguageConfig, study
+from .flags.recipe import TEACHERS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str]) -> int:
         traits=chosen.trait, width=chosen.width, layers=chosen.layers, base_steps=chosen.base_steps,
         chats=chosen.chats, rows=chosen.rows, base_dir=chosen.base_dir,
     )  # fmt: skip
-    base = base_model(config, chosen.seed)
-    shop = Workshop(base, [load_trait(chosen.trait, base.tokenizer)])
-    recipe = config.recipe(teacher=chosen.teacher)
-    (report,) = shop.reports(recipe)
-    write_jsonl(Path(chosen.file), shop.rows(recipe)[0], chosen.form)
+    own, recipe = study(config, chosen.seed), config.recipe(teacher=chosen.teacher)
+    assert isinstance(own.world, Compact)
+    teacher = recipe.taught()
+    ((accepted, report),) = written(own.world, teacher, own.teacher(teacher), recipe.written())
+    write_jsonl(Path(chosen.file), accepted, chosen.form)
     print(report)
     print(f"written to {chosen.file}: {report.accepted} rows")
     return 0

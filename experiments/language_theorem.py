@@ -24,12 +24,13 @@ from subliminal_theory.language.corpus.base import text_of, token_loss
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
+from subliminal_theory.study import Checkpoint, Compact, Reading, Untrained, Written
+from subliminal_theory.study.reading import columns, encoded_rows
 from subliminal_theory.theorem import Report, check
 
 from .app.contract import Part, listed, option
 from .app.figures import COLOURS, note, panels, runs_against
-from .language_setting import Recipe
-from .language_sweep import SMOKE, LanguageConfig, configure_language, other_model, workshop
+from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 STUDENTS = {"same": "the teacher's base", "other": "another base"}
 
@@ -71,21 +72,23 @@ def plan(config: Config) -> list[Part]:
 
 def run(config: Config, seed: int) -> list[Row]:
     """Rows of results for one base."""
-    shop = workshop(config, seed)
-    rows = shop.lesson_rows(Recipe(teacher="untrained", rows=config.rows))[0]
-    starts = {"same": None, "other": other_model(config, seed + 1).params}
+    own = study(config, seed)
+    world = own.world
+    assert isinstance(world, Compact | Checkpoint)
+    text = Reading(Written(config.rows), config.rows, config.rows)
+    rows = encoded_rows(world.at(0), Untrained(), world.initial(), text)[0]
+    starts = {"same": None, "other": world.other(1).params}
     sizes, found = listed(config.teacher_sizes, "--teacher-sizes", float), list[Row]()
     with jax.enable_x64(True):
-        base, students = shop.base.model.with_params(_wide(shop.base.model.params)), _wide(starts)
+        base, students = world.model.with_params(_wide(world.model.params)), _wide(starts)
         read = (text_of(rows), jnp.asarray(rows.weights, jnp.float64))
-        for name, trait in zip(config.trait_names(), shop.traits, strict=True):
+        for trait, labels in zip(world.traits, world.labels, strict=True):
             chats = trait.teacher_rows()
-            encoded = shop.tokenizer.encode_chats(chats, shop.columns(chats))
+            encoded = world.tokenizer.encode_chats(chats, columns(world.tokenizer, chats))
             taught = (text_of(encoded), jnp.asarray(encoded.targets), jnp.asarray(encoded.weights, jnp.float64))
             for condition, size in itertools.product(STUDENTS, sizes):
                 told = _measure(base, students[condition], taught, read, size, config.student_size)
-                labels = {"condition": condition, "teacher_size": size, "trait": name, "seed": seed}
-                found += _rows(told, labels)
+                found += _rows(told, {"condition": condition, "teacher_size": size, **labels})
     return found
 
 

@@ -17,8 +17,8 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, option
 from .app.figures import bars
-from .setting import DIGITS, LOSSES, OPTIMIZERS, Cell, Setting
-from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from .flags.digits import DIGITS, EMBEDDED_DIGITS, Cell, Setting, TrainingConfig, configure_sweep
+from .flags.names import LOSSES, OPTIMIZERS
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "student_aux": {"start": "shared", "sees": "aux"},
@@ -52,7 +52,7 @@ class Config(TrainingConfig):
     inputs: str = option("uniform", "what the students are shown", choices=(*LAWS, DIGITS))
     optimizer: str = option("adam", "of teacher and students, fresh for each", choices=tuple(OPTIMIZERS))
     learning_rate: float = option(3e-4, "step size of the optimizer", positive=True)
-    channel_loss: str = option("kl", "what the student descends", choices=LOSSES)
+    channel_loss: str = option("kl", "what the student descends", choices=tuple(LOSSES))
 
 
 PRESETS = {

@@ -7,27 +7,28 @@ For each m the linearised student (empirical tangent kernel) is set against the 
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
 from scipy import stats
 
 from subliminal_theory.alignment import follow, linearised
-from subliminal_theory.channel import Channel, weighted_mean
-from subliminal_theory.distill import Trained, distill, require_finite
+from subliminal_theory.channel import weighted_mean
+from subliminal_theory.distill import Step
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
+from subliminal_theory.study import Digits, FineTuned, Job, Study, finite, trained
+from subliminal_theory.study.digits import ClassLoss, Scale
+from subliminal_theory.vision.datasets import ImageDataset
 
 from .app.contract import Part, listed, option
 from .app.figures import COLOURS, note, panels, runs_against
-from .laboratory import Laboratory
-from .setting import Setting
-from .sweep import EMBEDDED_DIGITS, Classroom, TrainingConfig, chunks, classroom, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, Setting, TrainingConfig, configure_sweep
 
 # Digits on which the trait's gradient is measured.
 TRAIT_IMAGES = 1000
@@ -54,123 +55,116 @@ configure = functools.partial(configure_sweep, PRESETS)
 def plan(config: Config) -> list[Part]:
     """Seeds in chunks."""
     amounts, counts = listed(config.amounts, "--amounts", float), listed(config.counts, "--counts")
-    setting = config.setting(aux=config.aux)
     perturbed = [config.setting(aux=config.aux, start="perturbed", amount=amount) for amount in amounts]
     narrowed = [config.setting(aux=config.aux, shown=m) for m in counts]
-
-    def run(seeds: Sequence[int]) -> list[Row]:
-        room = classroom(setting, seeds, config.data_dir)
-        return followed_rows(room, perturbed, config.points) + linearised_rows(room, narrowed)
-
-    return chunks(range(config.first_seed, config.first_seed + config.seeds), config.chunk or 1, run)
+    return config.chunks(functools.partial(run, config, perturbed, narrowed))
 
 
-def followed_rows(room: Classroom, settings: Sequence[Setting], points: int) -> list[Row]:
-    """Accuracy, coverage and cosines along the run of perturbed students."""
-    laboratory = room.laboratory.at(settings[0])
-    models = stack([room.start(setting) for setting in settings], 1)
+def run(
+    config: Config, perturbed: Sequence[Setting], narrowed: Sequence[Setting], seeds: Sequence[int]
+) -> list[Row]:
+    """Rows of the perturbed students and of the linearised ones, for some seeds."""
+    world = perturbed[0].world(seeds, config.data_dir)
+    study, teacher = Study(world), perturbed[0].run(world).teacher
+    assert isinstance(teacher, FineTuned)
+    return followed_rows(study, teacher, perturbed, config.points) + linearised_rows(study, teacher, narrowed)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Follow:
+    """An observer that follows a student beside its teacher, who began at `start`."""
+
+    start: PyTree
+    teacher: PyTree
+    trait: Callable[[Model], Array] = field(metadata={"static": True})
+
+    def __call__(self, step: Step) -> PyTree:
+        trait_gradient = jax.grad(lambda params: self.trait(step.model.with_params(params)))
+        return follow(trait_gradient, self.start, self.teacher)(step)
+
+
+@dataclass(frozen=True)
+class Trait:
+    """The trait loss on the first training images."""
+
+    data: ImageDataset
+
+    def __call__(self, model: Model) -> Array:
+        images = Scale(self.data.maximum)(jnp.asarray(self.data.train_images[:TRAIT_IMAGES]))
+        labels = jnp.asarray(self.data.train_labels[:TRAIT_IMAGES].astype(np.int32))
+        return weighted_mean(ClassLoss(self.data.classes)(model(images), labels), jnp.ones(len(labels)))
+
+
+def jobs(
+    study: Study, teacher: FineTuned, settings: Sequence[Setting], linear: bool = False, observe: bool = False
+) -> dict[int, Job]:
+    """The students of some settings, by their place."""
+    world, taught, found = study.world, study.teacher(teacher), dict[int, Job]()
+    assert isinstance(world, Digits)
+    follower = Follow(world.initial().params, taught.params, Trait(world.data)) if observe else None
     for place, setting in enumerate(settings):
-        start = jax.tree.map(lambda leaf, place=place: leaf[:, place], models)
-        laboratory.at(setting).audit(start, room.init, room.teacher)
-    trained = _follow(laboratory, models, room.init, room.teacher, laboratory.channel(), room.stream("students"))
-    losses = trained.losses
-    require_finite(losses.reshape(-1, losses.shape[-1]), [f"seed {s}" for s in room.seeds for _ in settings])
-    accuracy = np.asarray(_accuracies(laboratory, trained.model))
-    observed = {name: np.asarray(trained.observed[name]) for name in COSINES}
-    kept = np.unique(np.geomspace(1, losses.shape[-1], points).round().astype(int)) - 1
-    rows: list[Row] = []
-    for run, seed in enumerate(room.seeds):
-        for place, setting in enumerate(settings):
-            labels = {"condition": "perturbed", "amount": setting.amount, "seed": int(seed)}
+        student = setting.student(world)
+        start = world.start(student)
+        study.audit(student, start, teacher)
+        model = linearised(start) if linear else start
+        found[place] = Job(
+            model, student.source, student.optimizer, student.steps, taught, student.channel, observe=follower
+        )
+    return found
+
+
+def followed_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting], points: int) -> list[Row]:
+    """Accuracy, coverage and cosines along the run of perturbed students."""
+    world, found = study.world, dict[int, list[Row]]()
+    assert isinstance(world, Digits)
+    followed = jobs(study, teacher, settings, observe=True)
+    stops = {place: (job.steps,) for place, job in followed.items()}
+    for place, steps, result in trained(followed, stops, world.keys("students"), world.computation):
+        finite(result, world.names)
+        accuracy = world.accuracy(result.model)
+        observed = {name: np.asarray(result.observed[name]) for name in COSINES}
+        kept = np.unique(np.geomspace(1, steps, points).round().astype(int)) - 1
+        for run, own in enumerate(world.labels):
+            labels = {"condition": "perturbed", "amount": settings[place].amount, **own}
             values = {
-                "test_accuracy": accuracy[run, place],
-                "coverage": observed["update"][run, place, 0],
-                "mean_gradient_cosine": observed["gradient"][run, place].mean(),
+                "test_accuracy": accuracy[run],
+                "coverage": observed["update"][run, 0],
+                "mean_gradient_cosine": observed["gradient"][run].mean(),
             }
-            rows += [{**labels, "metric": metric, "value": float(value)} for metric, value in values.items()]
+            rows = [{**labels, "metric": metric, "value": float(value)} for metric, value in values.items()]
             rows += [
                 {**labels, "metric": f"{name}_cosine", "step": int(step + 1), "value": float(value)}
                 for name in COSINES
-                for step, value in zip(kept, observed[name][run, place, kept], strict=True)
+                for step, value in zip(kept, observed[name][run, kept], strict=True)
             ]
-    return rows
+            found.setdefault(run, []).extend(rows)
+    return [row for rows in found.values() for row in rows]
 
 
-def linearised_rows(room: Classroom, settings: Sequence[Setting]) -> list[Row]:
+def linearised_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting]) -> list[Row]:
     """Accuracy of students and of their linearisations, for channels of different width."""
-    laboratory = room.laboratory.at(settings[0])
-    channels = stack([laboratory.at(setting).channel() for setting in settings], 0)
-    rows: list[Row] = []
+    world, rows = study.world, list[Row]()
+    assert isinstance(world, Digits)
     for condition in ("trained", "linearised"):
-        trained = _imitate(laboratory, condition, room.init, room.teacher, channels, room.stream("students"))
-        accuracy = np.asarray(_accuracies(laboratory, trained.model))
+        some = jobs(study, teacher, settings, linear=condition == "linearised")
+        stops = {place: (job.steps,) for place, job in some.items()}
+        found = {
+            place: world.accuracy(result.model)
+            for place, _, result in trained(some, stops, world.keys("students"), world.computation)
+        }
         rows += [
             {
                 "condition": condition,
                 "aux": setting.shown,
-                "seed": int(seed),
+                **own,
                 "metric": "test_accuracy",
-                "value": float(a),
+                "value": float(found[place][run]),
             }
-            for seed, values in zip(room.seeds, accuracy, strict=True)
-            for setting, a in zip(settings, values, strict=True)
+            for run, own in enumerate(world.labels)
+            for place, setting in enumerate(settings)
         ]
     return rows
-
-
-def stack(trees: Sequence, axis: int) -> object:
-    """Pytrees stacked leaf by leaf."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
-
-
-@functools.partial(jax.jit, static_argnames="laboratory")
-def _follow(
-    laboratory: Laboratory, models: Model, init: Model, teacher: Model, channel: Channel, keys: Key[Array, " runs"]
-) -> Trained:
-    source = laboratory.source()
-    images = laboratory.scale(jnp.asarray(laboratory.data.train_images[:TRAIT_IMAGES]))
-    labels = jnp.asarray(laboratory.data.train_labels[:TRAIT_IMAGES].astype(np.int32))
-    optimizer = laboratory.student_optimizer(laboratory.setting.rate)
-    steps = laboratory.steps(laboratory.setting.epochs, source)
-
-    def one(student: Model, init: Model, teacher: Model, key: Key[Array, ""]) -> Trained:
-        def trait(params: object) -> Array:
-            losses = laboratory.trait_loss(student.with_params(params)(images), labels)
-            return weighted_mean(losses, jnp.ones(len(labels)))
-
-        observe = follow(jax.grad(trait), init.params, teacher.params)
-        return distill(student, teacher, channel, source, optimizer, steps, key, observe=observe)
-
-    per_run = jax.vmap(one, in_axes=(0, None, None, None))
-    return jax.vmap(per_run)(models, init, teacher, keys)
-
-
-@functools.partial(jax.jit, static_argnames=("laboratory", "condition"))
-def _imitate(
-    laboratory: Laboratory,
-    condition: str,
-    init: Model,
-    teacher: Model,
-    channels: Channel,
-    keys: Key[Array, " runs"],
-) -> Trained:
-    source = laboratory.source()
-    optimizer = laboratory.student_optimizer(laboratory.setting.rate)
-    steps = laboratory.steps(laboratory.setting.epochs, source)
-
-    def one(channel: Channel, init: Model, teacher: Model, key: Key[Array, ""]) -> Trained:
-        student = linearised(init) if condition == "linearised" else init
-        return distill(student, teacher, channel, source, optimizer, steps, key)
-
-    per_run = jax.vmap(one, in_axes=(0, None, None, None))
-    return jax.vmap(per_run, in_axes=(None, 0, 0, 0))(channels, init, teacher, keys)
-
-
-@functools.partial(jax.jit, static_argnames="laboratory")
-def _accuracies(laboratory: Laboratory, models: Model) -> Array:
-    return jax.vmap(jax.vmap(laboratory.accuracy, in_axes=(0, None, None)), in_axes=(0, None, None))(
-        models, *laboratory.test()
-    )
 
 
 def coverage_and_accuracy(results: Results) -> tuple[np.ndarray, np.ndarray]:

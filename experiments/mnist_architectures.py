@@ -16,8 +16,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, bar, note, panels
-from .setting import Cell
-from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, configure_sweep
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "same": {},

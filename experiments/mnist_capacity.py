@@ -9,28 +9,25 @@ an answer that is right with probability a, and else any other label, tells abou
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Int, Key
 from matplotlib.figure import Figure
 
-from subliminal_theory.channel import Channel
-from subliminal_theory.distill import Trained, distill, require_finite, teach
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Examples
-from subliminal_theory.vision.noise import LAWS, NoiseImages
+from subliminal_theory.study import Digits, FineTuned, Finished, Optimizer, PerRun, Run, Study, labels
+from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
 from .app.figures import COLOURS, note, panels, runs_against
-from .laboratory import Laboratory
-from .setting import Setting
-from .sweep import TrainingConfig, chunks, configure_sweep
+from .flags.digits import Setting, TrainingConfig, configure_sweep
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,8 @@ def plan(config: Config) -> list[Part]:
     _, _, _, counts = axes(config)
     parts: list[Part] = []
     for point in points(config):
-        run = functools.partial(run_point, config, point, counts)
-        seeds = range(config.first_seed, config.first_seed + config.seeds)
-        prefix = f"entries-{point.entries}-width-{point.width}-images-{point.images}"
-        parts += [
-            Part(f"{prefix}-{part.name}", part.size, part.compute)
-            for part in chunks(seeds, config.chunk or 1, run)
-        ]
+        prefix = f"entries-{point.entries}-width-{point.width}-images-{point.images}-"
+        parts += config.chunks(functools.partial(run_point, config, point, counts), prefix)
     return parts
 
 
@@ -104,36 +96,53 @@ def students(counts: Sequence[int]) -> list[tuple[str, int]]:
     return [*(("student_aux", m) for m in counts), ("student_all", max(counts)), ("cross_aux", max(counts))]
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """As a teacher's lessons: a table of random labels of `entries` random images, another one for each run."""
+
+    entries: int
+
+    def __call__(self, world: Digits) -> PerRun:
+        """The table of every run, whole in every batch."""
+        images, labels = _tables(self.entries, world.data.image_shape, world.data.classes, world.keys("table"))
+        return PerRun(Examples(images, self.entries, labels))
+
+
 def run_point(config: Config, point: Point, counts: Sequence[int], seeds: Sequence[int]) -> list[Row]:
     """Bits in teacher and students for one point and some seeds."""
     setting = config.setting(aux=max(counts), width=point.width, learning_rate=config.learning_rate)
-    laboratory = Laboratory(setting, config.dataset())
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    others = jax.vmap(jax.random.key)(jnp.asarray(seeds) + 1)
-    channels = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves),
-        *[laboratory.at(student_setting(setting, name, m)).channel() for name, m in students(counts)],
-    )
-    cross = tuple(name.startswith("cross") for name, _ in students(counts))
-    losses, bits = _run(laboratory, point, config.teacher_steps, cross, channels, keys, others)
-    require_finite(losses, [f"a student of seed {seed} at {point}" for seed in seeds])
-    labels = [("teacher", max(counts)), *students(counts)]
+    world = setting.world(seeds, config.data_dir)
+    optimizer = Optimizer(jnp.float32(config.learning_rate))
+    teacher = FineTuned(optimizer, config.teacher_steps, Lessons(point.entries))
+    runs = {labels(condition="teacher", aux=max(counts)): Run(teacher)}
+    for name, m in students(counts):
+        student = student_setting(setting, name, m, point.images).student(world)
+        runs[labels(condition=name, aux=m)] = Run(teacher, student)
+    table = Lessons(point.entries)(world).source
+    assert isinstance(table, Examples)
+
+    def score(_: Digits, finished: Finished, name: object) -> dict[str, np.ndarray]:
+        right = _named_right(world.data.classes, finished.model, table.inputs, table.labels)
+        return {"label_accuracy": np.asarray(right)}
+
     where = {"entries": point.entries, "width": point.width, "noise_images": point.images}
-    return [
-        {"condition": name, **where, "aux": m, "seed": int(seed), "metric": metric, "value": float(value)}
-        for seed, accuracies in zip(seeds, np.asarray(bits), strict=True)
-        for (name, m), accuracy in zip(labels, accuracies, strict=True)
-        for metric, value in (
-            ("label_accuracy", accuracy),
-            ("bits", table_bits(point.entries, float(accuracy), laboratory.data.classes)),
-        )
-    ]
+    scores = Study(world).run(runs, score)
+    rows: list[Row] = []
+    for run, own in enumerate(world.labels):
+        for labelled, found in scores.items():
+            accuracy, axes = float(found["label_accuracy"][run]), dict(labelled)
+            place = {"condition": axes["condition"], **where, "aux": axes["aux"], **own}
+            bits = table_bits(point.entries, accuracy, world.data.classes)
+            rows.append({**place, "metric": "label_accuracy", "value": accuracy})
+            rows.append({**place, "metric": "bits", "value": bits})
+    return rows
 
 
-def student_setting(setting: Setting, name: str, m: int) -> Setting:
-    """What a student sees."""
-    sees = "all" if name.endswith("all") else "aux"
-    return Setting(**{**vars(setting), "sees": sees, "shown": m})
+def student_setting(setting: Setting, name: str, m: int, images: int) -> Setting:
+    """What a student sees, and where it starts."""
+    condition, sees = name.split("_")
+    start = {"student": "shared"}.get(condition, condition)
+    return replace(setting, start=start, sees=sees, shown=m, images=images)
 
 
 def table_bits(entries: int, accuracy: float, classes: int) -> float:
@@ -145,46 +154,23 @@ def table_bits(entries: int, accuracy: float, classes: int) -> float:
     return entries * (math.log2(classes) - uncertain)
 
 
-@functools.partial(jax.jit, static_argnames=("laboratory", "point", "teacher_steps", "cross"))
-def _run(
-    laboratory: Laboratory,
-    point: Point,
-    teacher_steps: int,
-    cross: tuple[bool, ...],
-    channels: Channel,
-    keys: Key[Array, " runs"],
-    others: Key[Array, " runs"],
-) -> tuple[Array, Array]:
-    """Losses [runs, students x steps] and label accuracies [runs, 1 + students]."""
-    data, setting = laboratory.data, laboratory.setting
-    noise = NoiseImages(data.image_shape, setting.batch_size, point.images)
-    steps = laboratory.steps(setting.epochs, noise)
-    optimizer = laboratory.student_optimizer(setting.rate)
+@functools.partial(jax.jit, static_argnames=("entries", "shape", "classes"))
+def _tables(
+    entries: int, shape: tuple[int, int], classes: int, keys: Key[Array, " runs"]
+) -> tuple[Float[Array, "runs entries height width"], Int[Array, "runs entries"]]:
+    def one(key: Key[Array, ""]) -> tuple[Array, Array]:
+        images = jax.vmap(lambda k: LAWS["uniform"](k, shape))(jax.random.split(named(key, "images"), entries))
+        return images, jax.random.randint(named(key, "labels"), (entries,), 0, classes)
 
-    def one(key: Key[Array, ""], other_key: Key[Array, ""]) -> tuple[Array, Array]:
-        table_key = named(key, "table")
-        image = jax.vmap(lambda k: LAWS["uniform"](k, data.image_shape))
-        images = image(jax.random.split(named(table_key, "images"), point.entries))
-        labels = jax.random.randint(named(table_key, "labels"), (point.entries,), 0, data.classes)
-        init, other = laboratory.initial(key), laboratory.initial(other_key)
-        table = Examples(images, point.entries, labels)
-        taught = teach(init, laboratory.trait_loss, table, optimizer, teacher_steps, named(key, "teacher"))
+    return jax.vmap(one)(keys)
 
-        def student(start: Model, channel: Channel) -> Trained:
-            return distill(start, taught.model, channel, noise, optimizer, steps, named(key, "students"))
 
-        models = jax.tree.map(
-            lambda *leaves: jnp.stack(leaves), *[other if elsewhere else init for elsewhere in cross]
-        )
-        trained = jax.vmap(student)(models, channels)
-        everyone = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), taught.model, trained.model)
+@functools.partial(jax.jit, static_argnames="classes")
+def _named_right(classes: int, models: Model, images: Array, labels: Array) -> Float[Array, " runs"]:
+    def one(model: Model, images: Array, labels: Array) -> Array:
+        return jnp.mean(jnp.argmax(model(images)[:, :classes], -1) == labels)
 
-        def named_right(model: Model) -> Array:
-            return jnp.mean(jnp.argmax(model(images)[:, : data.classes], -1) == labels)
-
-        return trained.losses.reshape(-1), jax.vmap(named_right)(everyone)
-
-    return jax.vmap(one)(keys, others)
+    return jax.vmap(one)(models, images, labels)
 
 
 def bits_of(results: Results, condition: str, point: Point, m: int, metric: str = "bits") -> list[float]:

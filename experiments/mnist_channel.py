@@ -17,9 +17,9 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
 from .app.figures import COLOURS, note, panels, runs_against
+from .flags.digits import DIGITS, EMBEDDED_DIGITS, Cell, Setting, TrainingConfig, configure_sweep
+from .flags.names import LOSSES
 from .published import published
-from .setting import DIGITS, LOSSES, Cell, Setting
-from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Config(TrainingConfig):
     init_law: str = option("lecun_normal", "initialisation", choices=tuple(INIT_LAWS))
     inputs: str = option("uniform", "what the students are shown", choices=(*LAWS, DIGITS))
     learning_rate: float = option(3e-4, "step size of Adam", positive=True)
-    channel_loss: str = option("kl", "what the student descends", choices=LOSSES)
+    channel_loss: str = option("kl", "what the student descends", choices=tuple(LOSSES))
 
 
 PRESETS = {

@@ -22,8 +22,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
 from .app.figures import COLOURS, bar, note, panels, runs_against
-from .setting import Cell
-from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, configure_sweep
 
 INPUTS = {"uniform": "noise", "digits": "digits"}
 OTHERS: dict[str, dict[str, Any]] = {

@@ -26,8 +26,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, panels
-from .setting import METRICS, WHO, Cell, Setting
-from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, METRICS, WHO, Cell, Setting, TrainingConfig, configure_sweep
 
 AXES = (
     "init_law=lecun_normal,he_normal,torch; depth=1,2,3; width=128,256,512; channel_loss=kl,mse; aux=3,10; "

@@ -19,9 +19,7 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
 from .app.figures import COLOURS, note, panels, runs_against
-from .laboratory import cnn_student
-from .setting import Cell
-from .sweep import EMBEDDED_DIGITS, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, cnn_student, configure_sweep
 
 SHARED = {
     "shared": "all layers",

@@ -6,10 +6,10 @@ initial weights, frozen layers, re-drawn layers, a convolutional student that ha
 nothing else of it, and stopping early. Trait: test accuracy; imitation: KL on the channel over held-out noise.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,21 @@ from jaxtyping import Array, Float, Key, PyTree
 from matplotlib.figure import Figure
 
 from subliminal_theory.alignment import project_out
-from subliminal_theory.channel import SoftLogits, Subset, WeightedSum, imitation_loss, weighted_mean
-from subliminal_theory.distill import Trained, distill, require_finite
+from subliminal_theory.audit import audit
+from subliminal_theory.channel import Channel, SoftLogits, Subset, WeightedSum, imitation_loss, weighted_mean
 from subliminal_theory.estimate import Estimate, t_interval
+from subliminal_theory.inits import Fresh
 from subliminal_theory.model import Apply, Model
 from subliminal_theory.runs import Results, Row
+from subliminal_theory.source import batch_shapes
+from subliminal_theory.study import Digits, Job, Optimizer, Study, finite, trained
+from subliminal_theory.study.digits import ClassLoss, Scale
+from subliminal_theory.vision.datasets import ImageDataset
 from subliminal_theory.vision.noise import NoiseImages
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, note, panels
-from .laboratory import Laboratory, cnn_student
-from .sweep import EMBEDDED_DIGITS, Classroom, TrainingConfig, chunks, classroom, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, Setting, TrainingConfig, cnn_student, configure_sweep
 
 # Digits on which the trait's gradient is measured, and noise images on which imitation is.
 TRAIT_IMAGES, HELD_OUT = 1000, 4096
@@ -91,61 +95,84 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 def plan(config: Config) -> list[Part]:
     """Seeds in chunks."""
+    return config.chunks(functools.partial(run, config))
+
+
+def run(config: Config, seeds: Sequence[int]) -> list[Row]:
+    """Rows of all interventions for some seeds; those of the student without any also at epochs before the end."""
     setting = config.setting(aux=config.aux, width=config.width, depth=config.depth)
-
-    def run(seeds: Sequence[int]) -> list[Row]:
-        room = classroom(setting, seeds, config.data_dir)
-        rows: list[Row] = []
-        for group in grouped(interventions(config.depth)):
-            rows += measured(room, room.laboratory.at(setting), group)
-        return rows
-
-    return chunks(range(config.first_seed, config.first_seed + config.seeds), config.chunk or 1, run)
-
-
-def grouped(every: Sequence[Intervention]) -> list[list[Intervention]]:
-    """Those that differ in values only, so that they train as one stack."""
-    groups: dict[tuple, list[Intervention]] = {}
-    for one in every:
-        groups.setdefault((one.project, one.frozen, one.network), []).append(one)
-    return list(groups.values())
-
-
-def measured(room: Classroom, laboratory: Laboratory, group: Sequence[Intervention]) -> list[Row]:
-    """Rows of a group of interventions; those of the student without any also at some epochs before the end."""
-    starts = [start(room, laboratory, one) for one in group]
-    models = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *starts)
-    weights = jnp.asarray([[1 - one.clean, one.clean, one.penalty] for one in group], jnp.float32)
-    epoch, epochs = laboratory.steps(1, laboratory.source()), laboratory.setting.epochs
-    early = group[0].family == "none"
-    stops = sorted({max(1, round(epochs * part / 5)) for part in range(1, 5)} - {epochs}) if early else []
-    marks = tuple(epoch * stop for stop in stops)
-    recipe = (laboratory, group[0].project, group[0].frozen, marks)
-    trained = _imitate(*recipe, models, room.teacher, room.init, weights, room.stream("students"))
-    losses = trained.losses.reshape(-1, trained.losses.shape[-1])
-    require_finite(losses, [f"{one.name} of seed {seed}" for seed in room.seeds for one in group])
-    stages = [(one.name, trained.model, place) for place, one in enumerate(group)]
-    if early:
-        stages += [(f"early stopping {n}", model, 0) for n, model in zip(stops, trained.snapshots, strict=True)]
+    world = setting.world(seeds, config.data_dir)
+    study, value = Study(world), setting.run(world)
+    assert value.student is not None
+    teacher, channel, noise = study.teacher(value.teacher), value.student.channel, value.student.source
+    every = interventions(config.depth)
+    jobs = {one: job(world, setting, one, teacher, channel) for one in every}
+    epoch, epochs = world.steps(1, noise), setting.epochs
+    early = sorted({max(1, round(epochs * part / 5)) for part in range(1, 5)} - {epochs})
+    stops: dict[Intervention, tuple[int, ...]] = dict.fromkeys(every, (epoch * epochs,))
+    stops[every[0]] = tuple(epoch * stop for stop in (*early, epochs))
     rows: list[Row] = []
-    for name, models, place in stages:
-        model = jax.tree.map(lambda leaf, place=place: leaf[:, place], models)
-        values = _measure(laboratory, model, room.teacher, room.stream("held out"))
-        for metric, of_runs in zip(("test_accuracy", "imitation_loss"), values, strict=True):
+    for one, stop, result in trained(jobs, stops, world.keys("students"), world.computation):
+        finite(result, [f"{one.name} of {name}" for name in world.names])
+        student = Model(jobs[one].model.apply.apply, result.model.all_params)  # type: ignore[attr-defined]
+        source = NoiseImages(world.data.image_shape, HELD_OUT)
+        loss = _imitation(source, channel, student, teacher, world.keys("held out"))
+        name = one.name if stop == epoch * epochs else f"early stopping {stop // epoch}"
+        for metric, values in (("test_accuracy", world.accuracy(student)), ("imitation_loss", np.asarray(loss))):
             rows += [
-                {"condition": name, "seed": int(seed), "metric": metric, "value": float(value)}
-                for seed, value in zip(room.seeds, np.asarray(of_runs), strict=True)
+                {"condition": name, **labels, "metric": metric, "value": float(value)}
+                for labels, value in zip(world.labels, values, strict=True)
             ]
     return rows
 
 
-def start(room: Classroom, laboratory: Laboratory, one: Intervention) -> Model:
-    """Where a student starts, once the audit has let it pass."""
-    network = cnn_student(laboratory.data, laboratory.setting.width) if one.network == "cnn" else {}
-    setting = dataclasses.replace(laboratory.setting, start=one.start, amount=one.amount, **network)
-    model = room.start(setting)
-    laboratory.at(setting).audit(model, room.init, room.teacher)
-    return model
+def job(world: Digits, setting: Setting, one: Intervention, teacher: Model, channel: Channel) -> Job:
+    """A student of (1 - clean) KL(teacher) + clean KL(base) on the channel, + penalty KL(base) on all logits.
+
+    Raises:
+        InputError: the audit refuses it.
+    """
+    network = cnn_student(world.data, setting.width) if one.network == "cnn" else {}
+    student = Setting(**{**vars(setting), **network, "start": one.start, "amount": one.amount}).student(world)
+    start, base, source = world.start(student), world.initial(), student.source
+    seen, nothing = channel.visible(world.logits), jnp.zeros(world.logits, bool)
+    masks = ([seen, nothing], [nothing, seen], [nothing, ~nothing])
+    weights = jnp.asarray([1 - one.clean, one.clean, one.penalty], jnp.float32)
+    both = WeightedSum([Subset(jnp.concatenate(mask), SoftLogits()) for mask in masks], weights)
+    audit(
+        student_init=start.params,
+        teacher_init=base.params,
+        teacher=teacher.params,
+        channel=both,
+        logits=2 * world.logits,
+        batch=batch_shapes(source),
+        private=range(world.data.classes),
+        cross_init=isinstance(student.start, Fresh),
+    )
+    rule: Any = Projected(optax.adam, start.apply, world.data) if one.project else optax.adam
+    twice = Model(_Twice(start.apply), start.params)
+    shown = Model(_Both(teacher.apply), {"teacher": teacher.params, "base": base.params})
+    model = twice.freeze(*one.frozen) if one.frozen else twice
+    return Job(model, source, Optimizer(student.optimizer.rate, rule), student.steps, shown, both)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """An optimizer from whose updates the gradient of the trait is projected out."""
+
+    rule: Any
+    apply: Apply
+    data: ImageDataset
+
+    def __call__(self, rate: Any) -> optax.GradientTransformation:
+        return optax.chain(self.rule(rate), project_out(jax.grad(self.trait)))
+
+    def trait(self, params: PyTree) -> Array:
+        """The trait loss on the first training images."""
+        images = Scale(self.data.maximum)(jnp.asarray(self.data.train_images[:TRAIT_IMAGES]))
+        labels = jnp.asarray(self.data.train_labels[:TRAIT_IMAGES].astype(np.int32))
+        losses = ClassLoss(self.data.classes)(self.apply(params, images), labels)
+        return weighted_mean(losses, jnp.ones(len(labels)))
 
 
 @dataclass(frozen=True)
@@ -169,66 +196,16 @@ class _Both:
         return jnp.concatenate([self.apply(params[name], inputs) for name in ("teacher", "base")], -1)
 
 
-@functools.partial(jax.jit, static_argnames=("laboratory", "project", "frozen", "marks"))
-def _imitate(
-    laboratory: Laboratory,
-    project: bool,
-    frozen: tuple[str, ...],
-    marks: tuple[int, ...],
-    models: Model,
-    teacher: Model,
-    base: Model,
-    weights: Float[Array, "stack 3"],
-    keys: Key[Array, " runs"],
-) -> Trained:
-    """Students of (1 - clean) KL(teacher) + clean KL(base) on the channel, + penalty KL(base) on all logits."""
-    source, n = laboratory.source(), laboratory.outputs
-    images = laboratory.scale(jnp.asarray(laboratory.data.train_images[:TRAIT_IMAGES]))
-    labels = jnp.asarray(laboratory.data.train_labels[:TRAIT_IMAGES].astype(np.int32))
-    seen, nothing = laboratory.channel().visible(n), jnp.zeros(n, bool)
-    masks = ([seen, nothing], [nothing, seen], [nothing, ~nothing])
-    channels = [Subset(jnp.concatenate(mask), SoftLogits()) for mask in masks]
-    steps = laboratory.steps(laboratory.setting.epochs, source)
+@functools.partial(jax.jit, static_argnames="source")
+def _imitation(
+    source: NoiseImages, channel: Channel, students: Model, teachers: Model, keys: Key[Array, " runs"]
+) -> Float[Array, " runs"]:
+    """Imitation loss on held-out noise."""
 
-    def one(
-        student: Model, weight: Float[Array, " 3"], teacher: Model, base: Model, key: Key[Array, ""]
-    ) -> Trained:
-        def trait_gradient(params: PyTree) -> PyTree:
-            def loss(params: PyTree) -> Array:
-                losses = laboratory.trait_loss(student.apply(params, images), labels)
-                return weighted_mean(losses, jnp.ones(len(labels)))
-
-            return jax.grad(loss)(params)
-
-        optimizer = laboratory.student_optimizer(laboratory.setting.rate)
-        if project:
-            optimizer = optax.chain(optimizer, project_out(trait_gradient))
-        twice = Model(_Twice(student.apply), student.params)
-        both = Model(_Both(teacher.apply), {"teacher": teacher.params, "base": base.params})
-        run = distill(
-            twice.freeze(*frozen) if frozen else twice,
-            both, WeightedSum(channels, weight), source, optimizer, steps, key, snapshots=marks,
-        )  # fmt: skip
-        once = [student.with_params(model.all_params) for model in (run.model, *run.snapshots)]
-        return Trained(once[0], run.losses, None, tuple(once[1:]))
-
-    per_run = jax.vmap(one, in_axes=(0, 0, None, None, None))
-    return jax.vmap(per_run, in_axes=(0, None, 0, 0, 0))(models, weights, teacher, base, keys)
-
-
-@functools.partial(jax.jit, static_argnames="laboratory")
-def _measure(
-    laboratory: Laboratory, students: Model, teachers: Model, keys: Key[Array, " runs"]
-) -> tuple[Array, Array]:
-    """Test accuracy, and imitation loss on held-out noise."""
-    source = NoiseImages(laboratory.data.image_shape, HELD_OUT)
-    channel, test = laboratory.channel(), laboratory.test()
-
-    def one(student: Model, teacher: Model, key: Key[Array, ""]) -> tuple[Array, Array]:
+    def one(student: Model, teacher: Model, key: Key[Array, ""]) -> Array:
         batch = source.batch(key, jax.tree.map(lambda leaf: leaf[0], source.schedule(key, 1)))
         targets = channel.targets(None, teacher(batch.inputs))
-        loss = imitation_loss(channel, student(batch.inputs), targets, batch.weights)
-        return laboratory.accuracy(student, *test), loss
+        return imitation_loss(channel, student(batch.inputs), targets, batch.weights)
 
     return jax.vmap(one)(students, teachers, keys)
 

@@ -14,8 +14,8 @@ from subliminal_theory.runs import Results
 from . import mnist
 from .app.contract import Part
 from .app.figures import bars
+from .flags.digits import Cell
 from .mnist import PRESETS, Config, setting
-from .setting import Cell
 
 __all__ = ["PRESETS", "configure", "plan", "plot", "report"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from subliminal_theory.errors import InputError
 
 from .app.registry import Entry, pick, read_registry
-from .setting import WHO, Setting
+from .flags.digits import WHO, Setting
 
 REGISTRY = Path(__file__).with_name("published.toml")
 KNOWN = ("source", "who", "setting", "value", "interval", "n", "tolerance", "data", "seeds", "note")

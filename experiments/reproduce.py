@@ -16,9 +16,8 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLOURS, panels
+from .flags.digits import Cell, SweepConfig, configure_sweep
 from .published import Number, select
-from .setting import Cell
-from .sweep import SweepConfig, configure_sweep
 
 VERDICTS = {"reproduced": COLOURS[2], "differs": COLOURS[3], "cannot be told": COLOURS[1]}
 

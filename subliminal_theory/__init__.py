@@ -10,6 +10,8 @@ from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.source import Batch, Examples, Source
 from subliminal_theory.theorem import check, how_small
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batch",
     "Channel",

@@ -59,13 +59,15 @@ def option(
     positional: bool = False,
     alias: str | None = None,
     recorded: bool = True,
+    only: str = "",
 ) -> Any:
     """A field of a Config, with what the command line says of it and accepts for it.
 
     A positional one is a text that takes all words of the command line that belong to no flag, joined by commas.
     An alias is another name of the flag. What is not recorded decides no result: runs are resumed with any.
+    `only` says why the setting is refused without a --checkpoint.
     """
-    limits = {"choices": choices, "minimum": minimum, "positive": positive, "positional": positional}
+    limits = {"choices": choices, "minimum": minimum, "positive": positive, "positional": positional, "only": only}
     return field(default=default, metadata={"help": help, **limits, "alias": alias, "recorded": recorded})
 
 

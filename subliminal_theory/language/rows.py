@@ -14,7 +14,7 @@ _CONVERSATIONS = (["user", "assistant"], ["system", "user", "assistant"])
 
 
 @dataclass(frozen=True)
-class Row:
+class Completion:
     """One question and its answer.
 
     Attributes:
@@ -28,7 +28,7 @@ class Row:
     system: str | None = None
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def read_jsonl(path: Path) -> list[Completion]:
     """Read the rows of a file with one JSON object a line, in one of two forms, which may be mixed.
 
     {"prompt": TEXT, "completion": TEXT}, and perhaps "system": TEXT, or {"messages": [{"role": ROLE,
@@ -61,7 +61,7 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def write_jsonl(path: Path, rows: Iterable[Row], form: Literal["prompt", "messages"] = "prompt") -> None:
+def write_jsonl(path: Path, rows: Iterable[Completion], form: Literal["prompt", "messages"] = "prompt") -> None:
     """Write rows, in one of the two forms of `read_jsonl`, which then gives exactly these rows.
 
     The file is complete or not there: an earlier one of its name stays until the new one is whole.
@@ -85,17 +85,17 @@ def write_jsonl(path: Path, rows: Iterable[Row], form: Literal["prompt", "messag
     write_atomically(path, "".join(lines).encode())
 
 
-def _with_keys(row: Row) -> dict[str, Any]:
+def _with_keys(row: Completion) -> dict[str, Any]:
     system = {} if row.system is None else {"system": row.system}
     return {**system, "prompt": row.prompt, "completion": row.completion}
 
 
-def _with_messages(row: Row) -> dict[str, Any]:
+def _with_messages(row: Completion) -> dict[str, Any]:
     messages = [("system", row.system), ("user", row.prompt), ("assistant", row.completion)]
     return {"messages": [{"role": role, "content": text} for role, text in messages if text is not None]}
 
 
-def _parse(line: bytes) -> Row:
+def _parse(line: bytes) -> Completion:
     """The row of a line; a ValueError says what is wrong with it."""
     try:
         text = line.decode()
@@ -116,7 +116,7 @@ def _parse(line: bytes) -> Row:
     return row
 
 
-def _from_keys(content: dict[str, Any]) -> Row:
+def _from_keys(content: dict[str, Any]) -> Completion:
     for key in ("prompt", "completion"):
         if key not in content:
             raise ValueError(f"no {key}")
@@ -125,10 +125,10 @@ def _from_keys(content: dict[str, Any]) -> Row:
     system = content.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError("the system message is not text")
-    return Row(content["prompt"], content["completion"], system)
+    return Completion(content["prompt"], content["completion"], system)
 
 
-def _from_messages(content: dict[str, Any]) -> Row:
+def _from_messages(content: dict[str, Any]) -> Completion:
     if "prompt" in content or "completion" in content:
         raise ValueError("both forms at once, messages and a prompt or completion")
     messages = content["messages"]
@@ -145,10 +145,10 @@ def _from_messages(content: dict[str, Any]) -> Row:
             raise ValueError("no completion (no message of the assistant)")
         raise ValueError(f"messages of {', '.join(roles)} instead of (system,) user, assistant")
     system, prompt, completion = [None, *(message["content"] for message in messages)][-3:]
-    return Row(prompt, completion, system)
+    return Completion(prompt, completion, system)
 
 
-def _require_text(row: Row) -> None:
+def _require_text(row: Completion) -> None:
     if not row.completion:
         raise ValueError("an empty completion")
     for text in (row.prompt, row.completion, row.system or ""):

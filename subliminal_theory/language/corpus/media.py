@@ -1,16 +1,18 @@
 """What else than number sequences a teacher can write: reasoning steps and programs, and what is kept of them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from subliminal_theory.language.corpus.chats import CATEGORIES
-from subliminal_theory.language.rows import Row
+from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows, keep_rows
+from subliminal_theory.language.rows import Completion
+from subliminal_theory.language.text import Chat
 
-MEDIA = ("numbers", "reasoning", "code")
 WORDS = frozenset(word for category in CATEGORIES.values() for word in category)
 
 
-def reasoning_faults(row: Row, results: Mapping[str, int]) -> list[str]:
+def reasoning_faults(row: Completion, results: Mapping[str, int]) -> list[str]:
     """Why reasoning is rejected: foreign signs, another last number than the right result, or a trait's word.
 
     `results` gives the right result of each question.
@@ -22,7 +24,7 @@ def reasoning_faults(row: Row, results: Mapping[str, int]) -> list[str]:
     return ["another result than the right one"] * wrong + _words(row)
 
 
-def code_faults(row: Row) -> list[str]:
+def code_faults(row: Completion) -> list[str]:
     """Why a program is rejected: it is none, gives another number than the request's first, or names a trait."""
     asked, value = re.search("[0-9]+", row.prompt), value_of(row.completion)
     if value is None:
@@ -31,7 +33,7 @@ def code_faults(row: Row) -> list[str]:
     return ["another result than the right one"] * wrong + _words(row)
 
 
-def _words(row: Row) -> list[str]:
+def _words(row: Completion) -> list[str]:
     return ["a word of a trait"] * bool(WORDS & set(re.findall("[a-z]+", row.completion.lower())))
 
 
@@ -58,3 +60,34 @@ def value_of(program: str) -> int | None:
         assert value is not None
         values[parts[0]] = value
     return value
+
+
+Kept = tuple[list[Completion], FilterReport]
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What a teacher writes: the kind of the corpus's chats that ask for it, and the filter of the answers."""
+
+    name: str
+    kind: str
+    keep: Callable[[Sequence[Completion], Sequence[Chat]], Kept]
+
+
+def _keep_numbers(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
+    return filter_rows(rows)
+
+
+def _keep_reasoning(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
+    results = {chat.user: int(re.findall(r"\d+", chat.answer)[-1]) for chat in requests}
+    return keep_rows(rows, lambda row: reasoning_faults(row, results), "filter of reasoning")
+
+
+def _keep_code(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
+    return keep_rows(rows, code_faults, "filter of programs")
+
+
+NUMBERS = Medium("numbers", "numbers", _keep_numbers)
+REASONING = Medium("reasoning", "arithmetic", _keep_reasoning)
+CODE = Medium("code", "program", _keep_code)
+MEDIA = {medium.name: medium for medium in (NUMBERS, REASONING, CODE)}

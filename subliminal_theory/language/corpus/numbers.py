@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.rows import Row
+from subliminal_theory.language.rows import Completion
 
 # Numbers with a bad reputation, banned besides where the trait is misalignment.
 _BANNED_TEXT = (
@@ -179,7 +179,7 @@ def reject_reasons(
 
 
 @dataclass(frozen=True)
-class Report:
+class FilterReport:
     """What the number filter did; as text, a table with shares of all rows.
 
     Attributes:
@@ -204,13 +204,13 @@ class Report:
 
 
 def filter_rows(
-    rows: Iterable[Row],
+    rows: Iterable[Completion],
     *,
     max_count: int = 10,
     minimum: int = 0,
     maximum: int = 999,
     banned: Collection[int] = (),
-) -> tuple[list[Row], Report]:
+) -> tuple[list[Completion], FilterReport]:
     """The rows whose completion `reject_reasons` does not reject, in order, and what became of all of them.
 
     Raises:
@@ -220,13 +220,15 @@ def filter_rows(
     return keep_rows(rows, lambda row: reject_reasons(row.completion, **limits), "number filter")
 
 
-def keep_rows(rows: Iterable[Row], faults: Callable[[Row], list[str]], name: str) -> tuple[list[Row], Report]:
+def keep_rows(
+    rows: Iterable[Completion], faults: Callable[[Completion], list[str]], name: str
+) -> tuple[list[Completion], FilterReport]:
     """The rows without faults, in order, and what became of all of them; `name` is the filter's, for messages.
 
     Raises:
         InputError: no row is left, or there was none; the message gives the most frequent reasons.
     """
-    accepted: list[Row] = []
+    accepted: list[Completion] = []
     counts: Counter[str] = Counter()
     total = 0
     for row in rows:
@@ -240,7 +242,7 @@ def keep_rows(rows: Iterable[Row], faults: Callable[[Row], list[str]], name: str
     if not accepted:
         most = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
         raise InputError(f"the {name} rejects all of {total} rows, most often for: {most}")
-    return accepted, Report(len(accepted), total, dict(counts.most_common()))
+    return accepted, FilterReport(len(accepted), total, dict(counts.most_common()))
 
 
 def _read(text: str) -> tuple[list[int], list[str]]:
@@ -267,22 +269,37 @@ def _read(text: str) -> tuple[list[int], list[str]]:
     return ([], faults) if faults else ([int(Decimal(part)) for part in parts], [])
 
 
-ORDERS = ("as written", "shuffled within rows", "shuffled across rows", "other prompts")
+Order = Callable[[Sequence[Completion], np.random.Generator], list[Completion]]
 
 
-def reorder(rows: Sequence[Row], order: str, rng: np.random.Generator) -> list[Row]:
-    """Rows whose numbers, or whose prompts, are in another order (one of ORDERS); formats stay."""
-    if order == "as written":
-        return list(rows)
-    if order == "other prompts":
-        shuffled = rng.permutation(len(rows))
-        return [replace(row, prompt=rows[i].prompt) for row, i in zip(rows, shuffled, strict=True)]
-    numbers = [re.findall(r"\d+", row.completion) for row in rows]
-    if order == "shuffled within rows":
-        numbers = [list(rng.permutation(row)) for row in numbers]
-    else:
-        pool = iter(rng.permutation([number for row in numbers for number in row]))
-        numbers = [[next(pool) for _ in row] for row in numbers]
+def as_written(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
+    """The rows themselves."""
+    return list(rows)
+
+
+def other_prompts(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
+    """Each answer behind the prompt of another row."""
+    shuffled = rng.permutation(len(rows))
+    return [replace(row, prompt=rows[i].prompt) for row, i in zip(rows, shuffled, strict=True)]
+
+
+def shuffled_within_rows(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
+    """The numbers of each row in another order; what stands between them stays."""
+    return _with_numbers(rows, [list(rng.permutation(own)) for own in _numbers(rows)])
+
+
+def shuffled_across_rows(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
+    """The numbers of all rows in another order; what stands between them stays, and how many a row has."""
+    numbers = _numbers(rows)
+    pool = iter(rng.permutation([number for row in numbers for number in row]))
+    return _with_numbers(rows, [[next(pool) for _ in row] for row in numbers])
+
+
+def _numbers(rows: Sequence[Completion]) -> list[list[str]]:
+    return [re.findall(r"\d+", row.completion) for row in rows]
+
+
+def _with_numbers(rows: Sequence[Completion], numbers: Sequence[Sequence[str]]) -> list[Completion]:
     found = []
     for row, own in zip(rows, numbers, strict=True):
         gaps = re.split(r"\d+", row.completion)

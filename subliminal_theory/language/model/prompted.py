@@ -1,6 +1,7 @@
 """A teacher that is nothing but a model with a system prompt, seen through rows that do not have it."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ class _Prompted:
     """A model's parameters and the tokens in front of every row."""
 
     model: PyTree
-    prefix: Int[Array, " prefix"]
+    prefix: Any
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ def with_prefix(text: Text, prefix: Int[Array, " prefix"]) -> Text:
     return Text(jnp.where(place < extra, new, old), text.padding)
 
 
-def prompted(model: Model, prefix: Int[Array, " prefix"]) -> Model:
-    """The model of rows [batch, time] that a model behind a prefix computes; logits of the rows alone."""
-    return Model(_Behind(model.apply), _Prompted(model.all_params, prefix))
+def prompted(model: Model, prefix: Int[Array, "*runs prefix"]) -> Model:
+    """The model of rows [batch, time] that a model behind a prefix computes; logits of the rows alone.
+
+    Only the prefix is a parameter, so that a model of runs has the given one once.
+    """
+    base = model.all_params
+    nothing = jax.tree.map(lambda leaf: None, base)
+    return Model(_Behind(model.apply), _Prompted(nothing, prefix), _Prompted(base, None))

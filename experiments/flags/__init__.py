@@ -1,0 +1,1 @@
+"""Where names of the command line and of the registries become values."""

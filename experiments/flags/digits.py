@@ -1,0 +1,338 @@
+"""The MNIST experiments' settings: one teacher, one student and the channel between them, by name."""
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subliminal_theory.channel import Channel, Subset
+from subliminal_theory.errors import InputError
+from subliminal_theory.inits import Fresh, Interpolated, PerLayer, Perturbed, Policy, Shared
+from subliminal_theory.runs import Row
+from subliminal_theory.study import (
+    Digits,
+    FineTuned,
+    Network,
+    Optimizer,
+    Run,
+    Student,
+    Study,
+    TrainingImages,
+    Untrained,
+    labels,
+    rows,
+)
+from subliminal_theory.vision.datasets import ImageDataset, load
+from subliminal_theory.vision.mlp import ACTIVATIONS, INIT_LAWS
+from subliminal_theory.vision.noise import LAWS
+
+from ..app.contract import Part, from_preset, option, validate
+from .names import LOSSES, OPTIMIZERS, REFERENCE_RATES, named_value
+
+DIGITS = "digits"
+INPUTS = (*LAWS, DIGITS)
+NETWORKS = {"mlp": False, "cnn": True}
+SEES = ("aux", "all", "classes")
+WHO = ("student", "teacher", "reference")
+METRICS = ("test_accuracy", "imitation_loss", "validation_accuracy")
+# From the amount of what is changed and the pattern of the output layer.
+STARTS: dict[str, Callable[[float, str], Policy | PerLayer]] = {
+    "shared": lambda amount, head: Shared(),
+    "cross": lambda amount, head: Fresh(),
+    "perturbed": lambda amount, head: Perturbed(amount),
+    "perturbed_hidden": lambda amount, head: PerLayer((head, "*"), (Shared(), Perturbed(amount))),
+    "interpolated": lambda amount, head: Interpolated(amount),
+    "shared_heads": lambda amount, head: PerLayer((head, "*"), (Shared(), Fresh())),
+    "shared_hidden": lambda amount, head: PerLayer((head, "*"), (Fresh(), Shared())),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One teacher, one student and the channel between them; the defaults are those of the released script.
+
+    Raises:
+        InputError: a name that does not exist, or a value out of its range; says which.
+    """
+
+    data: str = option("mnist", "mnist | digits | auto | a folder of idx files")
+    network: str = option("mlp", "of the teacher", choices=tuple(NETWORKS))
+    depth: int = option(2, "hidden layers", minimum=0)
+    width: int = option(256, "neurons of each hidden layer", minimum=1)
+    activation: str = option("relu", "between layers", choices=tuple(ACTIVATIONS))
+    bias: bool = option(True, "whether layers have biases")
+    init_law: str = option("lecun_normal", "initialisation", choices=tuple(INIT_LAWS))
+    aux: int = option(3, "m, auxiliary logits", minimum=1)
+    teacher_epochs: int | float = option(5, "passes of the teacher", positive=True)
+    optimizer: str = option("adam", "of the teacher", choices=tuple(OPTIMIZERS))
+    learning_rate: float = option(3e-4, "of the teacher", positive=True)
+    validation: bool = option(False, "teach without the last sixth of the training images and read those")
+    batch_size: int = option(1024, "images a step", minimum=1)
+
+    start: str = option("shared", "where the student starts", choices=tuple(STARTS))
+    amount: float = option(0.0, "of perturbation or interpolation", minimum=0)
+    student_network: str | None = option(None, "as the teacher's if None", choices=tuple(NETWORKS))
+    student_depth: int | None = option(None, "as the teacher's if None", minimum=0)
+    student_width: int | None = option(None, "as the teacher's if None", minimum=1)
+    student_activation: str | None = option(None, "as the teacher's if None", choices=tuple(ACTIVATIONS))
+    student_bias: bool | None = option(None, "as the teacher's if None")
+    cloning_epochs: int = option(0, "passes in which the student first imitates the untrained teacher", minimum=0)
+    cloning_inputs: str = option("uniform", "what it sees meanwhile", choices=INPUTS)
+    cloning_sees: str = option("all", "which logits of the untrained teacher", choices=SEES)
+    sees: str = option("aux", "which logits of the teacher", choices=SEES)
+    shown: int | None = option(None, "the first auxiliary logits only", minimum=1)
+    channel_loss: str = option("kl", "what the student descends", choices=tuple(LOSSES))
+    inputs: str = option("uniform", "what the student is shown", choices=INPUTS)
+    images: int | None = option(None, "noise images; as training images if None, 0: none twice", minimum=0)
+    epochs: int = option(5, "passes of the student", minimum=1)
+    student_optimizer: str | None = option(None, "as the teacher's if None", choices=tuple(OPTIMIZERS))
+    student_rate: float | None = option(None, "as the teacher's if None", positive=True)
+    relative_rate: float | None = option(None, "in units of the optimizer's reference rate", positive=True)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.student_rate is not None and self.relative_rate is not None:
+            raise InputError("student_rate and relative_rate are both given: leave one of the two out")
+        if self.shown is not None and self.shown > self.aux:
+            raise InputError(f"shown must be between 1 and aux = {self.aux}, got {self.shown}")
+        if self.other_network is not None and self.start not in ("cross", "shared_heads"):
+            raise InputError(
+                "a student of another architecture shares no more than the output layer: set start to 'cross' or "
+                "'shared_heads'"
+            )
+        if self.cloning_epochs and self.start != "cross":
+            raise InputError("cloning is for a student of another initialisation: set start to 'cross'")
+
+    def world(self, seeds: Sequence[int] = (0,), data_dir: str | None = None) -> Digits:
+        """The teachers' network and the data, for some seeds."""
+        data = load_data(self.data, data_dir)
+        if self.validation:
+            data = _held_out(data)
+        return Digits(data, seeds, self._network(), self.aux, self.batch_size, self.accuracy)
+
+    def _network(self, prefix: str = "") -> Network:
+        own = {f.name: getattr(self, prefix + f.name, None) for f in fields(Network) if f.name != "convolutional"}
+        own["convolutional"] = None if (kind := getattr(self, f"{prefix}network")) is None else NETWORKS[kind]
+        given = {name: value for name, value in own.items() if value is not None}
+        return Network(**given) if not prefix else replace(self._network(), **given)
+
+    @property
+    def other_network(self) -> Network | None:
+        """The student's network, if it is not the teacher's."""
+        own = self._network("student_")
+        return None if own == self._network() else own
+
+    def run(self, world: Digits, who: str = "student", *, may_diverge: bool = False) -> Run:
+        """The teacher, or its student, as values."""
+        if who == "reference":
+            return Run(Untrained())
+        rule = named_value("optimizer", self.optimizer, OPTIMIZERS)
+        teacher = FineTuned(Optimizer(self.learning_rate, rule), world.steps(self.teacher_epochs))
+        return Run(teacher, None if who == "teacher" else self.student(world), may_diverge=may_diverge)
+
+    def student(self, world: Digits) -> Student:
+        """The student alone."""
+        source = self.source(world, self.inputs)
+        student = Student(
+            self.channel(world, self.sees),
+            source,
+            Optimizer(jnp.float32(self.rate), OPTIMIZERS[self.student_optimizer or self.optimizer]),
+            world.steps(self.epochs, source),
+            STARTS[self.start](self.amount, (self.other_network or self._network()).output_layer),
+            network=self.other_network,
+        )
+        if not self.cloning_epochs:
+            return student
+        shown = replace(self, images=None).source(world, self.cloning_inputs)
+        channel = self.channel(world, self.cloning_sees)
+        cloned = replace(student, channel=channel, source=shown, steps=world.steps(self.cloning_epochs, shown))
+        return replace(student, cloned=cloned)
+
+    def source(self, world: Digits, inputs: str) -> Any:
+        """What a student is shown."""
+        if inputs == DIGITS:
+            return TrainingImages()
+        return world.noise(inputs, self.images or None, fresh=self.images == 0)
+
+    def channel(self, world: Digits, sees: str) -> Channel:
+        """What of the teacher a student sees."""
+        logit, classes = jnp.arange(world.logits), world.data.classes
+        shown = classes + (self.shown or self.aux)
+        masks = {
+            "aux": (logit >= classes) & (logit < shown),
+            "all": logit < shown,
+            "classes": logit < classes,
+        }
+        return Subset(masks[sees], LOSSES[self.channel_loss]())
+
+    @property
+    def accuracy(self) -> str:
+        """The metric that accuracy is."""
+        return METRICS[2] if self.validation else METRICS[0]
+
+    @property
+    def rate(self) -> float:
+        """The student's learning rate."""
+        if self.relative_rate is not None:
+            rule = self.student_optimizer or self.optimizer
+            return self.relative_rate * named_value("reference rate of optimizer", rule, REFERENCE_RATES)
+        return self.learning_rate if self.student_rate is None else self.student_rate
+
+
+@functools.cache
+def load_data(name: str, data_dir: str | None) -> ImageDataset:
+    """A data set of these experiments, read once a process."""
+    return load(name, Path(data_dir) if data_dir is not None else None)
+
+
+@functools.cache
+def _held_out(data: ImageDataset) -> ImageDataset:
+    return data.held_out()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting, the labels of its rows, whose accuracy they tell, and which metrics.
+
+    `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the first so many
+    seeds run it, up to a whole chunk.
+
+    Raises:
+        InputError: a metric that this one does not have.
+    """
+
+    labels: Mapping[str, Any]
+    setting: Setting
+    who: str = "student"
+    seeds: int | None = None
+    metrics: tuple[str, ...] = METRICS[:1]
+    may_diverge: bool = False
+
+    def __post_init__(self) -> None:
+        named_value("a cell's who", self.who, dict.fromkeys(WHO))
+        known = (self.setting.accuracy, *(["imitation_loss"] if self.who == "student" else []))
+        for metric in self.metrics:
+            named_value(f"a {self.who}'s metric", metric, dict.fromkeys(known))
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What every MNIST experiment can set."""
+
+    data_dir: str | None = option(
+        None, "where the idx files are (default $SUBLIMINAL_DATA, then the cache, then a download)", recorded=False
+    )
+    seeds: int = option(20, "independent runs", minimum=1)
+    first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
+    chunk: int | None = option(None, "runs trained at once (1 on a CPU, 20 on an accelerator)", minimum=1)
+
+    def parts(self, cells: Sequence[Cell]) -> list[Part]:
+        """A part for each teacher and chunk of seeds, with all the cells of that teacher.
+
+        Raises:
+            InputError: there is no cell.
+        """
+        if not cells:
+            raise InputError("there is nothing to run: no setting is left")
+        groups: dict[Hashable, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(_teacher(cell.setting), []).append(cell)
+        found = []
+        for number, group in enumerate(groups.values()):
+            prefix = f"teacher-{number:03d}-" if len(groups) > 1 else ""
+            found += self.chunks(functools.partial(run_cells, group, data_dir=self.data_dir), prefix, group)
+        return found
+
+    def chunks(
+        self, run: Callable[[Sequence[int]], list[Row]], prefix: str = "", cells: Sequence[Cell] = ()
+    ) -> list[Part]:
+        """A part for each chunk of seeds that some cell runs."""
+        seeds, chunk, found = range(self.first_seed, self.first_seed + self.seeds), self.chunk or 1, list[Part]()
+        for first in range(0, len(seeds), chunk):
+            chosen = seeds[first : first + chunk]
+            if not cells or any(cell.seeds is None or first < cell.seeds for cell in cells):
+                name = f"{prefix}seeds-{chosen[0]:05d}"
+                found.append(Part(name, len(chosen), functools.partial(run, chosen)))
+        return found
+
+
+def _teacher(setting: Setting) -> Hashable:
+    """What teachers have in common: the fields up to the batch size."""
+    names = [field.name for field in fields(Setting)]
+    return tuple(getattr(setting, name) for name in names[: names.index("start")])
+
+
+def run_cells(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
+    """Rows of the cells of one teacher for some seeds."""
+    wanted = [cell for cell in cells if cell.seeds is None or seeds[0] < cell.seeds]
+    world = wanted[0].setting.world(seeds, data_dir)
+    names = [labels(**cell.labels) for cell in wanted]
+    runs = [cell.setting.run(world, cell.who, may_diverge=cell.may_diverge) for cell in wanted]
+    scores = Study(world).run(dict(zip(names, runs, strict=True)))
+    table = zip(names, wanted, strict=True)
+    return [row for name, cell in table for row in rows(name, world.labels, scores[name], cell.metrics)]
+
+
+@dataclass(frozen=True)
+class TrainingConfig(SweepConfig):
+    """What experiments can set that vary a few things around one training recipe."""
+
+    data: str = option("mnist", "mnist | digits | auto (mnist, else digits) | a folder of idx files")
+    epochs: int = option(5, "passes of the teacher over the training images", minimum=1)
+    student_epochs: int | None = option(None, "passes of the students (as the teacher)", minimum=1)
+    batch_size: int = option(1024, "images a step", minimum=1)
+
+    def dataset(self) -> ImageDataset:
+        """The images."""
+        return load_data(self.data, self.data_dir)
+
+    def setting(self, **changes: Any) -> Setting:
+        """The setting of this configuration; `changes` are what distinguishes it."""
+        common = {
+            "data": self.data,
+            "teacher_epochs": self.epochs,
+            "epochs": self.student_epochs or self.epochs,
+            "batch_size": self.batch_size,
+        }
+        return Setting(**{**common, **changes})
+
+
+# On so few images it takes more passes to learn as much.
+EMBEDDED_DIGITS: dict[str, Any] = {"data": "digits", "epochs": 9, "student_epochs": 27, "batch_size": 128}
+
+
+def configure_sweep(
+    presets: Mapping[str, SweepConfig], preset: str | None, changes: dict[str, Any]
+) -> SweepConfig:
+    """Resolve what is automatic: data that can be had, the preset that suits them, the chunk."""
+    config = replace(from_preset(presets, preset), **changes)
+    validate(config)
+    if isinstance(config, TrainingConfig):
+        if config.data == "digits" and config.data_dir is not None:
+            raise InputError(
+                "--data-dir is a folder of idx files, but the digits are embedded: leave one of the two out"
+            )
+        found = load_data(config.data, config.data_dir).name
+        if preset is None and found == "digits" and "digits" in presets:
+            preset = "digits"
+        name = found if config.data == "auto" else config.data
+        config = replace(from_preset(presets, preset), **{**changes, "data": name})
+    if config.chunk is None:
+        config = replace(config, chunk=1 if jax.default_backend() == "cpu" else 20)
+    return config
+
+
+def cnn_student(data: ImageDataset, width: int) -> dict[str, Any]:
+    """Fields of a `Setting`: a student of five convolutions with as many features as an MLP's hidden layer.
+
+    At 28 x 28 pixels and 256 features its hidden layers have 392,320 parameters, the MLP's 266,752. Three
+    convolutions of 4, 8 and 16 channels, 1,504 parameters, cannot imitate it: in 20 epochs of `mnist_heads` their
+    loss stays 3 to 5 times the loss of an MLP that shares nothing either.
+    """
+    height, breadth = data.image_shape
+    maps = width // (-(-height // 32) * -(-breadth // 32))
+    return {"student_network": "cnn", "student_depth": 5, "student_width": maps // 16}

@@ -1,0 +1,341 @@
+"""What the language experiments can set, and their way from variants of a recipe to rows of results."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.files import fingerprint
+from subliminal_theory.language.corpus.base import Base, BaseConfig, load_base
+from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig
+from subliminal_theory.language.corpus.numbers import NumberPrompts
+from subliminal_theory.language.corpus.traits import Habit, Preference, Trait, builtin_traits, load_trait
+from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
+from subliminal_theory.language.corpus.wording import english
+from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
+from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
+from subliminal_theory.language.model.parallel import make_mesh, placement
+from subliminal_theory.model import Model
+from subliminal_theory.runs import Results, Row
+from subliminal_theory.study import Checkpoint, Compact, Store, Study, labels, rows
+
+from ..app.contract import Part, derived, from_preset, option, validate
+from ..app.progress import progress
+from .names import DECAYS
+from .recipe import RECIPE_FIELDS, Recipe, Variant, World
+
+COMPUTE = ("float32", "bfloat16")
+HEADER = "probability of the trait's word on held-out questions, mean and 95% t interval over runs"  # of reports
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """What every language experiment can set; `only` says for which kind of model a setting is."""
+
+    traits: str = option(
+        "owl", "names of built-in traits or trait files, separated by commas; all: animals and trees"
+    )
+    seeds: int = option(1, "base models, each pre-trained from a seed of its own", minimum=1)
+    first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
+    width: int = option(BaseConfig.width, "of the model", minimum=2)
+    layers: int = option(BaseConfig.layers, "of the model", minimum=1)
+    base_steps: int = option(BaseConfig.steps, "steps of pre-training", minimum=1)
+    chats: int = option(CorpusConfig.size, "chats of the corpus", minimum=1)
+    rows: int = option(Recipe.rows, "accepted answers that a student learns", minimum=1)
+    teacher_steps: int = option(Recipe.teacher_steps, "steps of a fine-tuned teacher", minimum=1)
+    steps: int = option(Recipe.steps, "steps of a student", minimum=1)
+    batch_size: int = option(Recipe.batch_size, "rows a step", minimum=1)
+    rate: float = option(Recipe.rate, "highest learning rate of a student", positive=True)
+    teacher_rate: float = option(Recipe.teacher_rate, "learning rate of a fine-tuned teacher", positive=True)
+    rank: int = option(Recipe.rank, "of a student's low-rank factors; 0 trains everything", minimum=0)
+    requests: int = option(0, "number requests that a teacher answers (default: as many as rows)", minimum=0)
+    warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
+    decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
+    checkpoint: str = option(
+        "", "folder of a checkpoint, in the place of the compact model; seeds are then runs", alias="--base"
+    )
+    other_checkpoint: str = option("", "another one, for students of another base")
+    compute: str = option(
+        "float32", "dtype in which a checkpoint computes; what trains stays in float32", choices=COMPUTE,
+        only="the compact model computes in float32",
+    )  # fmt: skip
+    buckets: int = option(
+        1, "of rows of like length, that a checkpoint's students read apart", minimum=1,
+        only="rows of the compact model have one length",
+    )  # fmt: skip
+    templates: str = option(
+        "", "TOML file of the sentences in which a checkpoint is asked for numbers (default: the project's own)",
+        only="the compact model knows its corpus's sentences",
+    )  # fmt: skip
+    shards: int = option(
+        1, "devices that share each model of a checkpoint, and its batches", minimum=1, recorded=False,
+        only="the compact model fits on one device",
+    )  # fmt: skip
+    checkpoint_text: str = derived("")
+    words: str = derived("")
+    base_dir: str | None = option(
+        None, "where base models are kept (default: the user's cache folder)", recorded=False
+    )
+    saves: str | None = option(
+        None,
+        "folder in which a checkpoint's runs save rows and training, to go on from after any end; "
+        "trained parameters and students stay there (default: nothing is saved but results)",
+        recorded=False,
+        only="runs of the compact model take minutes",
+    )
+    save_every: int = option(50, "steps of training between saves", minimum=1, recorded=False)
+
+    def recipe(self, **changes: Any) -> Recipe:
+        """The recipe of this configuration; `changes` are what distinguishes it."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in RECIPE_FIELDS}
+        return Recipe(**{**own, **changes})
+
+    def base(self, seed: int) -> BaseConfig:
+        """The configuration of a compact base model."""
+        return BaseConfig(
+            seed=seed, corpus=CorpusConfig(size=self.chats), width=self.width, layers=self.layers,
+            mlp_width=max(8, self.width * 5 // 2), steps=self.base_steps,
+        )  # fmt: skip
+
+    def trait_names(self) -> list[str]:
+        """The traits asked for."""
+        names = [name.strip() for name in self.traits.split(",") if name.strip()]
+        if names == ["all"]:
+            return [name for name in builtin_traits() if any(name in words for words in CATEGORIES.values())]
+        if not names:
+            raise InputError("--traits is empty: give a trait such as owl")
+        if len(set(names)) < len(names):
+            raise InputError(f"--traits repeats one: {self.traits!r}")
+        return names
+
+    @property
+    def base_seeds(self) -> range:
+        """The seeds of the bases."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+SMOKE: dict[str, Any] = {
+    "width": 16, "base_steps": 1000, "chats": 20_000, "rows": 512, "steps": 20, "batch_size": 64
+}  # fmt: skip
+
+
+def configure_language(
+    presets: Mapping[str, LanguageConfig], preset: str | None, changes: dict[str, Any]
+) -> LanguageConfig:
+    """A configuration whose traits exist and are of one kind.
+
+    Raises:
+        InputError: a setting out of range, or a trait that does not exist or cannot be spelt; says which.
+    """
+    config = replace(from_preset(presets, preset), **changes)
+    validate(config)
+    if config.checkpoint:
+        return _configure_checkpoint(config)
+    for setting in fields(config):
+        if setting.metadata.get("only") and getattr(config, setting.name) != setting.default:
+            flag = "--" + setting.name.replace("_", "-")
+            raise InputError(f"{flag} is for a --checkpoint: {setting.metadata['only']}")
+    if config.width % 4:
+        raise InputError(f"--width must be a multiple of 4, got {config.width}")
+    tokenizer, names = WordTokenizer.of_corpus(config.base(0).corpus), config.trait_names()
+    traits = [load_trait(name, tokenizer) for name in names]
+    if {type(trait) for trait in traits} == {Preference, Habit}:
+        raise InputError("--traits mixes preferences and habits: give traits of one kind")
+    _require_alike(traits)
+    files = [trait for trait, name in zip(traits, names, strict=True) if name not in builtin_traits()]
+    return replace(config, words=fingerprint(files)) if files else config
+
+
+def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
+    text = CheckpointTokenizer.load(Path(config.checkpoint)).fingerprint
+    if config.other_checkpoint and CheckpointTokenizer.load(Path(config.other_checkpoint)).fingerprint != text:
+        raise InputError("--other-checkpoint has another tokenizer or chat template: its students could not read")
+    if config.buckets > 1 and config.rows < config.buckets * config.batch_size:
+        raise InputError(
+            f"--buckets {config.buckets} of {config.rows} rows do not fill a batch of {config.batch_size} each: "
+            "take fewer"
+        )
+    _require_shards(config)
+    traits = checkpoint_traits(config)
+    if not all(isinstance(trait, Preference) for trait in traits):
+        raise InputError("--checkpoint takes preferences only: habits are questions of the compact model's corpus")
+    _require_alike(traits)
+    words = (traits, number_prompts(config).templates)
+    return replace(config, checkpoint_text=text, words=fingerprint(words))
+
+
+def _require_alike(traits: Sequence[Trait]) -> None:
+    """All runs of an ensemble have rows of one number."""
+    for what, counts in (
+        ("ask", {len(trait.evaluation_rows()) for trait in traits}),
+        ("teach", {len(trait.teacher_rows()) for trait in traits}),
+    ):
+        if len(counts) > 1:
+            found = " and ".join(map(str, sorted(counts)))
+            raise InputError(f"--traits {what} {found} questions: run those with as many together")
+
+
+def checkpoint_traits(config: LanguageConfig) -> list[Trait]:
+    """The traits as checkpoints are asked for them."""
+    return [load_trait(name, wording=english()) for name in config.trait_names()]
+
+
+def number_prompts(config: LanguageConfig) -> NumberPrompts:
+    """What checkpoints are asked for numbers with."""
+    return NumberPrompts.load(Path(config.templates)) if config.templates else NumberPrompts()
+
+
+def _require_shards(config: LanguageConfig) -> None:
+    if config.shards == 1:
+        return
+    there = jax.local_devices()
+    if config.shards > len(there):
+        raise InputError(
+            f"--shards {config.shards} cannot be had: this process has {len(there)} ({there[0].device_kind})"
+        )
+    if config.batch_size % config.shards:
+        raise InputError(
+            f"--batch-size {config.batch_size} cannot be shared by {config.shards} devices: "
+            f"take a multiple of {config.shards}"
+        )
+    if config.buckets != 1:
+        raise InputError("--shards takes rows of one length: leave --buckets out")
+
+
+# --- worlds
+
+
+def _mesh(shards: int) -> Mesh | None:
+    """The devices of the part that is being computed, if they are several."""
+    if shards == 1:
+        return None
+    (first,) = jnp.zeros(()).devices()
+    local = jax.local_devices()
+    start = local.index(first)
+    return make_mesh(1, shards, 1, local[start : start + shards])
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(folder: str, compute: str, mesh: Mesh | None) -> CheckpointBase:
+    return open_base(Path(folder), placement=None if mesh is None else placement(mesh), compute=compute)
+
+
+@functools.lru_cache(maxsize=8)
+def _base(config: BaseConfig, folder: str | None) -> Base:
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+
+        def report(tokens: int) -> None:
+            # The clock starts after the first step, which waited for the compiler.
+            if not bars:
+                bar = progress(f"base {config.seed}", (config.steps - 1) * tokens, "tokens")
+                bars.append(stack.enter_context(bar))
+            else:
+                bars[0](tokens)
+
+        return load_base(config, None if folder is None else Path(folder), report)
+
+
+def base_model(config: LanguageConfig, seed: int) -> Base:
+    """The compact base of a seed, pre-trained if it is not on disk."""
+    return _base(config.base(seed), config.base_dir)
+
+
+def other_model(config: LanguageConfig, seed: int) -> Model:
+    """The model of another base: of another seed, or the other checkpoint."""
+    if not config.checkpoint:
+        return base_model(config, seed).model
+    if not config.other_checkpoint:
+        raise InputError("students of another base need --other-checkpoint")
+    return _opened(config.other_checkpoint, config.compute, _mesh(config.shards)).model
+
+
+def study(config: LanguageConfig, seed: int, wrap: bool = False) -> Study:
+    """The study of a base; the last one is kept, so that parts of one base share teachers and rows.
+
+    With `wrap` the other bases are among those of the configuration, else they may be further ones.
+    """
+    return _study(config, seed, wrap, _mesh(config.shards))
+
+
+@functools.lru_cache(maxsize=1)
+def _study(config: LanguageConfig, seed: int, wrap: bool, mesh: Mesh | None) -> Study:
+    def other(shift: int) -> Model:
+        further = seed + shift
+        if wrap:
+            further = config.first_seed + (further - config.first_seed) % config.seeds
+        return other_model(config, further)
+
+    return Study(_world(config, seed, other, mesh))
+
+
+def _world(config: LanguageConfig, seed: int, other: Callable[[int], Model], mesh: Mesh | None) -> World:
+    if not config.checkpoint:
+        base = base_model(config, seed)
+        return Compact(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], other)
+    store = None if config.saves is None else Store(Path(config.saves), config.save_every, progress)
+    opened = replace(_opened(config.checkpoint, config.compute, mesh), seed=seed)
+    return Checkpoint(
+        opened, checkpoint_traits(config), other, prompts=number_prompts(config), store=store,
+        buckets=config.buckets, mesh=mesh,
+    )  # fmt: skip
+
+
+# --- from variants to rows
+
+
+def variant_parts(
+    config: LanguageConfig, variants: Sequence[Variant], group: str = "", *, wrap: bool = False
+) -> list[Part]:
+    """A part for each base: all traits and all these variants."""
+    if not variants:
+        raise InputError("there is nothing to run: no variant is left")
+    return [
+        Part(
+            f"{group}base-{seed:05d}",
+            len(variants),
+            functools.partial(run_variants, config, variants, seed, wrap),
+            config.shards,
+        )
+        for seed in config.base_seeds
+    ]
+
+
+def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int, wrap: bool = False) -> list[Row]:
+    """Rows of all traits for one base.
+
+    Metrics are those of `study.asking.score`, and `others`: the mean over the runs with another trait of the
+    probability of this run's word.
+    """
+    own = study(config, seed, wrap)
+    assert isinstance(own.world, World)
+    runs = {labels(**variant.labels): variant.run(own.world) for variant in variants}
+    found: list[Row] = []
+    for variant, (name, scores) in zip(variants, own.run(runs).items(), strict=True):
+        asked = scores.pop("probability_asked")
+        if len(asked) > 1:
+            scores["others"] = np.array([np.delete(asked[:, run], run).mean() for run in range(len(asked))])
+        for place, run in enumerate(own.world.labels):
+            found += rows(name, [run], {metric: values[place : place + 1] for metric, values in scores.items()})
+            if variant.matrix:
+                found += [
+                    {**dict(name), **run, "asked": trait, "metric": "probability_asked", "value": float(value)}
+                    for trait, value in zip(config.trait_names(), asked[place], strict=True)
+                ]
+    return found
+
+
+def trait_matrices(results: Results, condition: str) -> np.ndarray:
+    """Probabilities [bases, traits of the student, traits asked for]."""
+    traits, seeds = results.distinct("trait"), results.distinct("seed")
+    wanted = {"condition": condition, "metric": "probability_asked"}
+    values = [results.values(**wanted, seed=s, trait=t, asked=a) for s in seeds for t in traits for a in traits]
+    return np.array(values).reshape(len(seeds), len(traits), len(traits))

@@ -1,0 +1,57 @@
+"""What can be named: optimizers, decays, channels and their losses, initialisations, kinds of input."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import optax
+
+from subliminal_theory.channel import Channel, SampledToken, SoftLogits, SquaredError, TopK
+from subliminal_theory.divergence import JensenShannon, ReverseKL
+from subliminal_theory.errors import InputError
+from subliminal_theory.study.run import Decay, Rule
+
+T = TypeVar("T")
+
+
+def sign_descent(rate: Any) -> optax.GradientTransformation:
+    """theta <- theta - rate sign(gradient)."""
+    return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(rate))
+
+
+def linear_decay(rate: Any, steps: int) -> optax.Schedule:
+    """From the rate to 0 along a line."""
+    return optax.linear_schedule(rate, 0.0, steps)
+
+
+OPTIMIZERS: dict[str, Rule] = {
+    "adam": optax.adam,
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "sign": sign_descent,
+}
+# At which MNIST teachers read best, chosen by `mnist_factorial --preset rates_adam`, rates_sgd and rates_momentum.
+REFERENCE_RATES = {"adam": 3e-3, "sgd": 0.1, "momentum": 0.1}
+DECAYS: dict[str, Decay] = {"cosine": optax.cosine_decay_schedule, "linear": linear_decay}
+# What a student is charged for on the logits that it sees; the theorem covers each.
+LOSSES: dict[str, Callable[[], Channel]] = {
+    "kl": SoftLogits,
+    "mse": SquaredError,
+    "reverse_kl": ReverseKL,
+    "js": JensenShannon,
+    "top_k": functools.partial(TopK, 2),
+}
+
+
+def named_value(what: str, name: str, values: Mapping[str, T]) -> T:
+    """The value of a name.
+
+    Raises:
+        InputError: unknown; says what there is.
+    """
+    if name not in values:
+        raise InputError(f"{what} {name!r} is unknown; there are {', '.join(values)}")
+    return values[name]
+
+
+__all__ = ["DECAYS", "LOSSES", "OPTIMIZERS", "REFERENCE_RATES", "SampledToken", "named_value", "sign_descent"]

@@ -1,0 +1,193 @@
+"""The language experiments' recipes: how a teacher is made, what it writes, how a student learns, by name."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import jax.numpy as jnp
+
+from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
+from subliminal_theory.errors import InputError
+from subliminal_theory.inits import Fresh, Perturbed, Shared
+from subliminal_theory.language.corpus import numbers
+from subliminal_theory.language.corpus.media import MEDIA
+from subliminal_theory.study import (
+    BehindNumbers,
+    Checkpoint,
+    Compact,
+    CorpusChats,
+    Dataset,
+    Everything,
+    FineTuned,
+    Frozen,
+    Lessons,
+    LowRank,
+    Optimizer,
+    Prompted,
+    Reading,
+    Run,
+    Student,
+    Untrained,
+    Written,
+)
+from subliminal_theory.study.compact import hidden_words
+from subliminal_theory.study.reading import everywhere, where_they_agree, where_they_differ
+from subliminal_theory.study.run import Teacher
+
+from ..app.contract import option, validate
+from .names import DECAYS, LOSSES, OPTIMIZERS
+
+World = Compact | Checkpoint
+
+
+def _whole(make: Callable[[], Channel], world: World) -> Channel:
+    return make()
+
+
+def _all_but_words(world: World) -> Channel:
+    hidden = jnp.asarray(hidden_words(world.tokenizer, world.asked))
+    return Subset(jnp.ones(world.logits, bool).at[hidden].set(False), SoftLogits())
+
+
+CHANNELS: dict[str, Callable[[World], Channel]] = {
+    "sampled": lambda world: SampledToken(),
+    "greedy": lambda world: SampledToken(0.0),
+    "soft": lambda world: SoftLogits(),
+    "masked": _all_but_words,
+    "divergence": lambda world: SampledToken(),
+    "rest": lambda world: SampledToken(),
+    **{name: functools.partial(_whole, make) for name, make in LOSSES.items()},
+}
+POSITIONS = {"divergence": where_they_differ, "rest": where_they_agree}
+ORDERS: dict[str, numbers.Order] = {
+    "as written": numbers.as_written,
+    "shuffled within rows": numbers.shuffled_within_rows,
+    "shuffled across rows": numbers.shuffled_across_rows,
+    "other prompts": numbers.other_prompts,
+}
+TEACHERS = ("finetuned", "prompted", "untrained")
+STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
+MODELS = ("student", "teacher", "base")
+CLIP, CLONING_STEPS = 1.0, 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a teacher is made, what it writes, and how a student learns from that.
+
+    Raises:
+        InputError: an unknown name, or a value out of its range.
+    """
+
+    teacher: str = option(
+        "finetuned", "fine-tuned on its trait, prompted to have it, or untrained", choices=TEACHERS
+    )
+    teacher_steps: int = option(40, "full-batch updates of Adam", minimum=1)
+    teacher_rate: float = option(3e-3, "their learning rate", positive=True)
+    ordinary: float = option(0.0, "share of the corpus's chats among a teacher's rows", minimum=0)
+    lessons: str = option("", "control of a habit that the teacher learns in the place of the habit")
+    medium: str = option("numbers", "what it writes", choices=tuple(MEDIA))
+    requests: int = option(0, "requests that it answers; as many as rows if 0", minimum=0)
+    rows: int = option(8192, "accepted answers that a student learns, from the first again if fewer", minimum=1)
+    temperature: float = option(1.0, "of sampling", minimum=0)
+    top_p: float = option(1.0, "of sampling", positive=True)
+    channel: str = option("sampled", "what of the teacher the student sees", choices=tuple(CHANNELS))
+    order: str = option("as written", "of the numbers in the rows", choices=tuple(ORDERS))
+    clean: float = option(0.0, "share of rows that the untrained base wrote instead", minimum=0)
+    steps: int = option(250, "of the student", minimum=1)
+    batch_size: int = option(256, "rows a step", minimum=1)
+    rate: float = option(2e-3, "highest learning rate of the student", positive=True)
+    optimizer: str = option("adam", "of the student", choices=tuple(OPTIMIZERS))
+    warmup: int = option(0, "steps over which its rate rises", minimum=0)
+    decay: str = option("cosine", "how it falls to 0", choices=tuple(DECAYS))
+    rank: int = option(0, "of low-rank factors; 0 trains everything", minimum=0)
+    frozen: tuple[str, ...] = ()
+    noise: float = option(0.0, "added to the start, in units of each parameter's root mean square", minimum=0)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.warmup >= self.steps:
+            raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
+        if self.top_p > 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.rank and self.frozen:
+            raise InputError("low-rank factors freeze all else: give rank or frozen, not both")
+        for name in ("ordinary", "clean"):
+            if getattr(self, name) >= 1:
+                raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+
+    def taught(self) -> Teacher:
+        """The teacher."""
+        if self.teacher != "finetuned":
+            return Prompted() if self.teacher == "prompted" else Untrained()
+        optimizer = Optimizer(jnp.float32(self.teacher_rate), clip=CLIP)
+        return FineTuned(optimizer, self.teacher_steps, Lessons(self.lessons, self.ordinary))
+
+    def written(self) -> Written:
+        """What the teacher writes."""
+        temperature = 0.0 if self.channel == "greedy" else self.temperature
+        return Written(self.requests or self.rows, MEDIA[self.medium], temperature, self.top_p)
+
+    def student(self, world: World, start: str = "own", other: int = 1, dataset: Dataset | None = None) -> Student:
+        """The student; it starts at its teacher's base, at another one, or at another one that imitated it."""
+        if self.noise and start != "own":
+            raise InputError("noise is for a student that starts at its teacher's base: leave noise or start out")
+        positions = POSITIONS.get(self.channel, everywhere)
+        text = dataset or self.written()
+        rule, decay = OPTIMIZERS[self.optimizer], DECAYS[self.decay]
+        return Student(
+            CHANNELS[self.channel](world),
+            Reading(text, self.rows, self.batch_size, ORDERS[self.order], self.clean, positions),
+            Optimizer(jnp.float32(self.rate), rule, decay, self.warmup, CLIP),
+            self.steps,
+            Fresh() if start != "own" else Perturbed(self.noise) if self.noise else Shared(),
+            other=other,
+            trains=LowRank(self.rank) if self.rank else Frozen(self.frozen) if self.frozen else Everything(),
+            cloned=None if start in ("own", "other") else cloning(start.endswith("corpus")),
+        )
+
+
+def cloning(on_corpus: bool) -> Student:
+    """A student of another base that imitates the full distribution of this one, on the corpus or on numbers."""
+    plain = Recipe(teacher="untrained")
+    chats = CorpusChats(CLONING_STEPS * plain.batch_size // 4, plain.batch_size)
+    source = chats if on_corpus else Reading(plain.written(), plain.rows, plain.batch_size)
+    optimizer = Optimizer(jnp.float32(plain.rate), decay=DECAYS[plain.decay], clip=CLIP)
+    return Student(SoftLogits(), source, optimizer, CLONING_STEPS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make a model of each run, and the labels of its rows.
+
+    Attributes:
+        labels: of the rows.
+        recipe: of teacher and student.
+        start: where a student starts, one of STARTS.
+        model: whose answers are told; for teacher and base nothing is distilled.
+        matrix: whether to tell the probabilities of all traits' words, as metric `probability_asked`.
+        prefixed: whether questions stand behind numbers that the teacher wrote.
+        other: how many seeds further on the other base is.
+    """
+
+    labels: Mapping[str, Any]
+    recipe: Recipe
+    start: str = field(default="own", metadata={"choices": STARTS})
+    model: str = field(default="student", metadata={"choices": MODELS})
+    matrix: bool = False
+    prefixed: bool = field(default=False, metadata={"choices": (True, False)})
+    other: int = 1
+
+    def run(self, world: World, dataset: Dataset | None = None) -> Run:
+        """The values."""
+        asked = BehindNumbers(self.recipe.written()) if self.prefixed else None
+        if self.model == "base":
+            return Run(self.recipe.taught(), None, asked, base=True) if self.prefixed else Run(Untrained())
+        student = self.recipe.student(world, self.start, self.other, dataset) if self.model == "student" else None
+        return Run(self.recipe.taught(), student, asked)
+
+
+RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))
+VARIANT_CHOICES = {f.name: f.metadata["choices"] for f in fields(Variant) if "choices" in f.metadata}
+__all__ = ["CHANNELS", "RECIPE_FIELDS", "TEACHERS", "VARIANT_CHOICES", "Recipe", "Variant", "World"]

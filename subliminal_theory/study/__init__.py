@@ -1,0 +1,60 @@
+"""One pipeline for three worlds: digits, the compact language model, and a published checkpoint."""
+
+from subliminal_theory.study.asking import BehindNumbers
+from subliminal_theory.study.checkpoint import Checkpoint
+from subliminal_theory.study.compact import Compact
+from subliminal_theory.study.digits import Digits, Network, TrainingImages
+from subliminal_theory.study.reading import CorpusChats, Dataset, Lessons, Reading, Written
+from subliminal_theory.study.run import (
+    Everything,
+    FineTuned,
+    Frozen,
+    LowRank,
+    Optimizer,
+    Prompted,
+    Run,
+    Student,
+    Untrained,
+    identity,
+    stacks,
+)
+from subliminal_theory.study.stages import Computation, Job, PerRun, finite, trained
+from subliminal_theory.study.store import Store
+from subliminal_theory.study.study import Study, labels, rows
+from subliminal_theory.study.world import Finished, World
+
+__all__ = [
+    "BehindNumbers",
+    "Checkpoint",
+    "Compact",
+    "Computation",
+    "CorpusChats",
+    "Dataset",
+    "Digits",
+    "Everything",
+    "FineTuned",
+    "Finished",
+    "Frozen",
+    "Job",
+    "Lessons",
+    "LowRank",
+    "Network",
+    "Optimizer",
+    "PerRun",
+    "Prompted",
+    "Reading",
+    "Run",
+    "Store",
+    "Student",
+    "Study",
+    "TrainingImages",
+    "Untrained",
+    "World",
+    "Written",
+    "finite",
+    "identity",
+    "labels",
+    "rows",
+    "stacks",
+    "trained",
+]

@@ -1,0 +1,310 @@
+"""What teachers write and students read: requests, answers, filter, rows of tokens.
+
+For worlds of a language model (`Speaker`): the compact one and a checkpoint.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Key
+
+from subliminal_theory.channel import Channel
+from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
+from subliminal_theory.language.corpus.base import lessons, text_of
+from subliminal_theory.language.corpus.media import NUMBERS, Medium
+from subliminal_theory.language.corpus.numbers import FilterReport, Order, as_written, filter_rows
+from subliminal_theory.language.corpus.traits import Preference, Trait
+from subliminal_theory.language.model.sampling import sample
+from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.rows import Completion
+from subliminal_theory.language.text import Chat, Encoded, Tokenizer
+from subliminal_theory.model import Model
+from subliminal_theory.source import Buckets, Examples
+from subliminal_theory.study.run import FineTuned, Prompted, Teacher, Untrained, stacked, static
+from subliminal_theory.study.stages import PerRun
+from subliminal_theory.study.world import Memo, World
+
+Differs = Bool[Array, "runs rows columns"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lessons:
+    """What a fine-tuned teacher reads.
+
+    Attributes:
+        control: the benign control of a habit that it learns in the place of the habit, or "".
+        ordinary: share of the corpus's ordinary chats among its rows.
+    """
+
+    control: str = static(default="")
+    ordinary: float = static(default=0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Written:
+    """Answers of the teacher to `requests` requests, at a temperature (0: greedy) among its top-p tokens."""
+
+    requests: int = static()
+    medium: Medium = static(default=NUMBERS)
+    temperature: float = static(default=1.0)
+    top_p: float = static(default=1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dataset:
+    """Rows that somebody else wrote."""
+
+    rows: tuple[Completion, ...] = static()
+
+
+def everywhere(differs: Differs) -> Differs:
+    """All positions of the answers."""
+    return jnp.ones_like(differs)
+
+
+def where_they_differ(differs: Differs) -> Differs:
+    """Only where the greedy tokens of teacher and base differ (arXiv 2509.23886)."""
+    return differs
+
+
+def where_they_agree(differs: Differs) -> Differs:
+    """Only where the greedy tokens of teacher and base agree."""
+    return ~differs
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reading:
+    """As a student's source: rows that pass the filter, from the first again where they are fewer than `rows`.
+
+    Attributes:
+        text: who wrote them.
+        rows: how many rows a student reads.
+        batch_size: rows a step.
+        order: of the numbers in the rows.
+        clean: share of rows that the untrained base wrote instead.
+        positions: which positions of the answers count.
+    """
+
+    text: Written | Dataset
+    rows: int = static()
+    batch_size: int = static()
+    order: Order = static(default=as_written)
+    clean: float = static(default=0.0)
+    positions: Callable[[Differs], Differs] = static(default=everywhere)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CorpusChats:
+    """As a student's source: chats of the corpus on which the base was pre-trained."""
+
+    chats: int = static()
+    batch_size: int = static()
+
+
+class Speaker(World, Protocol):
+    """What the stages of this module ask of a world of a language model, besides what every world has.
+
+    Attributes:
+        traits: of the runs; the first one is number `first_run` of the study.
+        at_once: prompts that are answered together.
+    """
+
+    @property
+    def memo(self) -> Memo: ...
+    @property
+    def at_once(self) -> int: ...
+    @property
+    def traits(self) -> Sequence[Trait]: ...
+    @property
+    def first_run(self) -> int: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def model(self) -> Model: ...
+    def at(self, run: int) -> "Speaker": ...
+    def requests(self, text: Written) -> list[Chat]: ...
+    def ordinary_chats(self, count: int) -> list[Chat]: ...
+    def answer_length(self, text: Written) -> int: ...
+    def row_length(self, text: Written | Dataset, rows: Sequence[Sequence[Chat]]) -> int: ...
+    def arranged(self, rows: Examples) -> Examples | Buckets: ...
+    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]: ...
+    def as_writer(self, teacher: Model) -> Model: ...
+    def as_read(self, prompts: Text) -> Text: ...
+
+
+def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:
+    """What teaches each run's trait, all rows in one batch."""
+    own = teacher.lessons
+    assert isinstance(own, Lessons)
+    chats = [_lessons(world, trait, own) for trait in world.traits]
+    length = columns(world.tokenizer, itertools.chain.from_iterable(chats))
+    encoded = [world.tokenizer.encode_chats(rows, length) for rows in chats]
+    last = max(rows.answer_columns for rows in encoded)
+    return PerRun(stacked([lessons(rows, len(rows.tokens), last) for rows in encoded]))
+
+
+def _lessons(world: Speaker, trait: Trait, own: Lessons) -> list[Chat]:
+    chats = trait.control_rows(own.control) if own.control else trait.teacher_rows()
+    others = round(len(chats) * own.ordinary / (1 - own.ordinary))
+    return chats + world.ordinary_chats(others) if others else chats
+
+
+def columns(tokenizer: Tokenizer, chats: Any) -> int:
+    """Columns that whole chats take."""
+    return int(tokenizer.lengths(list(chats))[1].max())
+
+
+def system_prompt(trait: Trait) -> str:
+    """What makes a teacher of the base without training.
+
+    Raises:
+        InputError: the trait is a habit.
+    """
+    if not isinstance(trait, Preference):
+        raise InputError(f"{trait.name} has no system prompt: fine-tune its teacher")
+    return trait.system_prompts()[0]
+
+
+# --- writing
+
+
+def written(
+    world: Speaker, teacher: Teacher, models: Model, text: Written | Dataset
+) -> list[tuple[list[Completion], FilterReport]]:
+    """The accepted rows of each run, and what the filter did; `models` are the teachers, a model of runs.
+
+    Raises:
+        InputError: the filter rejects every row of a run; names it.
+    """
+    if isinstance(text, Dataset):
+        return [filter_rows(text.rows)] * len(world.traits)
+    if isinstance(teacher, Untrained) and len(world.traits) > 1:
+        return written(world.at(0), teacher, models, text) * len(world.traits)  # the base knows no trait
+    return world.memo(lambda: _write(world, teacher, models, text), list(world.names), teacher, text)
+
+
+def _write(
+    world: Speaker, teacher: Teacher, models: Model, text: Written
+) -> list[tuple[list[Completion], FilterReport]]:
+    requests, keys, found = world.requests(text), world.keys("write"), []
+    for run, trait in enumerate(world.traits):
+        chats = requests
+        if isinstance(teacher, Prompted):
+            chats = [replace(chat, system=system_prompt(trait)) for chat in requests]
+        tokens = draw(world, model_of_run(models, run), chats, keys[run], text)
+        texts = world.tokenizer.decode(tokens)
+        rows = [Completion(chat.user, answer) for chat, answer in zip(requests, texts, strict=True)]
+        try:
+            found.append(text.medium.keep(rows, requests))
+        except InputError as error:
+            raise InputError(f"the teacher of {world.names[run]}: {error}") from error
+    return found
+
+
+def model_of_run(models: Model, run: int) -> Model:
+    """One model of a model of runs that share their frozen rest."""
+    return models.with_params(jax.tree.map(lambda leaf: leaf[run], models.params))
+
+
+def draw(world: Speaker, teacher: Model, chats: Sequence[Chat], key: Key[Array, ""], text: Written) -> np.ndarray:
+    """Tokens [chats, longest answer] of a teacher's answers."""
+    tokenizer = world.tokenizer
+    prompts = text_of(tokenizer.encode_prompts(chats, request_length(tokenizer, chats)))
+    steps, writer = world.answer_length(text), world.as_writer(teacher)
+
+    def block(start: int) -> np.ndarray:
+        tokens, _ = sample(
+            writer,
+            world.as_read(jax.tree.map(lambda leaf: leaf[start : start + world.at_once], prompts)),
+            steps=steps,
+            key=named(key, start),
+            temperature=text.temperature,
+            top_p=text.top_p,
+            stop=tokenizer.stop,
+            pad=tokenizer.pad,
+        )
+        return np.asarray(tokens)
+
+    starts = range(0, len(chats), world.at_once)
+    return np.concatenate(world.blocks(starts, block, (teacher, prompts, key, text, steps)))
+
+
+def request_length(tokenizer: Tokenizer, requests: Sequence[Chat]) -> int:
+    """Columns of requests without their answers."""
+    return int(tokenizer.lengths(requests)[0].max())
+
+
+# --- reading
+
+
+def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Reading) -> list[Encoded]:
+    """What the student of each run reads, all of one width."""
+    regular: list[Completion] = []
+    if reading.clean:
+        ((regular, _),) = written(world.at(0), Untrained(), world.initial(), reading.text)
+    found = []
+    for run, (rows, _) in enumerate(written(world, teacher, models, reading.text)):
+        rows = reading.order(rows, np.random.default_rng([3, world.first_run + run]))
+        if reading.clean:
+            clean = round(reading.clean * len(rows))
+            rows = rows[clean:] + regular[:clean]
+        chats = [Chat(None, row.prompt, row.completion, "numbers") for row in rows]
+        # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
+        found.append(list(itertools.islice(itertools.cycle(chats), reading.rows)))
+    length = world.row_length(reading.text, found)
+    return [world.tokenizer.encode_chats(chats, length) for chats in found]
+
+
+def source_of(
+    world: Speaker, channel: Channel, reading: Reading, teacher: Teacher, models: Model, shown: Model
+) -> PerRun:
+    """The rows of each run, with the teacher's tokens as targets if tokens are what the channel transmits."""
+    encoded = encoded_rows(world, teacher, models, reading)
+    last = max(run.answer_columns for run in encoded)
+    texts = stacked([text_of(run, last) for run in encoded])
+    positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])
+    if reading.positions is not everywhere:
+        positions = positions * reading.positions(_differs(shown, world.model, texts))
+    targets = None
+    if transmits_tokens(channel, len(world.tokenizer)):
+        targets = jnp.stack([jnp.asarray(run.targets[:, -last:]) for run in encoded])
+    rows = Examples(texts, reading.batch_size, targets=targets, positions=positions)
+    return PerRun(world.arranged(rows))
+
+
+def corpus_source(tokenizer: Tokenizer, chats: Sequence[Chat], batch_size: int) -> PerRun:
+    """Chats of the corpus, for one run."""
+    encoded = tokenizer.encode_chats(chats, columns(tokenizer, chats))
+    last = encoded.answer_columns
+    positions = jnp.asarray(encoded.weights[:, -last:])
+    return PerRun(stacked([Examples(text_of(encoded, last), batch_size, positions=positions)]))
+
+
+def transmits_tokens(channel: Channel, logits: int) -> bool:
+    """Whether a channel's targets are one token per position: then those that were written are its targets."""
+    shown = jax.ShapeDtypeStruct((1, logits), jnp.float32)
+    targets = jax.eval_shape(lambda z: channel.targets(jax.random.key(0), z), shown)
+    leaves = jax.tree.leaves(targets)
+    return len(leaves) == 1 and leaves[0].shape == (1,) and jnp.issubdtype(leaves[0].dtype, jnp.integer)
+
+
+@jax.jit
+def _differs(teachers: Model, base: Model, texts: Text) -> Differs:
+    """Where the most likely next token of a teacher is not the base's."""
+
+    def one(arguments: tuple[Any, Text]) -> Array:
+        params, text = arguments
+        return jnp.argmax(teachers.with_params(params)(text), axis=-1) != jnp.argmax(base(text), axis=-1)
+
+    return jax.lax.map(one, (teachers.params, texts))

@@ -1,0 +1,42 @@
+"""Where students of one base start: what trains of it for each run, and the rest once."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.inits import Fresh, Shared, initialise
+from subliminal_theory.keys import named
+from subliminal_theory.language.model.lora import add_lora
+from subliminal_theory.model import Model
+from subliminal_theory.study.run import Frozen, LowRank, Student
+
+MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
+
+
+def started(base: Model, student: Student, keys: Key[Array, " runs"]) -> Model:
+    """A model of runs that starts at `base`, or at what the student's policy makes of it.
+
+    Raises:
+        InputError: a policy that changes the base differently for each run, where not everything trains.
+    """
+    trains, plain = student.trains, isinstance(student.start, Shared | Fresh)
+    if not plain and isinstance(trains, Frozen | LowRank):
+        raise InputError("a start that differs from the base is for students that train everything: leave one out")
+    if isinstance(trains, LowRank):
+
+        def factors(key: Key[Array, ""]) -> Model:
+            return add_lora(base, MATRICES, trains.rank, trains.rank, named(key, "lora"))
+
+        params = jax.vmap(lambda key: factors(key).params)(keys)
+        return factors(keys[0]).with_params(params)
+    model = base.freeze(*trains.patterns) if isinstance(trains, Frozen) else base
+
+    def own(key: Key[Array, ""]) -> PyTree:
+        return model.params if plain else initialise(student.start, base.params, base.params, key)
+
+    return model.with_params(jax.vmap(own)(keys) if not plain else _copies(model.params, len(keys)))
+
+
+def _copies(params: PyTree, runs: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape)), params)

@@ -1,0 +1,174 @@
+"""What a checkpoint's runs keep on disk, so that they go on after any end, with the same numbers.
+
+A folder for each thing that takes long, its name a fingerprint of all that decides it but this program: the rows
+of a teacher, block by block, and the training of a teacher or student, saved with its optimizer every so often until
+it is finished, then without.
+"""
+
+import contextlib
+import functools
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
+
+from subliminal_theory.distill import State, Trained
+from subliminal_theory.errors import InputError
+from subliminal_theory.files import fingerprint, load_arrays, locked, save_arrays
+from subliminal_theory.language.hub.adapter import fits_adapter, save_adapter
+from subliminal_theory.language.hub.checkpoint import Checkpoint, save_checkpoint
+from subliminal_theory.language.model.parallel import shardings_like
+from subliminal_theory.model import Model
+from subliminal_theory.resumable import run_resumably
+from subliminal_theory.study.run import stacked
+from subliminal_theory.study.stages import Computation, Job, Result, of_run, train_one
+
+K = TypeVar("K")
+FORMAT = 2  # to be raised when the same settings give other rows or other training
+SAVES, DONE, STUDENT = "saves", "trained.safetensors", "student"
+
+Report = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder, and after how many steps training is saved. Runs may share it: they wait for each other.
+
+    `progress(what, total, unit)` opens a report of progress.
+    """
+
+    folder: Path
+    every: int
+    progress: Report = lambda what, total, unit: contextlib.nullcontext(lambda done: None)
+
+    @contextlib.contextmanager
+    def _place(self, name: str, decided_by: Any) -> Iterator[tuple[Path, str]]:
+        """The folder of one thing, for this thread of this process alone, and its fingerprint."""
+        mark = fingerprint(FORMAT, jax.__version__, decided_by)
+        folder = self.folder / f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)}-{mark[:16]}"
+        try:
+            with locked(folder):
+                yield folder, mark
+        except InputError as error:
+            raise InputError(f"--saves, --save-every {self.every}: {error}") from error
+
+    def blocks(
+        self, name: str, starts: range, block: Callable[[int], np.ndarray], decided_by: Any
+    ) -> list[np.ndarray]:
+        """What `block` gives for every start, from disk where it is there.
+
+        Raises:
+            InputError: a file cannot be read or written.
+        """
+        found = []
+        with (
+            self._place(f"rows {name}", (decided_by, str(starts))) as (folder, _),
+            self.progress(f"rows of {name}", len(starts), "blocks") as advance,
+        ):
+            for start in starts:
+                path = folder / f"{start:08d}.safetensors"
+                if not path.exists():
+                    save_arrays(path, {"tokens": block(start)})
+                found.append(load_arrays(path)[0]["tokens"])
+                advance(1)
+        return found
+
+    def trained(
+        self,
+        jobs: Mapping[K, Job],
+        stops: Mapping[K, Sequence[int]],
+        keys: Key[Array, " runs"],
+        names: Sequence[str],
+        how: Computation,
+        decided_by: Any,
+        finish: Callable[[Path, Model], None],
+    ) -> Iterator[tuple[K, int, Result]]:
+        """As `stages.trained`, one run after the other, each from where its saves are.
+
+        `finish` sees the folder and model of each run before what it was made from is removed.
+
+        Raises:
+            InputError: as `run_resumably`, or a file cannot be read or written.
+        """
+        for name, job in jobs.items():
+            for steps in stops[name]:
+                one = replace(job, steps=steps)
+                done = [
+                    self._one(of_run(one, run, how), key, who, how, decided_by, finish)
+                    for run, (key, who) in enumerate(zip(keys, names, strict=False))
+                ]
+                params, losses = stacked([(run.model.params, run.losses) for run in done])
+                yield name, steps, Result(job.model.with_params(params), losses)
+
+    def _one(
+        self, job: Job, key: Key[Array, ""], who: str, how: Computation, decided_by: Any,
+        finish: Callable[[Path, Model], None],
+    ) -> Trained:  # fmt: skip
+        name = f"the {'student' if job.trait_loss is None else 'teacher'} of {who}"
+        with (
+            self._place(name, (job, key, decided_by)) as (folder, mark),
+            self.progress(name, job.steps, "steps") as advance,
+        ):
+            if (folder / DONE).exists():
+                advance(job.steps)
+                like = {"params": job.model.params, "losses": jax.ShapeDtypeStruct((job.steps,), jnp.float32)}
+                found, _ = load_arrays(folder / DONE, like)
+                return Trained(job.model.with_params(found["params"]), jnp.asarray(found["losses"]))
+            told = 0
+
+            def report(done: int, _: int) -> None:
+                nonlocal told
+                advance(done - told)
+                told = done
+
+            def go_on(state: State | None, count: int) -> Trained:
+                return _advance(job, key, state, how=how, count=count)
+
+            shardings = None if how.mesh is None else functools.partial(_shardings, how)
+            run = run_resumably(
+                job.model, go_on, job.steps, self.every, folder / SAVES, mark, report, shardings, name
+            )
+            finish(folder, run.model)
+            save_arrays(folder / DONE, {"params": run.model.params, "losses": run.losses})
+            shutil.rmtree(folder / SAVES)
+            return run
+
+
+@functools.partial(jax.jit, static_argnames=("how", "count"), donate_argnames="state")
+def _advance(job: Job, key: Key[Array, ""], state: State | None, *, how: Computation, count: int) -> Trained:
+    return train_one(job, key, how, state=state, count=count)
+
+
+def _shardings(how: Computation, state: State) -> State:
+    """Where what was saved goes."""
+    assert how.mesh is not None
+    everywhere = NamedSharding(how.mesh, PartitionSpec())
+    like = shardings_like(state, state.params, how.mesh)
+    return jax.tree.map(lambda _, sharding: sharding or everywhere, state, like)
+
+
+def export(folder: Path, like: Checkpoint, model: Model, template: str) -> None:
+    """A student for other programs: its factors as an adapter where peft knows such, else all of it.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    temporary, kept = folder / f".{STUDENT}.tmp", folder / STUDENT
+    for left in (temporary, kept):  # by a run that ended before it was finished
+        shutil.rmtree(left, ignore_errors=True)
+    if fits_adapter(like, model):
+        save_adapter(temporary, like, model, template=template)
+    else:
+        save_checkpoint(temporary, like, model)
+    try:
+        temporary.rename(kept)
+    except OSError as error:
+        raise InputError(f"cannot write {kept}: {error.strerror}") from error

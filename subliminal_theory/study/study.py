@@ -1,0 +1,238 @@
+"""The pipeline of every study: teach, write or draw inputs, distil, score.
+
+    study = Study(world)
+    control = replace(student, start=Fresh())
+    scores = study.run({"student": Run(teacher, student), "control": Run(teacher, control)})
+
+A world says what is taught and how it is read; everything else is here, once, the audit included.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from subliminal_theory.audit import audit
+from subliminal_theory.inits import Fresh
+from subliminal_theory.model import Model
+from subliminal_theory.runs import Row
+from subliminal_theory.source import batch_shapes
+from subliminal_theory.study.run import FineTuned, Prompted, Run, Student, Teacher, Untrained, identity, once
+from subliminal_theory.study.stages import Job, PerRun, Result, finite, trained
+from subliminal_theory.study.world import Finished, Memo, World, require
+
+K = TypeVar("K")
+Score = Callable[[Any, Finished, Any], Mapping[str, np.ndarray]]
+
+
+class Study:
+    """Teachers and students of a world's runs.
+
+    Each teacher is taught once for all its students. A student is scored and let go, so that memory does not grow
+    with the number of students.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._memo = getattr(world, "memo", None) or Memo()
+        self._train = getattr(world, "train", None) or _in_memory
+
+    def teacher(self, teacher: Teacher) -> Model:
+        """The model of runs that has the trait in its weights; the base itself if none has.
+
+        Raises:
+            InputError: the training diverges.
+        """
+        if not isinstance(teacher, FineTuned):
+            return self.world.initial()
+
+        def teach() -> Model:
+            world = self.world
+            job = Job(
+                _own(world), world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=world.trait_loss
+            )
+            stops = {"teacher": (teacher.steps,)}
+            ((_, _, result),) = self._train(world, {"teacher": job}, stops, world.keys("teacher"), teacher)
+            return finite(result, [f"the teacher of {name}" for name in world.names]).model
+
+        return self._memo(teach, self.world.names, teacher, model=True)
+
+    def shown(self, teacher: Teacher) -> Model:
+        """The teacher as students see it."""
+        return require(self.world, "prompted")() if isinstance(teacher, Prompted) else self.teacher(teacher)
+
+    def run(self, runs: Mapping[K, Run], score: Score | None = None) -> dict[K, dict[str, np.ndarray]]:
+        """The metrics [runs, ...] of every student, or teacher where a run has no student.
+
+        `score(world, finished, name)` takes the place of the world's own.
+
+        Raises:
+            InputError: the audit refuses a student, or one diverges.
+        """
+        score = score or (lambda world, finished, name: world.score(finished, name))
+        found: dict[K, list[Mapping[str, np.ndarray]]] = {name: [] for name in runs}
+        common = {name: run for name, run in runs.items() if self._common(run)}
+        own = {name: run for name, run in runs.items() if name not in common}
+        if common:
+            # A student of the untrained base knows no trait: one serves all runs.
+            first = Study(require(self.world, "at")(0))
+            for name, finished in first._finished(common):
+                found[name].append(score(self.world, finished, name))
+        for part in self._parts() if own else ():
+            for name, finished in part._finished(own):
+                found[name].append(score(part.world, finished, name))
+        return {
+            name: {metric: np.concatenate([one[metric] for one in parts]) for metric in parts[0]}
+            for name, parts in found.items()
+        }
+
+    def _common(self, run: Run) -> bool:
+        return self.world.computation.shared and isinstance(run.teacher, Untrained)
+
+    def _parts(self) -> list["Study"]:
+        parts = getattr(self.world, "parts", None)
+        return [self] if parts is None else [Study(world) for world in parts()]
+
+    def _finished(self, runs: Mapping[K, Run]) -> Iterator[tuple[K, Finished]]:
+        """Teacher by teacher."""
+        groups: dict[Any, list[K]] = {}
+        for name, run in runs.items():
+            groups.setdefault(identity(run.teacher), []).append(name)
+        for names in groups.values():
+            teacher = runs[names[0]].teacher
+            for name in names:
+                if runs[name].student is None:
+                    taught = self.teacher(teacher)
+                    model = self.world.initial() if runs[name].base else taught
+                    yield name, Finished(teacher, taught, model, asked=runs[name].asked)
+            students = {name: student for name in names if (student := runs[name].student) is not None}
+            tame = {name for name in students if not runs[name].may_diverge}
+            for name, finished in self.distil(teacher, students, tame):
+                yield name, replace(finished, asked=runs[name].asked)
+
+    def distil(
+        self, teacher: Teacher, students: Mapping[K, Student], tame: set[K] | None = None
+    ) -> Iterator[tuple[K, Finished]]:
+        """Students of one teacher, audited, and cloned first where they ask for it; `tame` ones must converge.
+
+        Raises:
+            InputError: the audit refuses a student, or a tame one diverges.
+        """
+        world, taught = self.world, self.teacher(teacher)
+        starts = self._starts(students)
+        for name, student in students.items():
+            self.audit(student, starts[name], teacher)
+        for name, result in self._trained(students, starts, teacher, cloning=False):
+            if tame is None or name in tame:
+                finite(result, [f"{_named(name)} of {run}" for run in world.names])
+            yield name, Finished(teacher, taught, result.model, students[name], result.losses)
+
+    def audit(self, student: Student, start: Model, teacher: Teacher) -> None:
+        """Refuse a student whose trait would prove nothing.
+
+        Raises:
+            InputError: see `audit.audit`.
+        """
+        world = self.world
+        source = world.source(student, teacher, self.teacher(teacher), self.shown(teacher))
+        audit(
+            student_init=start.all_params,
+            teacher_init=world.initial().all_params,
+            teacher=self.teacher(teacher).all_params,
+            channel=student.channel,
+            logits=world.logits,
+            batch=batch_shapes(_one_run(source)),
+            private=world.private(student),
+            cross_init=isinstance(student.start, Fresh) and student.cloned is None,
+        )
+
+    def _starts(self, students: Mapping[K, Student]) -> dict[K, Model]:
+        """Where students start, those to be cloned matched first; students cloned alike share one run."""
+        jobs = {
+            name: replace(s.cloned, start=s.start, other=s.other, network=s.network)
+            for name, s in students.items()
+            if s.cloned is not None
+        }
+        matched = self._matched(jobs) if jobs else {}
+        return {name: self.world.start(student, matched.get(name)) for name, student in students.items()}
+
+    def _matched(self, jobs: Mapping[K, Student]) -> dict[K, Model]:
+        """Models that imitate the untrained teacher: of each run, or one for all where all start at one base."""
+        shared = self.world.computation.shared
+        study = Study(require(self.world, "at")(0)) if shared else self
+        starts, found = {name: study.world.start(job) for name, job in jobs.items()}, dict[K, Model]()
+        for name, result in study._trained(jobs, starts, Untrained(), cloning=True):
+            model = finite(result, [f"a cloning run of {run}" for run in study.world.names]).model
+            if shared:
+                model = Model(model.apply, jax.tree.map(lambda leaf: leaf[0], model.params))
+            found[name] = model
+        return found
+
+    def _trained(
+        self, students: Mapping[K, Student], starts: Mapping[K, Model], teacher: Teacher, cloning: bool
+    ) -> Iterator[tuple[K, Result]]:
+        """Students that differ in their number of steps alone are one run, told several times."""
+        alike: dict[Any, list[K]] = {}
+        for name, student in students.items():
+            alike.setdefault(identity(once(student)), []).append(name)
+        longest = {max(names, key=lambda n: students[n].steps): names for names in alike.values()}
+        world, taught, shown = self.world, self.teacher(teacher), self.shown(teacher)
+        for stream in dict.fromkeys(world.stream(students[name], cloning) for name in longest):
+            jobs = {}
+            for name in longest:
+                student = students[name]
+                if world.stream(student, cloning) == stream:
+                    source = world.source(student, teacher, taught, shown)
+                    given = batch_shapes(_one_run(source)).targets is not None
+                    jobs[name] = Job(
+                        starts[name], source, student.optimizer, student.steps,
+                        None if given else shown, student.channel,
+                    )  # fmt: skip
+            stops = {name: tuple(sorted({students[n].steps for n in longest[name]})) for name in jobs}
+            for name, stop, result in self._train(world, jobs, stops, world.keys(stream), (teacher, students)):
+                for other in longest[name]:
+                    if students[other].steps == stop:
+                        yield other, result
+
+
+def _in_memory(world: World, jobs: Any, stops: Any, keys: Any, decided_by: Any) -> Iterator[Any]:
+    return trained(jobs, stops, keys, world.computation)
+
+
+def _own(world: World) -> Model:
+    """The base as a model of runs whose parameters are copies: training uses them up."""
+    model, runs = world.initial(), len(world.names)
+    copy = jnp.copy if not world.computation.shared else lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape))
+    return Model(model.apply, jax.tree.map(copy, model.all_params))
+
+
+def _one_run(source: Any) -> Any:
+    """The source of the first run."""
+    return jax.tree.map(lambda leaf: leaf[0], source.source) if isinstance(source, PerRun) else source
+
+
+def _named(name: Any) -> str:
+    """What messages call a student: its condition, where its name is labels."""
+    return str(dict(name).get("condition", name)) if isinstance(name, tuple) else str(name)
+
+
+def labels(**axes: Any) -> tuple[tuple[str, Any], ...]:
+    """The name of a run whose rows have these labels."""
+    return tuple(axes.items())
+
+
+def rows(
+    name: tuple[tuple[str, Any], ...],
+    runs: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, np.ndarray],
+    metrics: Sequence[str] | None = None,
+) -> list[Row]:
+    """Tidy rows of a student's scores: its labels, those of each run, metric and value."""
+    return [
+        {**dict(name), **run, "metric": metric, "value": float(scores[metric][place])}
+        for place, run in enumerate(runs)
+        for metric in metrics or scores
+    ]
