@@ -1,7 +1,6 @@
-"""Chat templates of published checkpoints: programs of others, run in a cage."""
+"""Chat templates of published checkpoints: programs from elsewhere, run in a sandbox."""
 
 import functools
-import hashlib
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.files import fingerprint
 
 TODAY = datetime(2026, 1, 1)  # the date of every prompt, so that a run of tomorrow is the run of today
 # Words to be found again in what a template writes.
@@ -24,15 +24,15 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """Writes chats as a checkpoint was trained on them; a template is somebody else's program, so it runs caged.
+    """Writes chats as a checkpoint was trained on them, in a sandbox, since a template can run code.
 
-    It sees what `transformers` shows it, with one difference: `strftime_now` always gives the date `TODAY`,
-    since a prompt that holds the date of the run cannot be reproduced.
+    A template sees what `transformers` shows it, with one difference: `strftime_now` always gives the date
+    `TODAY`, since a prompt with the date of the run cannot be reproduced.
 
     Attributes:
         source: the template, in the language Jinja.
         bos, eos: the texts of the tokens that begin and end a text, "" if there are none.
-        fingerprint: SHA-256 of the source.
+        fingerprint: of the source.
 
     Raises:
         InputError: it cannot be parsed.
@@ -40,11 +40,11 @@ class ChatTemplate:
 
     def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
         self.source, self.bos, self.eos = source, bos, eos
-        self.fingerprint = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        self.fingerprint = fingerprint(source)
         self._template = _parsed(source)
 
     def render(self, messages: Sequence[Message], *, ask: bool) -> str:
-        """The text of `messages`, each with a role and a content; `ask` begins an answer behind them.
+        """The text of `messages`, each with a role and a content; `ask` begins an answer after them.
 
         Raises:
             InputError: the template refuses the messages, fails, leaves the system prompt out, or reaches for
@@ -53,7 +53,7 @@ class ChatTemplate:
         system = any(message["role"] == "system" for message in messages)
         try:
             text = self._write(messages, ask)
-        except Exception as error:  # a foreign program can raise anything
+        except Exception as error:  # a template can raise anything
             others = [message for message in messages if message["role"] != "system"]
             self._refuse(error, system and self._writes(others, ask))
         if system and self._around_system is None:
@@ -62,9 +62,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def default_system(self) -> str | None:
-        """The text that stands in the place of a system prompt when a chat has none; None if nothing does.
+        """The system prompt that the template writes for a chat that has none; None if it writes none.
 
-        What the template writes with and without a system prompt alike, e.g. a date, is not part of it.
+        Text that it writes with and without a system prompt alike, such as a date, does not belong to it.
 
         Raises:
             InputError: the template refuses even a plain question.
@@ -75,7 +75,7 @@ class ChatTemplate:
         before, after = self._around_system
         if not (text.startswith(before) and text.endswith(after)):
             return None
-        # Empty too where both overlap, as for a system prompt that is written into the user's first line.
+        # Both overlap where a system prompt is written into the user's first line.
         return text[len(before) : len(text) - len(after)] or None
 
     @functools.cached_property
@@ -117,8 +117,8 @@ class ChatTemplate:
         raise InputError(message) from error
 
 
-class _Cage(ImmutableSandboxedEnvironment):
-    """Refuses Python's internals at once, where Jinja writes nothing and waits until something is done with it."""
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses Python's internals as soon as a template names them, not only when it uses them."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         """Raises SecurityError."""
@@ -126,7 +126,7 @@ class _Cage(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, by which templates mark answers: the text between them."""
+    """The text between `{% generation %}` and `{% endgeneration %}`, by which templates mark answers."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
@@ -136,7 +136,9 @@ class _Generation(Extension):
 
 
 def _parsed(source: str) -> Template:
-    environment = _Cage(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise_exception, strftime_now=TODAY.strftime)
     try:
@@ -153,7 +155,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes what would be markup in HTML."""
+    """JSON without the escapes for HTML of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -162,5 +164,5 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def one_line(error: object) -> str:
-    """What an error says, as a part of one line."""
+    """The message of an error, shortened to a part of a line."""
     return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__

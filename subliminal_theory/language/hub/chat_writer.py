@@ -1,0 +1,74 @@
+"""Chats as the text that a checkpoint reads: by its chat template, or line by line where it has none."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.hub.chat_template import ChatTemplate, Message
+from subliminal_theory.language.text import Chat
+
+
+class ChatWriter:
+    """Writes prompts and whole chats.
+
+    A checkpoint without template (a base model) gets a plain form: the system prompt, if any, the user's text and
+    the answer, a newline between them.
+
+    Attributes:
+        template: how chats are written; None for the plain form.
+        stops: the texts of the tokens that end an answer.
+
+    Raises:
+        InputError: from both methods, where the template refuses the chat.
+    """
+
+    def __init__(self, template: ChatTemplate | None, stops: Sequence[str]) -> None:
+        self.template, self.stops = template, tuple(stops)
+
+    def prompt(self, chat: Chat) -> str:
+        """The text that a model is given to answer."""
+        return self._write(before_answer(chat), ask=True)
+
+    def whole(self, chat: Chat, prompt: str) -> str:
+        """`prompt` and answer, without what the template writes after that unless it holds one of `stops`.
+
+        Raises:
+            InputError: the text does not begin with the prompt, or the template changes or cuts the answer.
+        """
+        answer = chat.answer
+        text = self._write([*before_answer(chat), {"role": "assistant", "content": answer}], ask=False)
+        if not text.startswith(prompt):
+            raise InputError(
+                "the chat template writes a prompt and its answer so that the prompt alone is not how they begin: "
+                f"use another template: {chat.user!r}"
+            )
+        if answer not in text[len(prompt) :]:
+            answer = answer.strip()  # as many templates do
+        start = text.find(answer, len(prompt))
+        if start < 0 or self._stops_in(text[len(prompt) : start]):
+            raise InputError(f"the chat template changes or cuts the answer {chat.answer!r}: use another template")
+        end = start + len(answer)
+        return text if self._stops_in(text[end:]) else text[:end]
+
+    def _stops_in(self, text: str) -> bool:
+        return any(stop in text for stop in self.stops)
+
+    def _write(self, messages: Sequence[Message], ask: bool) -> str:
+        if self.template is not None:
+            return self.template.render(messages, ask=ask)
+        return "\n".join([message["content"] for message in messages] + [""] * ask)
+
+
+def before_answer(chat: Chat) -> list[Message]:
+    """The messages before the answer."""
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    return [*system, {"role": "user", "content": chat.user}]
+
+
+@contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Put a place in front of the messages of errors inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error

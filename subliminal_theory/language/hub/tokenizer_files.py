@@ -1,0 +1,172 @@
+"""The files of a checkpoint's tokenizer: tokenizer.json, and the small ones beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.files import fingerprint, read_json
+from subliminal_theory.language.hub.chat_template import ChatTemplate, one_line
+from subliminal_theory.language.hub.chat_writer import before_answer, naming
+from subliminal_theory.language.text import Chat
+
+# Words to be found again in what a template writes.
+_USER, _ANSWER = "xxUserxx", "xxAnswerxx"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizerParts:
+    """What the files of a tokenizer say.
+
+    Attributes:
+        backend: the tokenizer itself.
+        template: the chat template, if there is one.
+        special: the special tokens.
+        stop: the tokens that end an answer.
+        pad: the token of padding.
+        front: the tokens with which every text begins.
+        fingerprint: of tokenizer.json and the template's source.
+    """
+
+    backend: tokenizers.Tokenizer
+    template: ChatTemplate | None
+    special: frozenset[int]
+    stop: tuple[int, ...]
+    pad: int
+    front: tuple[int, ...]
+    fingerprint: str
+
+
+def read_tokenizer(folder: Path) -> TokenizerParts:
+    """The tokenizer in a checkpoint's folder.
+
+    Raises:
+        InputError: there is no tokenizer.json, a file cannot be read or is malformed, a token that is named is not
+            in the vocabulary, no token ends an answer, or the template refuses a plain chat.
+    """
+    backend = _backend(folder / "tokenizer.json")
+    files = _Settings(folder, backend.get_vocab())
+    template = files.template()
+    bos, eos, pad = (files.token(f"{name}_token") for name in ("bos", "eos", "pad"))
+    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+    special |= {token for token in (bos, eos, pad) if token is not None}
+    stop = [eos, *files.stop()]
+    if template is not None:
+        with naming(f"{folder}"):
+            stop.append(_end_of_turn(template, backend, special))
+    stops = tuple(dict.fromkeys(token for token in stop if token is not None))
+    if not stops:
+        raise InputError(f"{folder} names no token that ends a text: add eos_token to tokenizer_config.json")
+    front = (bos,) if template is None and bos is not None and files.adds_bos(backend, bos) else ()
+    return TokenizerParts(
+        backend,
+        template,
+        frozenset(special),
+        stops,
+        pad=stops[0] if pad is None else pad,
+        front=front,
+        fingerprint=fingerprint(folder / "tokenizer.json", template and template.source),
+    )
+
+
+class _Settings:
+    """tokenizer_config.json, special_tokens_map.json, generation_config.json and chat_template.jinja of a folder.
+
+    `ids` is the vocabulary of tokenizer.json.
+    """
+
+    def __init__(self, folder: Path, ids: Mapping[str, int]) -> None:
+        self.folder, self.path, self._ids = folder, folder / "tokenizer_config.json", ids
+        named, own = _object(folder / "special_tokens_map.json"), _object(self.path)
+        self._values = {**named, **{name: value for name, value in own.items() if value is not None}}
+
+    def text(self, name: str) -> str | None:
+        """The text of a special token, which is written in one of two ways."""
+        value = self._values.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{self.path}: {name} must be a text, got {value!r}")
+        return value
+
+    def token(self, name: str) -> int | None:
+        """The special token of a name such as `eos_token`, if there is one."""
+        text = self.text(name)
+        if text is not None and text not in self._ids:
+            raise InputError(f"{self.path}: {name} {text!r} is not in tokenizer.json: take both from one model")
+        return None if text is None else self._ids[text]
+
+    def stop(self) -> list[int]:
+        """`eos_token_id` of generation_config.json: one token, some, or none."""
+        path = self.folder / "generation_config.json"
+        value = _object(path).get("eos_token_id")
+        stop = value if isinstance(value, list) else [] if value is None else [value]
+        known = set(self._ids.values())
+        for token in stop:
+            if not isinstance(token, int) or isinstance(token, bool) or token not in known:
+                unknown = f"{path}: eos_token_id {token!r} is not in tokenizer.json"
+                raise InputError(f"{unknown}: take both from one model")
+        return stop
+
+    def adds_bos(self, backend: tokenizers.Tokenizer, bos: int) -> bool:
+        """Whether a plain text begins with the token `bos`."""
+        value = self._values.get("add_bos_token")
+        return bool(backend.encode("").ids[:1] == [bos] if value is None else value)
+
+    def template(self) -> ChatTemplate | None:
+        """The chat template, if there is one."""
+        path = self.folder / "chat_template.jinja"
+        try:
+            source: Any = path.read_text("utf-8")
+        except FileNotFoundError:
+            path, source = self.path, self._values.get("chat_template")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {path} ({one_line(error)}): make it readable") from error
+        if isinstance(source, list):
+            named = [form for form in source if isinstance(form, dict) and form.get("name") == "default"]
+            source = named[0].get("template") if named else source
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise InputError(f"{path}: chat_template must be a text, or a list with one called 'default'")
+        bos, eos = (self.text(name) or "" for name in ("bos_token", "eos_token"))
+        with naming(f"{path}"):
+            return ChatTemplate(source, bos, eos)
+
+
+def _end_of_turn(template: ChatTemplate, backend: tokenizers.Tokenizer, special: set[int]) -> int | None:
+    """The first special token that a template writes after an answer."""
+    chat = Chat(None, _USER, _ANSWER, "")
+    text = template.render([*before_answer(chat), {"role": "assistant", "content": _ANSWER}], ask=False)
+    if _USER not in text or _ANSWER not in text:
+        raise InputError("the chat template leaves out what is said: use another template")
+    ids = backend.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False).ids
+    return next((token for token in ids if token in special), None)
+
+
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path.parent} has no tokenizer.json: give the folder of a checkpoint") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): make it readable") from error
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises no narrower class
+        raise InputError(
+            f"{path} is no tokenizer that can be read ({one_line(error)}): download it anew"
+        ) from error
+    # A file can ask for texts that are cut or filled up.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file."""
+    return read_json(path) if path.exists() else {}
