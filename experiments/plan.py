@@ -1,7 +1,7 @@
 """The memory and time that training a checkpoint's model takes on N devices; no weights are read.
 
 An estimate from config.json for computing in bfloat16, with Adam on float32 master weights or low-rank factors. Of
-the meshes of `subliminal_theory.language.model.parallel` it takes the first that fits, `fsdp` before `tensor`.
+the meshes of `subliminal_theory.parallel` it takes the first that fits, `fsdp` before `tensor`.
 Libraries, fragmentation and communication come on top.
 """
 
@@ -19,8 +19,8 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.checkpoint import skeleton
 from subliminal_theory.language.hub.families import Family, read_family
 from subliminal_theory.language.model.config import TransformerConfig
-from subliminal_theory.language.model.parallel import AXES, spec_of
 from subliminal_theory.model import path_name
+from subliminal_theory.parallel import AXES, spec_of
 
 from .app.contract import Parser
 

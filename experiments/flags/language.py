@@ -22,8 +22,8 @@ from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.corpus.wording import english
 from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
-from subliminal_theory.language.model.parallel import make_mesh, placement
 from subliminal_theory.model import Model
+from subliminal_theory.parallel import make_mesh, placement
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Checkpoint, Compact, Store, Study, labels, rows
 

@@ -19,10 +19,10 @@ from subliminal_theory.language.corpus.numbers import NumberPrompts
 from subliminal_theory.language.corpus.traits import Trait
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
-from subliminal_theory.language.model.parallel import place_runs, replicate, split_rows
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.text import Chat, Tokenizer
 from subliminal_theory.model import Model
+from subliminal_theory.parallel import place_runs, replicate, split_rows
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
 from subliminal_theory.study.compact import trait_keys, trait_words

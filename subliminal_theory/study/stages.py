@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Key, PyTree
 from subliminal_theory.channel import Channel
 from subliminal_theory.distill import State, Trained, distill, require_finite, teach
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.model.parallel import Sharded, constrain, sharded_optimizer
 from subliminal_theory.model import Model
+from subliminal_theory.parallel import Sharded, constrain, sharded_optimizer
 from subliminal_theory.source import Buckets, Source
 from subliminal_theory.study.run import Optimizer, stacked, stacks, static
 

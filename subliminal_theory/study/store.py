@@ -25,8 +25,8 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.files import fingerprint, load_arrays, locked, save_arrays
 from subliminal_theory.language.hub.adapter import fits_adapter, save_adapter
 from subliminal_theory.language.hub.checkpoint import Checkpoint, save_checkpoint
-from subliminal_theory.language.model.parallel import shardings_like
 from subliminal_theory.model import Model
+from subliminal_theory.parallel import shardings_like
 from subliminal_theory.resumable import run_resumably
 from subliminal_theory.study.run import stacked
 from subliminal_theory.study.stages import Computation, Job, Result, of_run, train_one

@@ -20,7 +20,7 @@ from subliminal_theory.language.hub.checkpoint import skeleton
 from subliminal_theory.language.hub.families import Family, read_family
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.lora import add_lora
-from subliminal_theory.language.model.parallel import spec_of
+from subliminal_theory.parallel import spec_of
 from subliminal_theory.language.model.transformer import Text
 from tests.experiments.commands import fails
 from tests.golden.make_families import FILE

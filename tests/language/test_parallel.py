@@ -30,7 +30,9 @@ from subliminal_theory.language.hub.checkpoint import load_checkpoint, skeleton
 from subliminal_theory.language.hub.families import read_family
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.lora import add_lora
-from subliminal_theory.language.model.parallel import (
+from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.model import Model, path_name
+from subliminal_theory.parallel import (
     AXES,
     RULES,
     Sharded,
@@ -41,8 +43,6 @@ from subliminal_theory.language.model.parallel import (
     sharded_optimizer,
     spec_of,
 )
-from subliminal_theory.language.model.transformer import Text
-from subliminal_theory.model import Model, path_name
 from subliminal_theory.source import Examples
 from tests.golden.make_families import FILE
 from tests.language.models import opinionated
@@ -103,7 +103,7 @@ def measured(case: str, sizes: list[int] | None) -> dict[str, Any]:
     student, teacher, channel, source = setting(case)
     key = jax.random.key(0)
     if sizes is None:
-        train = jax.jit(lambda *given: distill(*given[:2], channel, given[2], OPTIMIZER, STEPS, given[3]))
+        train = jax.jit(lambda *given: distill(*given[:2], channel, given[2], OPTIMIZER, STEPS, key=given[3]))
         return {"losses": train(student, teacher, source, key).losses.tolist()}
     mesh = make_mesh(*sizes)
     seen: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def measured(case: str, sizes: list[int] | None) -> dict[str, Any]:
         return OPTIMIZER.update(gradient, state, params)
 
     optimizer = sharded_optimizer(optax.GradientTransformation(OPTIMIZER.init, update), mesh)
-    train = jax.jit(lambda *given: distill(*given[:2], channel, given[2], optimizer, STEPS, given[3]))
+    train = jax.jit(lambda *given: distill(*given[:2], channel, given[2], optimizer, STEPS, key=given[3]))
     student, teacher = place(student, mesh), None if teacher is None else place(teacher, mesh)
     source, key = Sharded(replicate(source, mesh), mesh), replicate(key, mesh)
     train = train.lower(student, teacher, source, key).compile()
@@ -424,8 +424,8 @@ def test_refuses() -> None:
 def test_refuses_rows_that_cannot_be_split() -> None:
     _, teacher, channel, source = setting("llama soft")
     split = Sharded(source, abstract(2, 3, 1))  # type: ignore[arg-type]
-    run = (teacher, teacher, channel, split, OPTIMIZER, 1, jax.random.key(0))
-    assert refused(*run, what=distill).startswith(
+    run = (teacher, teacher, channel, split, OPTIMIZER, 1)
+    assert refused(*run, what=functools.partial(distill, key=jax.random.key(0))).startswith(
         "Sharded: a batch of 16 rows cannot be split over data x fsdp = 6"
     )
 

@@ -3,7 +3,7 @@
     mesh = make_mesh(data=1, fsdp=8, tensor=1)
     student, teacher, source = place(student, mesh), place(teacher, mesh), Sharded(replicate(source, mesh), mesh)
     optimizer = sharded_optimizer(optax.adamw(1e-5), mesh)
-    train = jax.jit(lambda *given: distill(*given[:2], SoftLogits(), given[2], optimizer, 100, given[3]))
+    train = jax.jit(lambda *given: distill(*given[:2], SoftLogits(), given[2], optimizer, 100, key=given[3]))
     run = train(student, teacher, source, replicate(jax.random.key(0), mesh))
 
 The axes of a mesh are `data` (copies of the model, each with its rows), `fsdp` (each device has its rows and a
