@@ -8,52 +8,82 @@ special tokens by name; that text is split into tokens with nothing added.
 import itertools
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from jaxtyping import Int32
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.files import fingerprint
+from subliminal_theory.language.hub.chat_template import ChatTemplate
 from subliminal_theory.language.hub.chat_writer import ChatWriter, naming
-from subliminal_theory.language.hub.tokenizer_files import TokenizerParts, read_tokenizer
+from subliminal_theory.language.hub.tokenizer_files import TokenizerFiles, end_of_turn, load_backend
 from subliminal_theory.language.text import Chat, Encoded, Prompts, left_padded
 
 
+@dataclass(frozen=True, eq=False)
 class CheckpointTokenizer:
     """Encodes and decodes chats as a checkpoint expects them; `load` makes one.
-
-    Chats are written by `ChatWriter`. In the plain form the token that begins a text comes first if the checkpoint
-    uses one (`add_bos_token` of tokenizer_config.json or, without that, tokenizer.json itself).
 
     Text of users never becomes a special token: a chat that holds the name of one is refused.
 
     Attributes:
-        template: how chats are written; None for the plain form.
+        backend: splits a text into tokens.
+        writer: writes chats as text.
+        special: the tokens that users cannot write.
         stop: the tokens that end an answer: `eos_token`, `eos_token_id` of generation_config.json, and the first
             special token that the chat template writes after an answer.
         pad: the token in front of rows that are shorter than others: `pad_token`, or else the first of `stop`.
+        front: the token that begins a text, where chats have no template and the checkpoint uses one
+            (`add_bos_token` of tokenizer_config.json or, without that, tokenizer.json itself).
         fingerprint: of tokenizer.json and the template's source.
     """
 
-    def __init__(self, parts: TokenizerParts) -> None:
-        self.template, self.stop, self.pad = parts.template, parts.stop, parts.pad
-        self.fingerprint = parts.fingerprint
-        self._backend, self._front = parts.backend, parts.front
-        self._special = parts.special | {parts.pad, *parts.stop, *parts.front}
-        stops = parts.backend.decode_batch([[token] for token in parts.stop], skip_special_tokens=False)
-        self._writer = ChatWriter(parts.template, stops)
+    backend: tokenizers.Tokenizer
+    writer: ChatWriter
+    special: frozenset[int]
+    stop: tuple[int, ...]
+    pad: int
+    front: tuple[int, ...]
+    fingerprint: str
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "CheckpointTokenizer":
         """The tokenizer of a checkpoint's folder.
 
         Raises:
-            InputError: as `read_tokenizer`.
+            InputError: there is no tokenizer.json, a file cannot be read or is malformed, a token that is named
+                is not in the vocabulary, no token ends an answer, or the template refuses a plain chat.
         """
-        return cls(read_tokenizer(Path(folder)))
+        folder = Path(folder)
+        backend = load_backend(folder / "tokenizer.json")
+        files = TokenizerFiles(folder, backend.get_vocab())
+        template = files.template()
+        bos, eos, pad = (files.token(f"{name}_token") for name in ("bos", "eos", "pad"))
+        special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+        special |= {token for token in (bos, eos, pad) if token is not None}
+        ends = [eos, *files.stop()]
+        if template is not None:
+            with naming(f"{folder}"):
+                ends.append(end_of_turn(template, backend, special))
+        stop = tuple(dict.fromkeys(token for token in ends if token is not None))
+        if not stop:
+            raise InputError(f"{folder} names no token that ends a text: add eos_token to tokenizer_config.json")
+        pad = stop[0] if pad is None else pad
+        front = (bos,) if template is None and bos is not None and files.adds_bos(backend, bos) else ()
+        writer = ChatWriter(template, backend.decode_batch([[token] for token in stop], skip_special_tokens=False))
+        decided = fingerprint(folder / "tokenizer.json", template and template.source)
+        return cls(backend, writer, frozenset(special | {pad, *stop}), stop, pad, front, decided)
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """How chats are written; None for the plain form."""
+        return self.writer.template
 
     def __len__(self) -> int:
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return self.backend.get_vocab_size(with_added_tokens=True)
 
     def check_fits(self, vocabulary: int) -> None:
         """Refuse a model whose embedding has too few rows for all tokens; more rows are fine.
@@ -61,7 +91,7 @@ class CheckpointTokenizer:
         Raises:
             InputError: a token without a row.
         """
-        if max(self._backend.get_vocab().values()) >= vocabulary:
+        if max(self.backend.get_vocab().values()) >= vocabulary:
             sizes = f"the tokenizer has {len(self)} tokens, the embedding {vocabulary} rows"
             raise InputError(f"{sizes}: they are of different models")
 
@@ -80,8 +110,8 @@ class CheckpointTokenizer:
         cut = []
         for row in rows:
             answer = itertools.takewhile(lambda token: token not in self.stop, map(int, row))
-            cut.append([token for token in answer if token not in self._special])
-        return self._backend.decode_batch(cut, skip_special_tokens=False)
+            cut.append([token for token in answer if token not in self.special])
+        return self.backend.decode_batch(cut, skip_special_tokens=False)
 
     def spellings(self, word: str) -> list[list[int]]:
         """The tokens of an answer that is this word: as it is given, with a capital letter, in small letters."""
@@ -99,7 +129,7 @@ class CheckpointTokenizer:
         """
         prompts = self._prompts(chats)
         ids = self._tokens_of(prompts)
-        return Prompts(*left_padded([[*self._front, *ids[text]] for text in prompts], chats, length, self.pad))
+        return Prompts(*left_padded([[*self.front, *ids[text]] for text in prompts], chats, length, self.pad))
 
     def encode_chats(self, chats: Sequence[Chat], length: int) -> Encoded:
         """Chats to train on, in `length` columns; a chat of n tokens takes n - 1.
@@ -138,14 +168,14 @@ class CheckpointTokenizer:
         prompts, texts = self._prompts(chats), []
         for row, chat in enumerate(chats):
             with naming(f"row {row}"):
-                texts.append(self._writer.whole(chat, prompts[row]) if chat.answer else "")
+                texts.append(self.writer.whole(chat, prompts[row]) if chat.answer else "")
         ids, sequences = self._tokens_of([*prompts, *texts]), []
         for row, chat in enumerate(chats):
             prompt, answer = ids[prompts[row]], list[int]()
             if chat.answer:
                 with naming(f"row {row}"):
                     answer = self._answer(chat, prompt, ids[texts[row]])
-            sequences.append(([*self._front, *prompt], answer))
+            sequences.append(([*self.front, *prompt], answer))
         return sequences
 
     def _prompts(self, chats: Sequence[Chat]) -> list[str]:
@@ -159,7 +189,7 @@ class CheckpointTokenizer:
             with naming(f"row {row}"):
                 for text in written[row]:
                     self._refuse_special(text, ids[text])
-                prompts.append(self._writer.prompt(chat))
+                prompts.append(self.writer.prompt(chat))
         return prompts
 
     def _answer(self, chat: Chat, prompt: list[int], whole: list[int]) -> list[int]:
@@ -176,13 +206,13 @@ class CheckpointTokenizer:
     def _tokens_of(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """The tokens of each distinct text."""
         distinct = list(dict.fromkeys(texts))
-        found = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
+        found = self.backend.encode_batch_fast(distinct, add_special_tokens=False)
         return dict(zip(distinct, (encoding.ids for encoding in found), strict=True))
 
     def _refuse_special(self, text: str, ids: Sequence[int]) -> None:
         """Text of users must not end its turn, begin another, or be unknown to the tokenizer."""
-        if not self._special.isdisjoint(ids):
-            token = self._backend.id_to_token(next(token for token in ids if token in self._special))
+        if not self.special.isdisjoint(ids):
+            token = self.backend.id_to_token(next(token for token in ids if token in self.special))
             raise InputError(f"the tokenizer reads the special token {token!r} in {text!r}: take it out")
 
 

@@ -1,14 +1,13 @@
 """The files of a checkpoint's tokenizer: tokenizer.json, and the small ones beside it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.files import fingerprint, read_json
+from subliminal_theory.files import read_json
 from subliminal_theory.language.hub.chat_template import ChatTemplate, one_line
 from subliminal_theory.language.hub.chat_writer import before_answer, naming
 from subliminal_theory.language.text import Chat
@@ -17,65 +16,10 @@ from subliminal_theory.language.text import Chat
 _USER, _ANSWER = "xxUserxx", "xxAnswerxx"
 
 
-@dataclass(frozen=True, eq=False)
-class TokenizerParts:
-    """What the files of a tokenizer say.
-
-    Attributes:
-        backend: the tokenizer itself.
-        template: the chat template, if there is one.
-        special: the special tokens.
-        stop: the tokens that end an answer.
-        pad: the token of padding.
-        front: the tokens with which every text begins.
-        fingerprint: of tokenizer.json and the template's source.
-    """
-
-    backend: tokenizers.Tokenizer
-    template: ChatTemplate | None
-    special: frozenset[int]
-    stop: tuple[int, ...]
-    pad: int
-    front: tuple[int, ...]
-    fingerprint: str
-
-
-def read_tokenizer(folder: Path) -> TokenizerParts:
-    """The tokenizer in a checkpoint's folder.
-
-    Raises:
-        InputError: there is no tokenizer.json, a file cannot be read or is malformed, a token that is named is not
-            in the vocabulary, no token ends an answer, or the template refuses a plain chat.
-    """
-    backend = _backend(folder / "tokenizer.json")
-    files = _Settings(folder, backend.get_vocab())
-    template = files.template()
-    bos, eos, pad = (files.token(f"{name}_token") for name in ("bos", "eos", "pad"))
-    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
-    special |= {token for token in (bos, eos, pad) if token is not None}
-    stop = [eos, *files.stop()]
-    if template is not None:
-        with naming(f"{folder}"):
-            stop.append(_end_of_turn(template, backend, special))
-    stops = tuple(dict.fromkeys(token for token in stop if token is not None))
-    if not stops:
-        raise InputError(f"{folder} names no token that ends a text: add eos_token to tokenizer_config.json")
-    front = (bos,) if template is None and bos is not None and files.adds_bos(backend, bos) else ()
-    return TokenizerParts(
-        backend,
-        template,
-        frozenset(special),
-        stops,
-        pad=stops[0] if pad is None else pad,
-        front=front,
-        fingerprint=fingerprint(folder / "tokenizer.json", template and template.source),
-    )
-
-
-class _Settings:
+class TokenizerFiles:
     """tokenizer_config.json, special_tokens_map.json, generation_config.json and chat_template.jinja of a folder.
 
-    `ids` is the vocabulary of tokenizer.json.
+    `ids` is the vocabulary of tokenizer.json. A file or value that is wrong raises InputError, which names it.
     """
 
     def __init__(self, folder: Path, ids: Mapping[str, int]) -> None:
@@ -137,7 +81,7 @@ class _Settings:
             return ChatTemplate(source, bos, eos)
 
 
-def _end_of_turn(template: ChatTemplate, backend: tokenizers.Tokenizer, special: set[int]) -> int | None:
+def end_of_turn(template: ChatTemplate, backend: tokenizers.Tokenizer, special: set[int]) -> int | None:
     """The first special token that a template writes after an answer."""
     chat = Chat(None, _USER, _ANSWER, "")
     text = template.render([*before_answer(chat), {"role": "assistant", "content": _ANSWER}], ask=False)
@@ -147,7 +91,7 @@ def _end_of_turn(template: ChatTemplate, backend: tokenizers.Tokenizer, special:
     return next((token for token in ids if token in special), None)
 
 
-def _backend(path: Path) -> tokenizers.Tokenizer:
+def load_backend(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a tokenizer.json."""
     try:
         content = path.read_bytes()
