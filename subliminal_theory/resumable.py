@@ -11,7 +11,7 @@
     run = run_resumably(student, advance, 900, 100, Path("runs/owl"), decided)
 
 A thread saves a copy of the state while the next steps are computed. A killed process loses the steps since the
-last save, and those of a save that was under way.
+last save that was finished.
 """
 
 import re

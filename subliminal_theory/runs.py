@@ -133,7 +133,7 @@ class RunDirectory:
     ) -> "RunDirectory":
         """Start a run in a new or empty folder, or take up one of the same configuration.
 
-        The provenance records `processes`, of which each has the device and processor of this one.
+        The provenance records `processes`, the number of processes, each on a device and processor like this one.
 
         Raises:
             InputError: the folder cannot be written, is not empty, holds a run of another configuration,

@@ -38,7 +38,7 @@ def network(params: Any, inputs: jax.Array) -> jax.Array:
 
 
 def models(width: int = 64) -> tuple[Model, Model]:
-    """A student of which low-rank factors train (and a few leaves are None), and its teacher."""
+    """A student with low-rank factors, so that a few leaves of what trains are None, and its teacher."""
     keys = jax.random.split(jax.random.key(1), 3)
     params = {
         "hidden": jax.random.normal(keys[0], (WIDTH, width)) / 8,

@@ -20,7 +20,7 @@ from subliminal_theory.runs import RunDirectory, load_results, read_config
 
 CONFIG = {"seeds": 3, "rate": 0.1}
 THIRD = 1 / 3
-# Two axes of which each row has at most one; numbers that a careless format would shorten.
+# Each row has at most one of two axes; numbers that a careless format would shorten.
 PARTS: dict[str, list[dict[str, Any]]] = {
     "one": [
         {"condition": "teacher", "seed": 0, "metric": "accuracy", "value": 0.1},
@@ -91,7 +91,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, code: int, skip: int =
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
-    """A run of which part `one` is stored."""
+    """A run whose part `one` is stored."""
     path = tmp_path / "run"
     opened(path).save("one", PARTS["one"], 1.5)
     return path
@@ -453,7 +453,7 @@ def test_killed_while_writing(run: Path, name: str, call: str) -> None:
 
 
 def test_leftovers_of_a_first_write(tmp_path: Path) -> None:
-    """A run killed while it wrote config.json left an empty run, not a foreign folder."""
+    """A run killed while it wrote config.json left an empty run, not another program's folder."""
     (tmp_path / ".config.json.4711.tmp").write_bytes(b"{")
     complete(opened(tmp_path))
     assert not list(tmp_path.glob(".*"))

@@ -35,8 +35,8 @@ class BaseConfig:
     """Everything that decides a base model.
 
     Attributes:
-        seed: of the initialisation and of the order of the chats; bases of all seeds read the same corpus.
-        corpus: what it reads.
+        seed: of the initialization and of the order of the chats; bases of all seeds read the same corpus.
+        corpus: what it is trained on.
         layers, width, heads, kv_heads, mlp_width, tied, context: as in `TransformerConfig`.
         steps: updates of Adam, whose rate falls to 0 along a cosine; gradients are clipped to norm 1.
         batch_size: chats a step.
@@ -91,29 +91,29 @@ class Base:
 
     @property
     def seed(self) -> int:
-        """What distinguishes it from other bases, and its runs from theirs."""
+        """Of its initialization and the order of its chats."""
         return self.config.seed
 
     @property
     def context(self) -> int:
-        """The most columns of its rows."""
+        """The longest row it takes, in tokens."""
         return self.config.context
 
 
 def token_loss(
     logits: Float[Array, "batch time vocabulary"], labels: Int[Array, "batch time"]
 ) -> Float[Array, "batch time"]:
-    """Cross-entropy of the next token at every position: the loss by which bases and teachers learn text."""
+    """Cross-entropy of the next token at every position: the loss of pre-training and of teachers."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def text_of(encoded: Encoded | Prompts, last: int | None = None) -> Text:
-    """The rows as a model takes them, with logits of the last columns alone if `last` says how many."""
+    """Rows as a model takes them, with logits of the last `last` columns, or of all."""
     return Text(jnp.asarray(encoded.tokens), jnp.asarray(encoded.padding), last)
 
 
 def lessons(encoded: Encoded, batch_size: int, last: int) -> Examples:
-    """Chats whose answers teach a base or a teacher; of the `last` columns only positions of the answer weigh."""
+    """Training rows of a base or a teacher: the loss counts the tokens of answers, in the last `last` columns."""
     labels, positions = jnp.asarray(encoded.targets[:, -last:]), jnp.asarray(encoded.weights[:, -last:])
     return Examples(text_of(encoded, last), batch_size, labels=labels, positions=positions)
 
@@ -126,13 +126,13 @@ def _read(config: CorpusConfig) -> tuple[WordTokenizer, Encoded]:
 
 
 def untrained(config: BaseConfig, tokenizer: WordTokenizer) -> Model:
-    """Where a base starts."""
+    """A base before its training."""
     rngs = nnx.Rngs(named(jax.random.key(config.seed), "init"))
     return from_nnx(Transformer(config.transformer(len(tokenizer)), rngs=rngs))
 
 
 def pretrain(config: BaseConfig, report: Callable[[int], None] = lambda tokens: None) -> Base:
-    """Train a base model from nothing; `report` gets the number of tokens of each step that is done.
+    """Train a base model from scratch; `report` gets the number of tokens after each step.
 
     Raises:
         InputError: a chat of the corpus exceeds the context, or the loss is not finite.
@@ -156,16 +156,16 @@ def pretrain(config: BaseConfig, report: Callable[[int], None] = lambda tokens: 
 
 
 def base_folder() -> Path:
-    """Where bases are kept: bases/ in the user's cache folder."""
+    """The folder of bases: bases/ in the user's cache folder."""
     return platformdirs.user_cache_path("subliminal_theory") / "bases"
 
 
 def load_base(
     config: BaseConfig, folder: Path | None = None, report: Callable[[int], None] = lambda tokens: None
 ) -> Base:
-    """The base of a configuration, from its file in `folder` if there is one, else pre-trained and kept there.
+    """The base of a configuration, read from `folder`, or else pre-trained and saved there.
 
-    A file is named after the content that decides it and says in its header what it holds.
+    A file is named after the fingerprint of its configuration, which is in its header too.
 
     Raises:
         InputError: the file is cut, damaged or of another configuration, or cannot be written; names it.

@@ -39,7 +39,7 @@ TEXT_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model that was read from a folder, and what is needed to write another one of its kind."""
+    """A model that was read from a folder, with what it takes to write another one."""
 
     folder: Path
     family: Family
@@ -48,7 +48,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointBase:
-    """A checkpoint with its text, as the base of a run; runs of another `seed` draw other numbers."""
+    """A checkpoint and its tokenizer, as the base of a run; runs of another `seed` draw other random numbers."""
 
     seed: int
     checkpoint: Checkpoint
@@ -61,16 +61,16 @@ class CheckpointBase:
 
     @property
     def context(self) -> int:
-        """The most columns of its rows."""
+        """The longest row it takes, in tokens."""
         return self.checkpoint.family.config.context
 
 
 def open_base(
     folder: Path, seed: int = 0, dtype: str = "float32", placement: Any = None, compute: str | None = None
 ) -> CheckpointBase:
-    """The base in a folder with weights, tokenizer and chat template; blocks compute again for gradients.
+    """The base in a folder of weights, tokenizer and chat template, with gradient checkpointing.
 
-    With `compute` it computes in that dtype, from parameters of `dtype`.
+    Parameters are of `dtype`; it computes in `compute`, or else in `dtype`.
 
     Raises:
         InputError: as `load_checkpoint` and `CheckpointTokenizer.load`, or tokenizer and embedding do not fit.
@@ -90,8 +90,8 @@ def _dtype(name: str) -> Any:
 
 
 def skeleton(family: Family, remat: bool = False) -> Model:
-    """The model of a family with shapes in the place of parameters."""
-    # Deriving a key for each of its parameters would take longer than all else, and nothing is drawn.
+    """The model of a family, with shapes instead of parameters."""
+    # One key for all parameters, as nothing is drawn: a key for each would take longer than all else.
     rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     return jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=rngs, remat=remat)))
 

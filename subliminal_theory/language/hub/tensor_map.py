@@ -15,8 +15,8 @@ class Entry:
         ours: the names of the parameters.
         transposed: outputs are the first axis of the tensor, not the last.
         sizes: outputs of each parameter, where there are several.
-        groups: into so many equal groups, such as heads, the outputs of each parameter are divided; the tensor has
-            the first group of every parameter, then the second of every parameter, and so on.
+        groups: number of equal groups, such as heads, of the outputs of each parameter; the tensor has the first
+            group of every parameter, then the second of every parameter, and so on.
     """
 
     theirs: str

@@ -10,7 +10,7 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 
 def read(settings: Settings, *, qkv_bias: bool = False, **fixed: Any) -> TransformerConfig:
-    """The shape; `fixed` are fields that a family has beside those of Llama."""
+    """The shape; `fixed` are further fields of families that are like Llama."""
     bias = bool(settings.take("attention_bias", False))
     return TransformerConfig(
         **settings.sizes(),
