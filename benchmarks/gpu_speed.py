@@ -132,7 +132,7 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train(model: Model, teacher: Model | None, source: Examples) -> Trained:
-        return distill(model, teacher, channel, source, optimizer, steps, jax.random.key(3), chunk=shape.chunk)
+        return distill(model, teacher, channel, source, optimizer, steps, key=jax.random.key(3), chunk=shape.chunk)
 
     def draw(count: int) -> Any:
         return sample(model, text, steps=count, key=jax.random.key(4))

@@ -128,7 +128,7 @@ def main() -> None:
 
     @jax.jit
     def train(model: Model, source: Examples) -> Trained:
-        return distill(model, None, SampledToken(), source, optimizer, shape.steps, jax.random.key(0))
+        return distill(model, None, SampledToken(), source, optimizer, shape.steps, key=jax.random.key(0))
 
     wide = jnp.asarray(rng.integers(6, config.vocabulary, (shape.rows, shape.prompt)), jnp.int32)
     prompts = Text(wide, jnp.zeros(shape.rows, jnp.int32))

@@ -160,7 +160,7 @@ class SampledToken:
         InputError: the temperature is negative or not finite; no key to sample with; no metric.
     """
 
-    temperature: float = field(default=1.0, metadata={"static": True})
+    temperature: float | int = field(default=1.0, metadata={"static": True})
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

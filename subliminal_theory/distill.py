@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from subliminal_theory.audit import refuse_wrong_channel
 from subliminal_theory.channel import Channel, imitation_value_and_grad, weighted_mean
@@ -26,7 +26,7 @@ class State:
 
     params: PyTree
     optimizer: PyTree
-    step: Int[Array, ""]
+    step: PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,7 @@ class Trained:
     """
 
     model: Model
-    losses: Float[Array, " steps"]
+    losses: PyTree
     observed: PyTree = None
     snapshots: tuple[Model, ...] = ()
     state: State | None = None
@@ -50,7 +50,7 @@ class Trained:
 class Step:
     """What one step of a run is about to do: the model before it, its gradient and its update."""
 
-    index: Int[Array, ""]
+    index: PyTree
     model: Model
     gradient: PyTree
     update: PyTree
@@ -309,7 +309,7 @@ def require_compatible(student: Model, teacher: Model | None, channel: Channel, 
     refuse_wrong_channel(channel, shape[-1])
 
 
-def require_finite(losses: Float[Array, "..."], runs: list[str]) -> None:
+def require_finite(losses: Float[Array, "..."] | Float[np.ndarray, "..."], runs: list[str]) -> None:
     """Refuse a diverged training run, once its losses are on the host.
 
     `losses` is [run, ..., steps], `runs` names the leading axis.

@@ -3,10 +3,11 @@
 import hashlib
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int, Key
 
 
-def named(key: Key[Array, ""], *names: str | int | Int[Array, ""]) -> Key[Array, ""]:
+def named(key: Key[Array, ""], *names: str | int | np.integer | Int[Array, ""]) -> Key[Array, ""]:
     """Fold names into a key, in order.
 
     A string enters by the first four bytes of its SHA-256, an integer as itself, so adding a new

@@ -23,7 +23,7 @@ class Batch:
     """
 
     inputs: PyTree
-    weights: Float[Array, "batch ..."]
+    weights: PyTree
     targets: PyTree = None
     labels: PyTree = None
 
@@ -81,7 +81,7 @@ class Examples:
     batch_size: int = field(metadata={"static": True})
     labels: PyTree = None
     targets: PyTree = None
-    positions: Float[Array, "examples ..."] | None = None
+    positions: PyTree = None
     prepare: Callable[[Any], PyTree] = field(default=_as_they_are, metadata={"static": True})
 
     def __post_init__(self) -> None:

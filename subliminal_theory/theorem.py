@@ -166,7 +166,7 @@ def check(
     def student_logits(p: PyTree) -> Float[Array, "*batch n"]:
         return apply(join(p, student_rest), inputs)
 
-    def trait(p: PyTree) -> Float[Array, ""]:
+    def trait(p: PyTree) -> Float[Array, "..."]:
         return trait_loss(join(p, rest))
 
     loss_before, direction = _descent(trait, params)
@@ -301,7 +301,7 @@ def how_small(
     def logits_of(p: PyTree) -> Float[Array, "*batch n"]:
         return apply(join(p, rest), inputs)
 
-    def trait(p: PyTree) -> Float[Array, ""]:
+    def trait(p: PyTree) -> Float[Array, "..."]:
         return trait_loss(join(p, rest))
 
     before, direction = _descent(trait, params)

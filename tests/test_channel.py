@@ -285,7 +285,10 @@ def test_subset_against_the_selected_columns(kind: str) -> None:
             assert chosen[int(target)]
             own = jnp.asarray(np.cumsum(chosen)[int(target)] - 1)
         else:
-            target, own = channel.targets(None, jnp.asarray(wild[1])), inner.targets(None, teacher[chosen])
+            target, own = (
+                channel.targets(None, jnp.asarray(wild[1])),
+                inner.targets(None, jnp.asarray(teacher[chosen])),
+            )
         found = everything_of(channel, wild[0], target, wild[2])
         expected = everything_of(inner, student[chosen], own, tangent[chosen])
         same(found[0], expected[0])
