@@ -61,13 +61,20 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
         raise InputError("save_adapter: the model has no low-rank factors: save a whole checkpoint")
     base, factors = _split(model)
     _require_base(like, Model(model.apply.apply, base))
-    holders = _holders(like.family, factors)
-    rank = _rank(leaves_by_path(base), factors)
-    tensors = {}
-    for name, (a, b) in factors.items():
-        for key, factor in zip(_keys(_module(holders[name])), (a, b), strict=True):
-            tensors[key] = factor.T
-    settings = _settings(like, list(holders.values()), model.apply.scale, rank)
+    own = _own_kernels(like.family)
+    others = [name for name in factors if name not in own]
+    if others:
+        raise InputError(
+            f"save_adapter: {some(others)} of {like.family.architecture} cannot be in an adapter "
+            f"(only linear layers with a tensor of their own can): {_NOT_ALONE}"
+        )
+    adapted = [own[name] for name in factors]
+    settings = _settings(like, adapted, model.apply.scale, _rank(leaves_by_path(base), factors))
+    tensors = {
+        key: factor.T
+        for entry, pair in zip(adapted, factors.values(), strict=True)
+        for key, factor in zip(_keys(entry), pair, strict=True)
+    }
     about = {"format": "pt", BASE: _base_fingerprint(like.model)} | ({TEMPLATE: template} if template else {})
     with atomic_folder(folder) as new:
         save_arrays(new / WEIGHTS, tensors, about)
@@ -92,7 +99,14 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, *, template: str = "") ->
             names all of them); the factors were trained on another base or with another chat template.
     """
     config = read_peft_config(folder)
-    file = _weights_of(folder)
+    file = folder / WEIGHTS
+    if not file.exists():
+        if (folder / PICKLE).exists():
+            raise InputError(
+                f"{folder} has its factors in a pickle file ({PICKLE}), which is never opened because it can run "
+                "code: convert it to safetensors"
+            )
+        raise InputError(f"{folder} has no {WEIGHTS}: download what is missing")
     tensors, about = open_file(file)
     found = _fitting(file, checkpoint, config, tensors)
     if template and about.get(TEMPLATE, template) != template:
@@ -189,24 +203,13 @@ def _own_kernels(family: Family) -> dict[str, Entry]:
     return {entry.ours[0]: entry for entry in _kernels(family) if len(entry.ours) == 1}
 
 
-def _holders(family: Family, names: Mapping[str, Any]) -> dict[str, Entry]:
-    """The tensor of each adapted parameter, which must be a matrix with a tensor of its own."""
-    own = _own_kernels(family)
-    others = [name for name in names if name not in own]
-    if others:
-        raise InputError(
-            f"save_adapter: {some(others)} of {family.architecture} cannot be in an adapter "
-            f"(only linear layers with a tensor of their own can): {_NOT_ALONE}"
-        )
-    return {name: own[name] for name in names}
-
-
 def _module(entry: Entry) -> str:
     return entry.theirs.removesuffix(".weight")
 
 
-def _keys(module: str) -> tuple[str, str]:
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+def _keys(entry: Entry) -> tuple[str, str]:
+    """The names of A and B."""
+    return f"{_PREFIX}{_module(entry)}.lora_A.weight", f"{_PREFIX}{_module(entry)}.lora_B.weight"
 
 
 def _targets(family: Family, adapted: Sequence[Entry]) -> list[str]:
@@ -243,27 +246,19 @@ def _settings(like: Checkpoint, adapted: Sequence[Entry], scale: float, rank: in
 # --- reading
 
 
-def _weights_of(folder: Path) -> Path:
-    if (folder / WEIGHTS).exists():
-        return folder / WEIGHTS
-    if (folder / PICKLE).exists():
-        raise InputError(
-            f"{folder} has its factors in a pickle file ({PICKLE}), which is never opened because it can run "
-            "code: convert it to safetensors"
-        )
-    raise InputError(f"{folder} has no {WEIGHTS}: download what is missing")
-
-
 def _fitting(
     file: Path, checkpoint: Checkpoint, config: PeftConfig, tensors: Mapping[str, np.ndarray]
 ) -> list[Entry]:
     """The tensors of the base that have factors; refuses all that is wrong with these in one error."""
-    found = []
+    leaves, found = leaves_by_path(checkpoint.model.params), list[Entry]()
+    wanted: dict[str, tuple[tuple[int, int], Any]] = {}
     for entry in _kernels(checkpoint.family):
-        held = any(key in tensors for key in _keys(_module(entry)))
+        a, b = _keys(entry)
+        held = a in tensors or b in tensors
         if config.adapts(_module(entry)) or (held and config.targets is None):
             found.append(entry)
-    wanted = _shapes(checkpoint, found, config.rank)
+            inputs, outputs = leaves[entry.ours[0]].shape[0], sum(leaves[name].shape[1] for name in entry.ours)
+            wanted |= {a: ((config.rank, inputs), jnp.floating), b: ((outputs, config.rank), jnp.floating)}
     faults = misfits(wanted, tensors) if wanted else ["no linear layer has factors"]
     if faults:
         raise InputError(
@@ -273,26 +268,13 @@ def _fitting(
     return found
 
 
-def _shapes(
-    checkpoint: Checkpoint, found: Sequence[Entry], rank: int
-) -> dict[str, tuple[tuple[int, int], type[np.generic]]]:
-    """Shape and kind of dtype of every factor."""
-    leaves = leaves_by_path(checkpoint.model.params)
-    shapes: dict[str, tuple[tuple[int, int], type[np.generic]]] = {}
-    for entry in found:
-        inputs, outputs = leaves[entry.ours[0]].shape[0], sum(leaves[name].shape[1] for name in entry.ours)
-        a, b = _keys(_module(entry))
-        shapes |= {a: ((rank, inputs), jnp.floating), b: ((outputs, rank), jnp.floating)}
-    return shapes
-
-
 def _factors_in(
     checkpoint: Checkpoint, found: Sequence[Entry], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[Float[Array, "inputs rank"], Float[Array, "rank outputs"]]]:
     """A and B of every adapted parameter."""
     leaves, factors = leaves_by_path(checkpoint.model.params), {}
     for entry in found:
-        a, b = (tensors[key] for key in _keys(_module(entry)))
+        a, b = (tensors[key] for key in _keys(entry))
         # B is taken apart as the matrix of the base is, with the outputs on the same axis.
         parts = entry.take_apart(b if entry.transposed else b.T)
         for name, part in zip(entry.ours, parts, strict=True):

@@ -65,18 +65,12 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise InputError(f"{path}: r must be a positive integer, got {short(rank)}: download it again")
     if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
         raise InputError(f"{path}: lora_alpha must be a positive number, got {short(alpha)}: download it again")
-    return PeftConfig(
-        rank, float(alpha), bool(given.get("use_rslora")), _listed(path, given.get("target_modules"))
-    )
-
-
-def _listed(path: Path, targets: Any) -> tuple[str, ...] | None:
+    targets = given.get("target_modules")
     # A text is a regular expression. Nobody else's is run: the tensors themselves say what is adapted.
-    if targets is None or isinstance(targets, str):
-        return None
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise InputError(f"{path}: target_modules must list names, got {short(targets)}: download it again")
-    return tuple(targets)
+    listed = None if targets is None or isinstance(targets, str) else targets
+    if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+        raise InputError(f"{path}: target_modules must list names, got {short(listed)}: download it again")
+    return PeftConfig(rank, float(alpha), bool(given.get("use_rslora")), None if listed is None else tuple(listed))
 
 
 def _require_supported(path: Path, given: Mapping[str, Any]) -> None:
