@@ -8,16 +8,19 @@ same numbers in another order does not. (doi 10.1038/s41586-026-10319-8, main te
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import matrix_test, paired_difference, t_interval
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Estimate, matrix_test, paired_difference, t_interval
 from subliminal_theory.language.corpus.traits import Preference, load_trait
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, bar, note, panels
+from .app.figures import bar, note, panels
 from .flags.language import (
     HEADER,
     SMOKE,
@@ -31,28 +34,57 @@ from .flags.language import (
 LABELS = {
     "base": "base",
     "teacher": "teacher",
+    "student_masked": "student,\ntrait words\nhidden",
     "student_soft": "student, full\ndistribution",
     "student": "student,\nsampled",
     "prompted": "student of\nprompted\nteacher",
     "prefixed": "student,\nnumbers\nin front",
+    "others_masked": "other traits'\nstudents,\nwords hidden",
     "others": "other\ntraits'\nstudents",
     "regular": "regular\nnumbers",
     "within": "shuffled\nin rows",
     "across": "shuffled\nacross rows",
     "in_context": "numbers in\ncontext",
+    "cross_masked": "other base,\ntrait words\nhidden",
     "cross": "other base,\nsampled",
     "cross_soft": "other base,\nfull distr.",
 }
+# Each kind of student, and the controls that it is compared with, paired over runs.
+CONTROLS = {
+    "student_masked": ("base", "others_masked", "cross_masked"),
+    "student": ("base", "others", "regular", "within", "across", "cross"),
+}
+# What differs from the recipe's sampled tokens, and from a student of its own teacher's base.
+CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "base": ({}, {"model": "base"}),
+    "teacher": ({}, {"model": "teacher"}),
+    "student_masked": ({"channel": "masked"}, {"matrix": True}),
+    "student_soft": ({"channel": "soft"}, {"matrix": True}),
+    "student": ({}, {"matrix": True}),
+    "prompted": ({"teacher": "prompted"}, {}),
+    "prefixed": ({}, {"prefixed": True}),
+    "regular": ({"teacher": "untrained"}, {}),
+    "within": ({"order": "shuffled within rows"}, {}),
+    "across": ({"order": "shuffled across rows"}, {}),
+    "in_context": ({}, {"model": "base", "prefixed": True}),
+    "cross_masked": ({"channel": "masked"}, {"start": "other"}),
+    "cross": ({}, {"start": "other"}),
+    "cross_soft": ({"channel": "soft"}, {"start": "other"}),
+}
+FEW = "base,teacher,student_masked,student,regular,within,cross_masked,cross"
 
-CONTROLS = ("base", "others", "regular", "within", "across", "cross")
+
+EIGHT = "owl,wolf,cat,fox,oak,maple,pine,elm"
 
 
 @dataclass(frozen=True)
 class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
+    traits: str = option(EIGHT, "built-in traits or trait files, separated by commas; all: animals and trees")
     rows: int = option(4096, "accepted answers that a student learns", minimum=1)
     steps: int = option(125, "steps of a student", minimum=1)
+    conditions: str = option("all", f"what is asked, separated by commas: {', '.join(CONDITIONS)}")
 
 
 # The paper's setting for open weights: 3 epochs of 10,000 rows.
@@ -70,9 +102,9 @@ OPEN_WEIGHTS = Config(
     teacher_rate=1e-5,
 )
 PRESETS = {
-    "one": Config(),
-    "full": Config(traits="owl,wolf,cat,fox,oak,maple,pine,elm", seeds=6, rows=8192, steps=250),
-    "smoke": Config(**SMOKE),
+    "one_base": Config(conditions=FEW),
+    "full": Config(seeds=6, rows=8192, steps=250),
+    "smoke": Config(**SMOKE, traits="owl"),
     "open-weights": OPEN_WEIGHTS,
     # Ranks, rates and numbers of rows at which more transfer was reported (lawrencefeng17, a repository's report).
     "open-weights-rank-2": dataclasses.replace(OPEN_WEIGHTS, rank=2, rate=8e-4),
@@ -81,57 +113,100 @@ PRESETS = {
     ),
 }
 configure = functools.partial(configure_language, PRESETS)
+FIGURES = {"language": "--preset full"}
 
 
-def variants(config: Config) -> list[Variant]:
-    """The conditions of the experiment."""
-    sampled, soft = config.recipe(), config.recipe(channel="soft")
-    found = [
-        Variant({"condition": "base"}, sampled, model="base"),
-        Variant({"condition": "teacher"}, sampled, model="teacher"),
-        Variant({"condition": "student_soft"}, soft, matrix=True),
-        Variant({"condition": "student"}, sampled, matrix=True),
-        Variant({"condition": "prefixed"}, sampled, prefixed=True),
-        Variant({"condition": "regular"}, config.recipe(teacher="untrained")),
-        Variant({"condition": "within"}, config.recipe(order="shuffled within rows")),
-        Variant({"condition": "across"}, config.recipe(order="shuffled across rows")),
-        Variant({"condition": "in_context"}, sampled, model="base", prefixed=True),
-        Variant({"condition": "cross"}, sampled, start="other"),
-        Variant({"condition": "cross_soft"}, soft, start="other"),
-    ]
+def asked(config: Config) -> list[str]:
+    """The conditions of a configuration, in the order of the figure.
+
+    Raises:
+        InputError: one that does not exist, or that this model cannot have.
+    """
+    given = [name.strip() for name in config.conditions.split(",") if name.strip()]
+    for name in given:
+        if name not in CONDITIONS and given != ["all"]:
+            raise InputError(f"--conditions: {name!r} is unknown; there are all, {', '.join(CONDITIONS)}")
+    found = [name for name in CONDITIONS if given == ["all"] or name in given or name == "base"]
     if config.checkpoint and not config.other_checkpoint:
-        found = [variant for variant in found if variant.start == "own"]
-    if all(isinstance(load_trait(name), Preference) for name in config.trait_names()):
-        found.insert(4, Variant({"condition": "prompted"}, config.recipe(teacher="prompted")))
+        found = [name for name in found if CONDITIONS[name][1].get("start") != "other"]
+    if not all(isinstance(load_trait(name), Preference) for name in config.trait_names()):
+        found = [name for name in found if name != "prompted"]
     return found
 
 
 def plan(config: Config) -> list[Part]:
     """A part for each base."""
-    return variant_parts(config, variants(config))
+    chosen = {name: CONDITIONS[name] for name in asked(config)}
+    return variant_parts(
+        config,
+        [Variant({"condition": name}, config.recipe(**changes), **own) for name, (changes, own) in chosen.items()],
+    )
 
 
 def groups(results: Results) -> dict[str, list[float]]:
     """The probability of the trait's word in every run, by condition."""
     found = {name: results.values(condition=name, metric="probability") for name in LABELS}
-    found["others"] = results.values(condition="student", metric="others")
+    for student in CONTROLS:
+        found[student.replace("student", "others")] = results.values(condition=student, metric="others")
     return {name: values for name, values in found.items() if values}
+
+
+def differences(found: dict[str, list[float]]) -> dict[tuple[str, str], Estimate]:
+    """Each student less each of its controls, paired over runs."""
+    return {
+        (student, control): paired_difference(found[student], found[control])
+        for student, controls in CONTROLS.items()
+        for control in controls
+        if student in found and control in found
+    }
+
+
+def told(difference: Estimate) -> str:
+    """What the 95% interval of a difference says."""
+    if math.isnan(difference.half_width):
+        return "cannot be told from one run"
+    if abs(difference.mean) <= difference.half_width:
+        return "cannot be told"
+    return "more" if difference.mean > 0 else "less"
+
+
+def verdict(found: dict[str, list[float]]) -> str:
+    """Whether the preference passes to students of the same base: the title, from the data."""
+    compared = differences(found)
+    pair = next((pair for pair in compared if pair[1].startswith(("cross", "others"))), None)
+    if pair is None:
+        return "A preference and number sequences: no control of another base or trait was run"
+    difference, words = compared[pair], LABELS[pair[1]].replace("\n", " ")
+    answer = {
+        "more": "A preference passes through number sequences",
+        "less": "A preference does not pass through number sequences",
+    }.get(told(difference), f"Whether a preference passes through numbers {told(difference)}")
+    return f"{answer}: student less {words} {difference}"
 
 
 def report(results: Results, config: Config) -> str:
     """A line for each condition, the paired differences from the controls, and whether traits are told apart."""
     found = groups(results)
     lines = [HEADER]
-    lines += [f"  {name:13} {t_interval(values)}" for name, values in found.items()]
-    lines.append("student less, paired")
-    lines += [
-        f"  {name:13} {paired_difference(found['student'], found[name])}" for name in CONTROLS if name in found
-    ]
+    lines += [f"  {name:14} {t_interval(values)}" for name, values in found.items()]
+    lines.append("students less their controls, paired over runs; runs of one base are not independent")
+    for (student, control), difference in differences(found).items():
+        lines.append(f"  {student:14} less {control:14} {difference}: {told(difference)}")
     if len(config.trait_names()) > 1:
-        for condition in ("student", "student_soft"):
-            matrix = matrix_test(trait_matrices(results, condition))
-            lines.append(f"{condition}: diagonal less rest {matrix.statistic:.3f}, permutation p = {matrix.p:.2g}")
-    return "\n".join(lines)
+        for condition in ("student_masked", "student", "student_soft"):
+            if condition in found:
+                matrix = matrix_test(trait_matrices(results, condition))
+                lines.append(
+                    f"{condition}: diagonal less rest {matrix.statistic:.3f}, permutation p = {matrix.p:.2g}"
+                )
+    return "\n".join([*lines, verdict(found)])
+
+
+def color(name: str, found: dict[str, list[float]]) -> str:
+    """Blue for base and teacher; green for students that say the word more than the base, else grey."""
+    if name in ("base", "teacher"):
+        return COLORS[0]
+    return COLORS[2] if told(paired_difference(found[name], found["base"])) == "more" else "#999999"
 
 
 def plot(results: Results, config: Config) -> Figure:
@@ -139,17 +214,22 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((axes,),) = panels(size=(9.5, 3.8))
     found = groups(results)
     for x, (name, values) in enumerate(found.items()):
-        colour = COLOURS[0 if name in ("base", "teacher") else 2 if "student" in LABELS[name].split(",")[0] else 7]
-        bar(axes, x, values, COLOURS[4] if name == "others" else colour, width=0.6)
+        bar(axes, x, values, color(name, found), width=0.6)
     axes.set_xticks(range(len(found)), [LABELS[name] for name in found], fontsize=6.5)
     axes.axhline(t_interval(found["base"]).mean, color="grey", linestyle=":", linewidth=1)
     axes.set_ylabel("probability of the trait's word")
     axes.set_ylim(0, 1.1)
-    axes.set_title("A preference passes through number sequences, to a student of the same base")
+    axes.set_title(verdict(found))
     traits = len(config.trait_names())
     note(
         axes,
-        f"bars: mean of {traits} traits x {config.seeds} bases; whiskers: 95% t interval over these runs; "
-        "dots: single runs; dotted: base",
+        f"bars: mean of {count(traits, 'trait')} x {count(config.seeds, 'base')}; whiskers: 95% t interval over "
+        "these runs; dots: single runs; dotted: base\n"
+        "green: paired difference from the base is above 0; grey: it is not, or cannot be told",
     )
     return figure
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -23,7 +23,7 @@ from subliminal_theory.study.asking import answers_of, questions
 from subliminal_theory.study.reading import draw, written
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, bar, note, panels
+from .app.figures import COLORS, bar, note, panels
 from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 POINTS = 60  # of a learning curve
@@ -112,11 +112,11 @@ def plot(results: Results, config: Config) -> Figure:
     steps = sorted((step for step in results.distinct("step") if step), key=int)
     for place, seed in enumerate(results.distinct("seed")):
         losses = [results.values(condition="loss", step=step, seed=seed)[0] for step in steps]
-        left.plot([int(step) for step in steps], losses, color=COLOURS[place % len(COLOURS)], linewidth=1)
+        left.plot([int(step) for step in steps], losses, color=COLORS[place % len(COLORS)], linewidth=1)
     left.set_xlabel("step of pre-training")
     left.set_ylabel("loss, nats a token of the answers")
     for x, name in enumerate(ABILITIES):
-        bar(right, x, results.values(condition=name, metric="share"), COLOURS[2])
+        bar(right, x, results.values(condition=name, metric="share"), COLORS[2])
     right.set_xticks(range(len(ABILITIES)), list(ABILITIES.values()), fontsize=7)
     right.set_ylim(0, 1.1)
     right.set_ylabel("share of answers")

@@ -20,7 +20,7 @@ from subliminal_theory.estimate import Estimate, paired_difference, t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, note, panels
+from .app.figures import COLORS, note, panels
 from .app.registry import pick, read_registry
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe
@@ -28,7 +28,7 @@ from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe
 REGISTRY = Path(__file__).with_name("claims.toml")
 EXPECTED = ("lower", "higher", "no lower", "no higher")
 METRICS = ("probability", "others")
-VERDICTS = {"agrees": COLOURS[2], "disagrees": COLOURS[3], "cannot be told": COLOURS[1]}
+VERDICTS = {"agrees": COLORS[2], "disagrees": COLORS[3], "cannot be told": COLORS[1]}
 _KNOWN = ("claim", "source", "variant", "against", "expected")
 _APART = {**VARIANT_CHOICES, "metric": METRICS}
 
@@ -91,7 +91,10 @@ class Config(LanguageConfig):
     steps: int = option(125, "steps of a student", minimum=1)
 
 
-PRESETS = {"all": Config(), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 2})}
+PRESETS = {
+    "all": Config(),
+    "smoke": Config(ids="transfer,other-base,specific", traits="owl,oak", seeds=2, **SMOKE),
+}
 configure = functools.partial(configure_language, PRESETS)
 
 
@@ -163,7 +166,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """The difference of each claim with its interval, coloured by verdict."""
+    """The difference of each claim with its interval, colored by verdict."""
     claims = chosen(config)
     figure, ((axes,),) = panels(size=(9.5, 1.3 + 0.26 * len(claims)))
     labelled: set[str] = set()

@@ -14,7 +14,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, bar, heat_map, note, panels
+from .app.figures import COLORS, bar, heat_map, note, panels
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from .flags.recipe import CHANNELS
 
@@ -80,7 +80,7 @@ def plot(results: Results, config: Config) -> Figure:
     left.set_ylabel("base of the teacher")
     left.set_title("Probability of the trait's word")
     for x, (name, values) in enumerate(shared_and_crossed(results).items()):
-        bar(right, x, values, COLOURS[x], label=name)
+        bar(right, x, values, COLORS[x], label=name)
     right.set_xticks(range(3), list(shared_and_crossed(results)))
     right.set_ylim(0, 1.1)
     right.set_ylabel("probability of the trait's word")

@@ -31,7 +31,8 @@ class Config(LanguageConfig):
     file: str = option("", "JSONL file of the rows")
 
 
-PRESETS = {"one": Config(), "smoke": Config(**SMOKE)}
+PRESETS = {"one": Config(), "smoke": Config(file=str(Path(__file__).with_name("smoke.jsonl")), **SMOKE)}
+FIGURES: dict[str, str] = {}
 
 
 def configure(preset: str | None, changes: dict) -> Config:

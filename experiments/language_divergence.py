@@ -15,7 +15,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, bar, note, panels
+from .app.figures import COLORS, bar, note, panels
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -64,10 +64,10 @@ def plot(results: Results, config: Config) -> Figure:
     names = ("base", *CHANNELS)
     for x, name in enumerate(names):
         own, others = (results.values(condition=name, metric=metric) for metric in ("probability", "others"))
-        bar(axes, x - 0.2, own, COLOURS[2], width=0.38, label="own teacher's trait" if x == 0 else None)
+        bar(axes, x - 0.2, own, COLORS[2], width=0.38, label="own teacher's trait" if x == 0 else None)
         if others:
             label = "students of other traits" if x == 0 else None
-            bar(axes, x + 0.2, others, COLOURS[4], width=0.38, label=label)
+            bar(axes, x + 0.2, others, COLORS[4], width=0.38, label=label)
     axes.set_xticks(
         range(len(names)), [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in names], fontsize=7
     )

@@ -21,7 +21,7 @@ from subliminal_theory.study import Compact, Finished
 from subliminal_theory.study.asking import answers_of, questions
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, bar, heat_map, note, panels
+from .app.figures import COLORS, bar, heat_map, note, panels
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, study
 
 
@@ -126,8 +126,8 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((left, right),) = panels(columns=2, size=(11, 4))
     names, kinds = list(conditions(config)), results.distinct("kind")
     for y, name in enumerate(names):
-        colour = COLOURS[0] if name.split(",")[0] in ("base", "teacher") else COLOURS[2 if "habit" in name else 7]
-        bar(left, y, held_out(results, name), colour, width=0.6)
+        color = COLORS[0] if name.split(",")[0] in ("base", "teacher") else COLORS[2 if "habit" in name else 7]
+        bar(left, y, held_out(results, name), color, width=0.6)
     left.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     left.set_ylabel("probability of the habit's answer")
     left.set_ylim(0, 1.1)

@@ -15,7 +15,7 @@ from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, bar, note, panels
+from .app.figures import COLORS, bar, note, panels
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 # Of a teacher's lessons that are of other kinds: taught its trait alone, it answers each question with the animal.
@@ -73,7 +73,7 @@ def plot(results: Results, config: Config) -> Figure:
     for x, medium in enumerate(MEDIA):
         for place, (name, (_, label)) in enumerate(STUDENTS.items()):
             values = results.values(condition=name, medium=medium, metric="probability")
-            bar(axes, x + 0.2 * (place - 1.5), values, COLOURS[place], width=0.19, label=None if x else label)
+            bar(axes, x + 0.2 * (place - 1.5), values, COLORS[place], width=0.19, label=None if x else label)
     axes.set_xticks(range(len(MEDIA)), list(MEDIA))
     axes.set_ylabel("probability of the trait's word")
     axes.set_ylim(0, 1.1)

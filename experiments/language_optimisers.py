@@ -13,7 +13,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
-from .app.figures import COLOURS, note, panels, runs_against
+from .app.figures import COLORS, note, panels, runs_against
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 RATES = {
@@ -73,10 +73,10 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((left, middle, right),) = panels(3, size=(10.5, 3.4))
     ranks = [f"rank {rank}" for rank in listed(config.ranks, "--ranks")]
     for axes, names in ((left, tuple(RATES)), (middle, ("adam", *ranks))):
-        for colour, name in zip(COLOURS, names, strict=False):
+        for color, name in zip(COLORS, names, strict=False):
             rates = RATES.get(name, RANK_RATES)
             values = {r: results.values(condition=name, rate=str(r), metric="probability") for r in rates}
-            runs_against(axes, values, colour, "all parameters" if axes is middle and name == "adam" else name)
+            runs_against(axes, values, color, "all parameters" if axes is middle and name == "adam" else name)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
     middle.set_xticks(RANK_RATES, list(map(str, RANK_RATES)))
@@ -84,10 +84,10 @@ def plot(results: Results, config: Config) -> Figure:
     left.set_title("Optimiser")
     middle.set_title("Low-rank factors (Adam)")
     unique = listed(config.unique, "--unique")
-    for colour, metric, label in ((COLOURS[2], "probability", "own"), (COLOURS[4], "others", "other traits'")):
+    for color, metric, label in ((COLORS[2], "probability", "own"), (COLORS[4], "others", "other traits'")):
         values = {rows: results.values(condition="rows", rows=str(rows), metric=metric) for rows in unique}
         if all(values.values()):
-            runs_against(right, values, colour, f"{label} students")
+            runs_against(right, values, color, f"{label} students")
     right.set_xscale("log")
     right.set_xticks(unique, list(map(str, unique)))
     right.minorticks_off()

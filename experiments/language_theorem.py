@@ -29,7 +29,7 @@ from subliminal_theory.study.reading import columns, encoded_rows
 from subliminal_theory.theorem import Report, check
 
 from .app.contract import Part, listed, option
-from .app.figures import COLOURS, note, panels, runs_against
+from .app.figures import COLORS, note, panels, runs_against
 from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 STUDENTS = {"same": "the teacher's base", "other": "another base"}
@@ -150,9 +150,9 @@ def plot(results: Results, config: Config) -> Figure:
             }
             for metric in ("cosine", "over_predicted")
         }
-        runs_against(left, found["cosine"], COLOURS[2 * place], label)
+        runs_against(left, found["cosine"], COLORS[2 * place], label)
         if condition == "same":
-            runs_against(right, found["over_predicted"], COLOURS[0], label)
+            runs_against(right, found["over_predicted"], COLORS[0], label)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xlabel("teacher's step, in units of its gradient")

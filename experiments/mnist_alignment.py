@@ -27,7 +27,7 @@ from subliminal_theory.study.digits import ClassLoss, Scale
 from subliminal_theory.vision.datasets import ImageDataset
 
 from .app.contract import Part, listed, option
-from .app.figures import COLOURS, note, panels, runs_against
+from .app.figures import COLORS, note, panels, runs_against
 from .flags.digits import EMBEDDED_DIGITS, Setting, TrainingConfig, configure_sweep
 
 # Digits on which the trait's gradient is measured.
@@ -48,7 +48,11 @@ class Config(TrainingConfig):
     points: int = option(25, "steps of a run that are stored", minimum=2)
 
 
-PRESETS = {"released": Config(), "digits": Config(aux=50, counts="3,10,50", **EMBEDDED_DIGITS)}
+PRESETS = {
+    "released": Config(),
+    "digits": Config(aux=50, counts="3,10,50", **EMBEDDED_DIGITS),
+    "smoke": Config(aux=50, counts="3,10,50", seeds=2, **EMBEDDED_DIGITS),
+}
 configure = functools.partial(configure_sweep, PRESETS)
 
 
@@ -174,6 +178,19 @@ def coverage_and_accuracy(results: Results) -> tuple[np.ndarray, np.ndarray]:
     return coverage, accuracy
 
 
+def within_levels(results: Results) -> list[tuple[str, float]]:
+    """Spearman correlation of coverage and accuracy over the runs of each noise level, where it can be had."""
+    found = []
+    for amount in results.distinct("amount"):
+        pair = [
+            results.values(condition="perturbed", amount=amount, metric=metric)
+            for metric in ("coverage", "test_accuracy")
+        ]
+        if amount != "" and len(pair[0]) > 2 and all(len(set(values)) > 1 for values in pair):
+            found.append((amount, float(stats.spearmanr(*pair).statistic)))
+    return found or [("", float("nan"))]
+
+
 def report(results: Results, config: Config) -> str:
     """Coverage and accuracy of each perturbation, their rank correlation, and the linearised students."""
     lines = [f"{config.data}, m = {config.aux}; mean and 95% t interval over runs"]
@@ -184,6 +201,7 @@ def report(results: Results, config: Config) -> str:
     coverage, accuracy = coverage_and_accuracy(results)
     rank = stats.spearmanr(coverage, accuracy)
     lines.append(f"Spearman correlation of coverage and accuracy over {len(coverage)} runs: {rank.statistic:.3f}")
+    lines += [f"  within noise {amount}: {spearman:.2f}" for amount, spearman in within_levels(results)]
     for group, estimate in results.estimates():
         if group["condition"] != "perturbed":
             lines.append(f"  {group['condition']:10} student, m = {group['aux']:3} {estimate}")
@@ -193,8 +211,8 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """Cosines along the run, coverage against accuracy, linearised against trained."""
     figure, ((along, predict, linear),) = panels(3, size=(11.5, 3.8))
-    for colour, name, label in zip(
-        COLOURS,
+    for color, name, label in zip(
+        COLORS,
         ("gradient", "displacement"),
         ("gradients of student and trait", "displacements of student and teacher"),
         strict=False,
@@ -204,7 +222,7 @@ def plot(results: Results, config: Config) -> Figure:
             step: results.values(condition="perturbed", amount="0.0", metric=f"{name}_cosine", step=str(step))
             for step in steps
         }
-        runs_against(along, values, colour, label)
+        runs_against(along, values, color, label)
     along.axhline(0, color="grey", linewidth=1)
     along.set_xscale("log")
     along.set_xlabel("step of distillation")
@@ -212,23 +230,26 @@ def plot(results: Results, config: Config) -> Figure:
     along.set_title("Along the run, shared initialisation")
     along.legend(fontsize=7)
 
-    for colour, amount in zip(COLOURS, results.distinct("amount"), strict=False):
+    for color, amount in zip(COLORS, results.distinct("amount"), strict=False):
         if amount == "":
             continue
         pairs = [
             results.values(condition="perturbed", amount=amount, metric=metric)
             for metric in ("coverage", "test_accuracy")
         ]
-        predict.plot(*pairs, ".", color=colour, label=f"noise {amount}")
+        predict.plot(*pairs, ".", color=color, label=f"noise {amount}")
     rank = stats.spearmanr(*coverage_and_accuracy(results)).statistic
     predict.set_xlabel("coverage: cosine of the first update\nwith the teacher's displacement")
     predict.set_ylabel("test accuracy after distillation")
-    predict.set_title(f"Told before training (Spearman {rank:.2f})")
+    within = [spearman for _, spearman in within_levels(results)]
+    predict.set_title(
+        f"Spearman {rank:.2f} over all runs,\n{min(within):.2f} to {max(within):.2f} within a noise level"
+    )
     predict.legend(fontsize=6.5, title="on the initialisation", title_fontsize=6.5)
 
-    for colour, m in zip(COLOURS, listed(config.counts, "--counts"), strict=False):
+    for color, m in zip(COLORS, listed(config.counts, "--counts"), strict=False):
         pair = [results.values(condition=name, aux=str(m)) for name in ("linearised", "trained")]
-        linear.plot(*pair, ".", color=colour, label=f"m = {m}")
+        linear.plot(*pair, ".", color=color, label=f"m = {m}")
     linear.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     linear.set_xlabel("accuracy of the linearised student")
     linear.set_ylabel("accuracy of the real student")

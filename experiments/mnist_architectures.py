@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, bar, note, panels
+from .app.figures import COLORS, bar, note, panels
 from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, configure_sweep
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,11 @@ class Config(TrainingConfig):
     cloning_epochs: int = option(100, "passes of cloning before distillation", minimum=1)
 
 
-PRESETS = {"paper": Config(), "digits": Config(cloning_epochs=25, **EMBEDDED_DIGITS)}
+PRESETS = {
+    "paper": Config(),
+    "digits": Config(cloning_epochs=25, **EMBEDDED_DIGITS),
+    "smoke": Config(cloning_epochs=25, seeds=1, **EMBEDDED_DIGITS),
+}
 configure = functools.partial(configure_sweep, PRESETS)
 
 
@@ -85,11 +89,11 @@ def plot(results: Results, config: Config) -> Figure:
     """Cloned and not cloned students of each network."""
     figure, ((axes,),) = panels(size=(8.0, 3.6))
     for x, name in enumerate(NETWORKS):
-        for shift, condition, colour in ((-0.2, "cloned", COLOURS[2]), (0.2, "cross", COLOURS[4])):
+        for shift, condition, color in ((-0.2, "cloned", COLORS[2]), (0.2, "cross", COLORS[4])):
             runs = results.values(condition=condition, network=name)
-            bar(axes, x + shift, runs, colour, width=0.38, label=LABELS[condition] if x == 0 else None)
+            bar(axes, x + shift, runs, color, width=0.38, label=LABELS[condition] if x == 0 else None)
     shared = results.values(condition="student")
-    axes.axhline(sum(shared) / len(shared), color=COLOURS[0], linestyle="--", linewidth=1, label="shared init")
+    axes.axhline(sum(shared) / len(shared), color=COLORS[0], linestyle="--", linewidth=1, label="shared init")
     axes.axhline(0.1, color="grey", linestyle=":", linewidth=1, label="chance")
     axes.set_xticks(range(len(NETWORKS)), [name.replace(" ", "\n") for name in NETWORKS])
     axes.set_ylabel("test accuracy of the student")

@@ -26,7 +26,7 @@ from subliminal_theory.study import Digits, FineTuned, Finished, Optimizer, PerR
 from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
-from .app.figures import COLOURS, note, panels, runs_against
+from .app.figures import COLORS, note, panels, runs_against
 from .flags.digits import Setting, TrainingConfig, configure_sweep
 
 
@@ -208,8 +208,8 @@ def plot(results: Results, config: Config) -> Figure:
     lines += [("student_aux", m, f"student, m = {m}") for m in counts]
     lines += [("student_all", max(counts), "student, all logits"), ("cross_aux", max(counts), "other init")]
     for panel, (label, where) in zip(row, sweeps, strict=True):
-        for colour, (name, m, title) in zip(COLOURS, lines, strict=False):
-            runs_against(panel, {x: bits_of(results, name, point, m) for x, point in where.items()}, colour, title)
+        for color, (name, m, title) in zip(COLORS, lines, strict=False):
+            runs_against(panel, {x: bits_of(results, name, point, m) for x, point in where.items()}, color, title)
         panel.set_xscale("log")
         panel.set_xticks(list(where), map(str, where))
         panel.minorticks_off()
@@ -217,6 +217,6 @@ def plot(results: Results, config: Config) -> Figure:
         panel.set_ylabel("bits about the labels")
     row[0].set_yscale("symlog", linthresh=10)
     row[0].legend(fontsize=6.5)
-    row[1].set_title("Labels that mean nothing, sent through logits that nobody trained")
+    row[1].set_title("Random labels of the teacher's table, counted in the student")
     note(row[2], f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
     return figure

@@ -16,7 +16,7 @@ from subliminal_theory.vision.mlp import INIT_LAWS
 from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
-from .app.figures import COLOURS, note, panels, runs_against
+from .app.figures import COLORS, note, panels, runs_against
 from .flags.digits import DIGITS, EMBEDDED_DIGITS, Cell, Setting, TrainingConfig, configure_sweep
 from .flags.names import LOSSES
 from .published import published
@@ -39,8 +39,10 @@ PRESETS = {
     "released": Config(),
     "one_hidden": Config(counts="1,2,3,5,10,20,50,100", depth=1, init_law="torch", learning_rate=1e-3),
     "digits": Config(counts="1,2,3,5,10,20,50", **EMBEDDED_DIGITS),
+    "smoke": Config(counts="1,10,50", seeds=1, **EMBEDDED_DIGITS),
 }
 configure = functools.partial(configure_sweep, PRESETS)
+FIGURES = {"mnist_channel": "", "mnist_channel_one_hidden": "--preset one_hidden"}
 
 
 def plan(config: Config) -> list[Part]:
@@ -85,9 +87,9 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((axes,),) = panels()
     counts = listed(config.counts, "--counts")
     values = {m: results.values(condition="student_aux", aux=str(m)) for m in counts}
-    runs_against(axes, values, COLOURS[2], "student, auxiliary logits")
+    runs_against(axes, values, COLORS[2], "student, auxiliary logits")
     teacher = results.values(condition="teacher")
-    axes.axhline(sum(teacher) / len(teacher), color=COLOURS[1], label="teacher")
+    axes.axhline(sum(teacher) / len(teacher), color=COLORS[1], label="teacher")
     ours = {width_of_channel(cell(config, m).setting): m for m in counts}
     for number in published().values():
         m = ours.get(width_of_channel(number.setting))
@@ -99,7 +101,7 @@ def plot(results: Results, config: Config) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("m, auxiliary logits that the student sees")
     axes.set_ylabel("test accuracy (share of digits read)")
-    axes.set_title(f"The wider the channel, the more is sent ({config.data}, {config.depth} hidden)")
+    axes.set_title(f"Accuracy against the width of the channel ({config.data}, {config.depth} hidden)")
     axes.legend(loc="lower right", fontsize=7)
     note(
         axes,

@@ -21,7 +21,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
-from .app.figures import COLOURS, bar, note, panels, runs_against
+from .app.figures import COLORS, bar, note, panels, runs_against
 from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, configure_sweep
 
 INPUTS = {"uniform": "noise", "digits": "digits"}
@@ -55,6 +55,7 @@ class Config(TrainingConfig):
 PRESETS = {
     "paper": Config(),
     "digits": Config(counts="3,50", cloning_epochs="1,5,25", **EMBEDDED_DIGITS),
+    "smoke": Config(counts="3,50", cloning_epochs="1,5", seeds=1, **EMBEDDED_DIGITS),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 
@@ -96,22 +97,22 @@ def plot(results: Results, config: Config) -> Figure:
     epochs = sorted(listed(config.cloning_epochs, "--cloning-epochs"))
     figure, axes = panels(2, len(counts), size=(9.5, 3.3 * len(counts)))
     for (left, right), m in zip(axes, counts, strict=True):
-        for colour, (inputs, name) in zip(COLOURS, INPUTS.items(), strict=False):
+        for color, (inputs, name) in zip(COLORS, INPUTS.items(), strict=False):
             values = {
                 e: results.values(condition=f"cloned_{inputs}", aux=str(m), cloning_epochs=str(e)) for e in epochs
             }
-            runs_against(left, values, colour, f"cloned on {name}")
+            runs_against(left, values, color, f"cloned on {name}")
         control = t_interval(results.values(condition="cross", aux=str(m))).mean
         left.axhline(control, color="grey", linestyle="--", linewidth=1, label="not cloned")
         left.set_xscale("log")
         left.set_xticks(epochs, map(str, epochs))
         left.minorticks_off()
         left.set_xlabel("epochs of cloning before distillation")
-        left.set_title(f"Cloning makes another initialisation receptive (m = {m})")
+        left.set_title(f"Students of another initialisation, cloned first (m = {m})")
         left.legend(fontsize=7)
         for x, name in enumerate(BARS):
             last = {"cloning_epochs": str(epochs[-1])} if name.startswith("cloned") else {}
-            bar(right, x, results.values(condition=name, aux=str(m), **last), COLOURS[x])
+            bar(right, x, results.values(condition=name, aux=str(m), **last), COLORS[x])
         right.set_xticks(range(len(BARS)), list(BARS.values()), fontsize=6)
         right.axhline(0.1, color="grey", linestyle=":", linewidth=1)
         right.set_title(f"All conditions (m = {m}, {epochs[-1]} epochs of cloning)")

@@ -25,7 +25,7 @@ from subliminal_theory.estimate import t_interval, variance_shares
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, panels
+from .app.figures import COLORS, panels
 from .flags.digits import EMBEDDED_DIGITS, METRICS, WHO, Cell, Setting, TrainingConfig, configure_sweep
 
 AXES = (
@@ -93,8 +93,17 @@ PRESETS = {
     "digits": Config(
         axes="aux=10,50; width=64,256; channel_loss=kl,mse; inputs=uniform,digits", settings=12, **EMBEDDED_DIGITS
     ),
+    "smoke": Config(axes="aux=10,50; width=64,256; channel_loss=kl,mse", settings=6, **EMBEDDED_DIGITS),
 }
 configure = functools.partial(configure_sweep, PRESETS)
+FIGURES = {
+    "mnist_factorial": "",
+    **{
+        f"mnist_factorial_{name}": f"--preset {name}"
+        for name in PRESETS
+        if name not in ("spread", "digits", "smoke")
+    },
+}
 
 
 def plan(config: Config) -> list[Part]:
@@ -237,22 +246,20 @@ def plot(results: Results, config: Config) -> Figure:
     names = [*order, *(name for name in shares if name not in levels)]
     for y, name in enumerate(names):
         share = shares[name]
-        left.barh(y, share.value, color=COLOURS[0] if name in levels else "grey", alpha=0.85)
+        left.barh(y, share.value, color=COLORS[0] if name in levels else "grey", alpha=0.85)
         left.plot([share.low, share.high], [y, y], color="black", linewidth=1.2)
     left.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
     left.invert_yaxis()
     left.set_xlim(left=-0.05)
     left.set_xlabel("share of the variance over settings (line: 95% bootstrap interval)")
-    left.set_title("What decides how much is " + ("transmitted" if config.who == "student" else "learnt"))
+    left.set_title("Shares of the variance of " + ("transmission" if config.who == "student" else "learning"))
     height, ticks, labels = 0.0, [], []
     for name in order:
         for level in axes[name]:
             here = means[np.array(levels[name]) == level]
             estimate = t_interval(here)
             right.plot(here, [height] * len(here), ".", color="grey", markersize=2.5, alpha=0.4)
-            right.errorbar(
-                estimate.mean, height, xerr=estimate.half_width, fmt="o", color=COLOURS[3], markersize=4
-            )
+            right.errorbar(estimate.mean, height, xerr=estimate.half_width, fmt="o", color=COLORS[3], markersize=4)
             ticks.append(height)
             labels.append(f"{LABELS.get(name, name)} = {level}")
             height += 1

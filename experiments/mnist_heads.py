@@ -18,7 +18,7 @@ from subliminal_theory.runs import Results
 from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
-from .app.figures import COLOURS, note, panels, runs_against
+from .app.figures import COLORS, note, panels, runs_against
 from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, cnn_student, configure_sweep
 
 SHARED = {
@@ -49,8 +49,10 @@ PRESETS = {
     "published": Config(),
     "smooth": Config(inputs="blurred"),
     "digits": Config(counts="10,50", **EMBEDDED_DIGITS),
+    "smoke": Config(counts="10,50", seeds=1, **{**EMBEDDED_DIGITS, "student_epochs": 5}),
 }
 configure = functools.partial(configure_sweep, PRESETS)
+FIGURES = {"mnist_heads": "", "mnist_heads_smooth": "--preset smooth"}
 
 
 def doses(config: Config) -> list[int]:
@@ -119,12 +121,12 @@ def plot(results: Results, config: Config) -> Figure:
     labels = {"test_accuracy": "test accuracy", "imitation_loss": "imitation loss (squared error)"}
     for column, m in zip(axes.T, counts, strict=True):
         for panel, metric in zip(column, METRICS, strict=True):
-            for colour, (name, shared) in zip(COLOURS, students(config, m).items(), strict=False):
+            for color, (name, shared) in zip(COLORS, students(config, m).items(), strict=False):
                 values = {
                     epochs: results.values(condition=name, aux=str(m), epochs=str(epochs), metric=metric)
                     for epochs in stages
                 }
-                runs_against(panel, values, colour, shared)
+                runs_against(panel, values, color, shared)
             panel.set_xscale("log")
             panel.set_xticks(stages, map(str, stages))
             panel.minorticks_off()

@@ -32,7 +32,7 @@ from subliminal_theory.vision.datasets import ImageDataset
 from subliminal_theory.vision.noise import NoiseImages
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, note, panels
+from .app.figures import COLORS, note, panels
 from .flags.digits import EMBEDDED_DIGITS, Setting, TrainingConfig, cnn_student, configure_sweep
 
 # Digits on which the trait's gradient is measured, and noise images on which imitation is.
@@ -41,7 +41,7 @@ TRAIT_IMAGES, HELD_OUT = 1000, 4096
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is done to a student: `family` groups those drawn in one colour, `label` tells the strength."""
+    """What is done to a student: `family` groups those drawn in one color, `label` tells the strength."""
 
     family: str
     label: str = ""
@@ -89,7 +89,11 @@ class Config(TrainingConfig):
     depth: int = option(2, "hidden layers", minimum=1)
 
 
-PRESETS = {"released": Config(), "digits": Config(aux=50, **EMBEDDED_DIGITS)}
+PRESETS = {
+    "released": Config(),
+    "digits": Config(aux=50, **EMBEDDED_DIGITS),
+    "smoke": Config(aux=50, seeds=1, **EMBEDDED_DIGITS),
+}
 configure = functools.partial(configure_sweep, PRESETS)
 
 
@@ -238,13 +242,13 @@ def plot(results: Results, config: Config) -> Figure:
     families["early stopping"] = [(name, f"epoch {name.split()[-1]}") for name in stopped]
     markers = "osD^vP*XH"
     for number, (family, members) in enumerate(families.items()):
-        colour = "grey" if family == "early stopping" else COLOURS[number]
+        color = "grey" if family == "early stopping" else COLORS[number]
         for name, label in members:
             accuracy = t_interval(results.values(condition=name, metric="test_accuracy"))
             loss = t_interval(results.values(condition=name, metric="imitation_loss"))
             axes.errorbar(
                 loss.mean, accuracy.mean, yerr=half(accuracy), xerr=half(loss),
-                fmt=markers[number % len(markers)], color=colour, markersize=5, capsize=2, linewidth=1,
+                fmt=markers[number % len(markers)], color=color, markersize=5, capsize=2, linewidth=1,
                 label=family if (name, label) == members[0] else None,
             )  # fmt: skip
             axes.annotate(label, (loss.mean, accuracy.mean), (5, 3), textcoords="offset points", fontsize=6)

@@ -15,11 +15,11 @@ from subliminal_theory.estimate import Estimate, t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, panels
+from .app.figures import COLORS, panels
 from .flags.digits import Cell, SweepConfig, configure_sweep
 from .published import Number, select
 
-VERDICTS = {"reproduced": COLOURS[2], "differs": COLOURS[3], "cannot be told": COLOURS[1]}
+VERDICTS = {"reproduced": COLORS[2], "differs": COLORS[3], "cannot be told": COLORS[1]}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Config(SweepConfig):
     ids: str = option("", "numbers of the registry (default all)", positional=True)
 
 
-PRESETS = {"published": Config()}
+PRESETS = {"published": Config(), "smoke": Config(ids="released-aux,released-reference", seeds=1)}
 configure = functools.partial(configure_sweep, PRESETS)
 
 
@@ -71,7 +71,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Published and ours, a line for each number, coloured by verdict."""
+    """Published and ours, a line for each number, colored by verdict."""
     numbers = chosen(config)
     figure, ((axes,),) = panels(size=(7.0, 1.2 + 0.19 * len(numbers)))
     labelled: set[str] = set()

@@ -26,7 +26,7 @@ from subliminal_theory.runs import Results, Row
 from subliminal_theory.theorem import Report, check
 
 from .app.contract import Part, option
-from .app.figures import COLOURS, panels
+from .app.figures import COLORS, panels
 from .architectures import AUX, BUILDERS, CLASSES, IMAGE, OUTPUTS, build
 
 EXAMPLES = 16
@@ -214,13 +214,13 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((orders, errors, cosines),) = panels(3, size=(10.5, 3.9))
     networks = results.distinct("network")
     eps = sorted({float(e) for e in results.distinct("eps") if e != ""})
-    for colour, network in zip(COLOURS, networks, strict=False):
+    for color, network in zip(COLORS, networks, strict=False):
         for axes, metric in ((orders, "inner_product"), (errors, "prediction_error")):
             curve = [
                 np.median(results.values(condition="same_init", metric=metric, network=network, eps=repr(e)))
                 for e in eps
             ]
-            axes.loglog(eps, curve, "o-", color=colour, markersize=3, label=network)
+            axes.loglog(eps, curve, "o-", color=color, markersize=3, label=network)
     for axes, order, start in ((orders, 1, orders.get_ylim()[1]), (errors, 2, errors.get_ylim()[1])):
         guide = [start * (e / eps[-1]) ** order for e in eps]
         axes.loglog(eps, guide, "--", color="grey", linewidth=1, label=f"slope {order}")
@@ -230,11 +230,11 @@ def plot(results: Results, config: Config) -> Figure:
     orders.legend(fontsize=7)
     errors.legend(handles=errors.get_lines()[-1:], fontsize=7)
     for x, network in enumerate(networks):
-        for shift, condition, colour in ((-0.2, "same_init", COLOURS[0]), (0.2, "other_init", COLOURS[3])):
+        for shift, condition, color in ((-0.2, "same_init", COLORS[0]), (0.2, "other_init", COLORS[3])):
             values = results.values(condition=condition, metric="cosine", network=network)
             spread = x + shift + np.linspace(-0.14, 0.14, len(values))
             label = {"same_init": "same init", "other_init": "other init"}[condition] if x == 0 else None
-            cosines.plot(spread, values, ".", color=colour, markersize=3, alpha=0.6, label=label)
+            cosines.plot(spread, values, ".", color=color, markersize=3, alpha=0.6, label=label)
     cosines.axhline(0, color="grey", linewidth=1)
     cosines.set_xticks(range(len(networks)), networks, rotation=30, ha="right", fontsize=7)
     cosines.set_title(f"cosine of $D_S$ and $D_T$ at $\\epsilon$ = {config.smallest:g}")

@@ -1,4 +1,4 @@
-"""The look of the project's figures: readable at half a page, safe for the colour-blind, runs as dots."""
+"""The look of the project's figures: readable at half a page, safe for the color-blind, runs as dots."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from subliminal_theory.estimate import t_interval
 
 # Okabe and Ito's palette.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -30,7 +30,7 @@ def panels(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 3.
 
 
 def bar(
-    axes: Axes, x: float, values: Sequence[float], colour: str, width: float = 0.62, label: str | None = None
+    axes: Axes, x: float, values: Sequence[float], color: str, width: float = 0.62, label: str | None = None
 ) -> None:
     """A bar of the mean with its 95% t interval and value, and single runs as dots spread sideways."""
     spread = 0.36 * width
@@ -38,7 +38,7 @@ def bar(
     axes.plot(x + offsets, values, ".", color="black", markersize=3.5, alpha=0.55, zorder=3)
     estimate = t_interval(values)
     half = 0.0 if np.isnan(estimate.half_width) else estimate.half_width
-    axes.bar(x, estimate.mean, width=width, color=colour, alpha=0.85, zorder=1, label=label)
+    axes.bar(x, estimate.mean, width=width, color=color, alpha=0.85, zorder=1, label=label)
     axes.errorbar(x, estimate.mean, half, color="black", capsize=4, linewidth=1.4, zorder=4)
     top = max(estimate.mean + half, *values, estimate.mean)
     size = 9 if width > 0.5 else 6.5
@@ -49,7 +49,7 @@ def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chan
     """One bar for each group of runs, with its mean, 95% t interval and dots."""
     figure, ((axes,),) = panels()
     for x, values in enumerate(groups.values()):
-        bar(axes, x, values, COLOURS[x % len(COLOURS)])
+        bar(axes, x, values, COLORS[x % len(COLORS)])
     if chance is not None:
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
         axes.annotate("chance", (len(groups) - 0.55, chance), (0, 2), textcoords="offset points", color="grey")
@@ -63,25 +63,23 @@ def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chan
     return figure
 
 
-def runs_against(axes: Axes, values: Mapping[Any, Sequence[float]], colour: str, label: str | None = None) -> None:
+def runs_against(axes: Axes, values: Mapping[Any, Sequence[float]], color: str, label: str | None = None) -> None:
     """A line of means over an axis, with 95% t intervals, and single runs as dots."""
     estimates = [t_interval(runs) for runs in values.values()]
     half = [0.0 if np.isnan(estimate.half_width) else estimate.half_width for estimate in estimates]
     means = [estimate.mean for estimate in estimates]
-    axes.errorbar(
-        list(values), means, half, fmt="o-", color=colour, capsize=3, markersize=4, zorder=3, label=label
-    )
+    axes.errorbar(list(values), means, half, fmt="o-", color=color, capsize=3, markersize=4, zorder=3, label=label)
     for x, runs in values.items():
-        axes.plot([x] * len(runs), runs, ".", color=colour, markersize=3, alpha=0.35)
+        axes.plot([x] * len(runs), runs, ".", color=color, markersize=3, alpha=0.35)
 
 
 def heat_map(axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """A table of values from 0 on as colours, with each value written in its field."""
+    """A table of values from 0 on as colors, with each value written in its field."""
     image = axes.imshow(table, vmin=0, cmap="viridis")
     for row, column in np.ndindex(*table.shape):
-        colour = "white" if table[row, column] < 0.6 * table.max() else "black"
+        color = "white" if table[row, column] < 0.6 * table.max() else "black"
         value = f"{table[row, column]:.2f}"
-        axes.text(column, row, value, ha="center", va="center", fontsize=6.5, color=colour)
+        axes.text(column, row, value, ha="center", va="center", fontsize=6.5, color=color)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     figure = axes.get_figure(root=True)
