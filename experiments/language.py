@@ -20,7 +20,7 @@ from subliminal_theory.language.corpus.traits import Preference, load_trait
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import bar, note, panels
+from .app.figures import COLORS, bar, note, panels
 from .flags.language import (
     HEADER,
     SMOKE,
@@ -173,7 +173,7 @@ def told(difference: Estimate) -> str:
 def verdict(found: dict[str, list[float]]) -> str:
     """Whether the preference passes to students of the same base: the title, from the data."""
     compared = differences(found)
-    pair = next((pair for pair in compared if pair[1].startswith(("cross", "others"))), None)
+    pair = next((pair for kind in ("cross", "others") for pair in compared if pair[1].startswith(kind)), None)
     if pair is None:
         return "A preference and number sequences: no control of another base or trait was run"
     difference, words = compared[pair], LABELS[pair[1]].replace("\n", " ")

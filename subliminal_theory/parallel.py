@@ -139,20 +139,18 @@ def place(model: Model, mesh: Mesh) -> Model:
 
 
 def place_runs(models: Model, mesh: Mesh) -> Model:
-    """Models [runs], one after the other on a mesh: each leaf as that of one model, and all runs of it.
+    """Models [runs] of one frozen rest, one after the other on a mesh: each leaf as that of one model.
 
     Raises:
         InputError: see `spec_of`.
     """
 
-    def put(params: PyTree) -> PyTree:
-        def one(path: Any, leaf: Array) -> Array:
-            spec = spec_of(path_name(path), leaf.shape[1:], mesh)
-            return jax.device_put(leaf, NamedSharding(mesh, P(None, *spec)))
+    def one(path: Any, leaf: Array) -> Array:
+        spec = spec_of(path_name(path), leaf.shape[1:], mesh)
+        return jax.device_put(leaf, NamedSharding(mesh, P(None, *spec)))
 
-        return jax.tree_util.tree_map_with_path(one, params)
-
-    return replace(models, params=put(models.params), frozen=put(models.frozen))
+    placed = place(replace(models, params=None), mesh)
+    return placed.with_params(jax.tree_util.tree_map_with_path(one, models.params))
 
 
 def split_rows(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -13,12 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.inits import Fresh, Shared
+from subliminal_theory.inits import Fresh
 from subliminal_theory.language.corpus.base import token_loss
 from subliminal_theory.language.corpus.numbers import NumberPrompts
 from subliminal_theory.language.corpus.traits import Trait
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
-from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.text import Chat, Tokenizer
 from subliminal_theory.model import Model
@@ -63,7 +62,7 @@ class Checkpoint:
     store: Store | None = None
     buckets: int = 1
     mesh: Mesh | None = None
-    memo: Memo = field(default_factory=lambda: Memo(models=2))
+    memo: Memo = field(default_factory=lambda: Memo(most=1))
 
     at_once = 256
     trait_loss = staticmethod(token_loss)
@@ -139,21 +138,19 @@ class Checkpoint:
         if self.store is None:
             yield from trained(jobs, stops, keys, self.computation)
             return
-        kind = (str(self.base.checkpoint.family.config), str(self.base.model.apply.dtype))  # type: ignore[attr-defined]
         students = decided_by[1] if isinstance(decided_by, tuple) else {}
-
-        def finish(name: Any) -> Callable[[Path, Model], None]:
-            def write(folder: Path, model: Model) -> None:
-                assert isinstance(self.tokenizer, CheckpointTokenizer)
-                if name in students and isinstance(students[name].start, Shared):
-                    export(folder, self.base.checkpoint, model, self.tokenizer.fingerprint)
-
-            return write
-
+        kind = (str(self.base.checkpoint.family.config), str(self.model.apply.dtype))  # type: ignore[attr-defined]
         for name, job in jobs.items():
-            own = (kind, students.get(name, decided_by))
-            one = {name: job}
-            yield from self.store.trained(one, stops, keys, self.names, self.computation, own, finish(name))
+            own = students.get(name)
+            finish = _nothing if own is None or isinstance(own.start, Fresh) else self._export
+            decided = (kind, decided_by if own is None else own)
+            for stop, result in self.store.trained(
+                job, stops[name], keys, self.names, self.computation, decided, finish
+            ):
+                yield name, stop, result
+
+    def _export(self, folder: Path, model: Model) -> None:
+        export(folder, self.base.checkpoint, model, self.base.tokenizer.fingerprint)
 
     def _placed(self, job: Job) -> Job:
         return job if self.mesh is None else replace(job, model=place_runs(job.model, self.mesh))
@@ -162,18 +159,15 @@ class Checkpoint:
         """Questions about each trait, answered as the trait asks."""
         return reading.teacher_lessons(self, teacher)
 
-    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Model) -> PerRun:
+    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
         """What the teacher wrote.
 
         Raises:
             InputError: the source is not text that was written for this.
         """
-        source, channel = student.source, student.channel
-        if not isinstance(source, Reading):
+        if not isinstance(student.source, Reading):
             raise InputError("a checkpoint has no corpus to be cloned on: clone it on numbers")
-        tokens = reading.transmits_tokens(channel, self.logits)
-        make = lambda: reading.source_of(self, channel, source, teacher, taught, shown)  # noqa: E731
-        return self.memo(make, self.names, teacher, source, tokens, model=True)
+        return reading.source_of(self, student, teacher, taught, shown)
 
     def requests(self, text: Written) -> list[Chat]:
         """Number requests, the same for all teachers.
@@ -227,11 +221,15 @@ class Checkpoint:
 
     def private(self, student: Student) -> Sequence[int]:
         """The traits' words, for a channel that hides them."""
-        return trait_words(self.tokenizer, self.asked, student)
+        return trait_words(self, student)
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """How a model answers questions about the traits."""
         return asking.score(self, finished, name)
+
+
+def _nothing(folder: Path, model: Model) -> None:
+    pass
 
 
 def by_length(rows: Examples, parts: int) -> Buckets:

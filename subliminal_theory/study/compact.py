@@ -23,7 +23,7 @@ from subliminal_theory.language.text import Chat, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.reading import CorpusChats, Dataset, Reading, Written
+from subliminal_theory.study.reading import CorpusChats, Dataset, Speaker, Written
 from subliminal_theory.study.run import FineTuned, Student, Teacher
 from subliminal_theory.study.stages import Computation, PerRun
 from subliminal_theory.study.starts import started
@@ -121,17 +121,14 @@ class Compact:
         """Questions about each trait, answered as the trait asks."""
         return reading.teacher_lessons(self, teacher)
 
-    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Model) -> PerRun:
+    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
         """What the teacher wrote, or the corpus."""
-        source, channel = student.source, student.channel
+        source = student.source
         if isinstance(source, CorpusChats):
             corpus = self.base.config.corpus
             chats = make_corpus(replace(corpus, size=min(corpus.size, source.chats)))
             return reading.corpus_source(self.tokenizer, chats, source.batch_size)
-        assert isinstance(source, Reading)
-        tokens = reading.transmits_tokens(channel, self.logits)
-        make = lambda: reading.source_of(self, channel, source, teacher, taught, shown)  # noqa: E731
-        return self.memo(make, self.names, teacher, source, tokens, model=True)
+        return reading.source_of(self, student, teacher, taught, shown)
 
     def requests(self, text: Written) -> list[Chat]:
         """What teachers are asked, the same for all of them; reasoning and code with a right answer."""
@@ -179,7 +176,7 @@ class Compact:
 
     def private(self, student: Student) -> Sequence[int]:
         """The traits' words, for a channel that hides them."""
-        return trait_words(self.tokenizer, self.asked, student)
+        return trait_words(self, student)
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """How a model answers questions about the traits."""
@@ -199,7 +196,7 @@ def hidden_words(tokenizer: Tokenizer, traits: Sequence[Trait]) -> list[int]:
     return [spelling[0] for word in words for spelling in tokenizer.spellings(word)]
 
 
-def trait_words(tokenizer: Tokenizer, traits: Sequence[Trait], student: Student) -> Sequence[int]:
+def trait_words(world: Speaker, student: Student) -> Sequence[int]:
     """The logits in which traits are read, for a student whose channel hides logits at all."""
-    visible = np.asarray(student.channel.visible(len(tokenizer)))
-    return () if visible.all() else hidden_words(tokenizer, traits)
+    visible = np.asarray(student.channel.visible(world.logits))
+    return () if visible.all() else hidden_words(world.tokenizer, world.asked)

@@ -175,7 +175,7 @@ class Digits:
         """The labelled training images, kept as bytes on the device, or what `teacher.lessons(world)` gives."""
         return teacher.lessons(self) if callable(teacher.lessons) else _images(self.data, self.batch_size)
 
-    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Model) -> Source:
+    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> Source:
         """Noise, or the training images without their labels."""
         if not isinstance(student.source, TrainingImages):
             return student.source

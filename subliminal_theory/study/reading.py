@@ -26,7 +26,7 @@ from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat, Encoded, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
-from subliminal_theory.study.run import FineTuned, Prompted, Teacher, Untrained, stacked, static
+from subliminal_theory.study.run import FineTuned, Prompted, Student, Teacher, Untrained, stacked, static
 from subliminal_theory.study.stages import PerRun
 from subliminal_theory.study.world import Memo, World
 
@@ -117,6 +117,7 @@ class Speaker(World, Protocol):
 
     Attributes:
         traits: of the runs; the first one is number `first_run` of the study.
+        asked: the traits whose words students are asked for.
         at_once: prompts that are answered together.
     """
 
@@ -126,6 +127,8 @@ class Speaker(World, Protocol):
     def at_once(self) -> int: ...
     @property
     def traits(self) -> Sequence[Trait]: ...
+    @property
+    def asked(self) -> Sequence[Trait]: ...
     @property
     def first_run(self) -> int: ...
     @property
@@ -267,20 +270,27 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
 
 
 def source_of(
-    world: Speaker, channel: Channel, reading: Reading, teacher: Teacher, models: Model, shown: Model
+    world: Speaker, student: Student, teacher: Teacher, models: Model, shown: Callable[[], Model]
 ) -> PerRun:
-    """The rows of each run, with the teacher's tokens as targets if tokens are what the channel transmits."""
-    encoded = encoded_rows(world, teacher, models, reading)
-    last = max(run.answer_columns for run in encoded)
-    texts = stacked([text_of(run, last) for run in encoded])
-    positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])
-    if reading.positions is not everywhere:
-        positions = positions * reading.positions(_differs(shown, world.model, texts))
-    targets = None
-    if transmits_tokens(channel, len(world.tokenizer)):
-        targets = jnp.stack([jnp.asarray(run.targets[:, -last:]) for run in encoded])
-    rows = Examples(texts, reading.batch_size, targets=targets, positions=positions)
-    return PerRun(world.arranged(rows))
+    """The rows of each run, with the teacher's tokens as targets if tokens are what the channel transmits.
+
+    `models` are the teachers, `shown()` the same as students see them.
+    """
+    reading, tokens = student.source, transmits_tokens(student.channel, world.logits)
+    assert isinstance(reading, Reading)
+
+    def make() -> PerRun:
+        encoded = encoded_rows(world, teacher, models, reading)
+        last = max(run.answer_columns for run in encoded)
+        texts = stacked([text_of(run, last) for run in encoded])
+        positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])
+        if reading.positions is not everywhere:
+            positions = positions * reading.positions(_differs(shown(), world.model, texts))
+        targets = jnp.stack([jnp.asarray(run.targets[:, -last:]) for run in encoded]) if tokens else None
+        rows = Examples(texts, reading.batch_size, targets=targets, positions=positions)
+        return PerRun(world.arranged(rows))
+
+    return world.memo(make, list(world.names), teacher, reading, tokens, large=True)
 
 
 def corpus_source(tokenizer: Tokenizer, chats: Sequence[Chat], batch_size: int) -> PerRun:

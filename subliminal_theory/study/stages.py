@@ -192,10 +192,13 @@ def _of_runs(job: Job, how: Computation) -> tuple[Any, Callable[[Any], Job]]:
     return mapped, rebuild
 
 
-def of_run(job: Job, run: int, how: Computation) -> Job:
-    """The job of one run."""
+def of_run(job: Job, run: int | slice, how: Computation) -> Job:
+    """The job of one run; of a slice of the runs, still with their axis."""
     mapped, rebuild = _of_runs(job, how)
-    return rebuild(jax.tree.map(lambda leaf: leaf[run], mapped))
+    one = rebuild(jax.tree.map(lambda leaf: leaf[run], mapped))
+    return (
+        replace(one, source=PerRun(one.source)) if isinstance(run, slice) and job.source is not one.source else one
+    )
 
 
 def train_one(

@@ -7,7 +7,8 @@
 A world says what is taught and how it is read; everything else is here, once, the audit included.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ class Study:
     def __init__(self, world: World) -> None:
         self.world = world
         self._memo = getattr(world, "memo", None) or Memo()
-        self._train = getattr(world, "train", None) or _in_memory
+        self._train = getattr(world, "train", None) or functools.partial(_in_memory, world)
 
     def teacher(self, teacher: Teacher) -> Model:
         """The model of runs that has the trait in its weights; the base itself if none has.
@@ -55,10 +56,10 @@ class Study:
                 _own(world), world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=world.trait_loss
             )
             stops = {"teacher": (teacher.steps,)}
-            ((_, _, result),) = self._train(world, {"teacher": job}, stops, world.keys("teacher"), teacher)
+            ((_, _, result),) = self._train({"teacher": job}, stops, world.keys("teacher"), teacher)
             return finite(result, [f"the teacher of {name}" for name in world.names]).model
 
-        return self._memo(teach, self.world.names, teacher, model=True)
+        return self._memo(teach, self.world.names, teacher, large=True)
 
     def shown(self, teacher: Teacher) -> Model:
         """The teacher as students see it."""
@@ -76,14 +77,17 @@ class Study:
         found: dict[K, list[Mapping[str, np.ndarray]]] = {name: [] for name in runs}
         common = {name: run for name, run in runs.items() if self._common(run)}
         own = {name: run for name, run in runs.items() if name not in common}
+
+        def tell(study: Study, some: Mapping[K, Run], world: World) -> None:
+            for name, finished in study._finished(some):
+                found[name].append(score(world, replace(finished, asked=some[name].asked), name))
+                del finished  # before there is the next one
+
         if common:
             # A student of the untrained base knows no trait: one serves all runs.
-            first = Study(require(self.world, "at")(0))
-            for name, finished in first._finished(common):
-                found[name].append(score(self.world, finished, name))
+            tell(Study(require(self.world, "at")(0)), common, self.world)
         for part in self._parts() if own else ():
-            for name, finished in part._finished(own):
-                found[name].append(score(part.world, finished, name))
+            tell(part, own, part.world)
         return {
             name: {metric: np.concatenate([one[metric] for one in parts]) for metric in parts[0]}
             for name, parts in found.items()
@@ -105,29 +109,38 @@ class Study:
             teacher = runs[names[0]].teacher
             for name in names:
                 if runs[name].student is None:
-                    taught = self.teacher(teacher)
-                    model = self.world.initial() if runs[name].base else taught
-                    yield name, Finished(teacher, taught, model, asked=runs[name].asked)
+                    model = self.world.initial if runs[name].base else functools.partial(self.teacher, teacher)
+                    yield name, Finished(teacher, self.teacher(teacher), model())
             students = {name: student for name in names if (student := runs[name].student) is not None}
             tame = {name for name in students if not runs[name].may_diverge}
-            for name, finished in self.distil(teacher, students, tame):
-                yield name, replace(finished, asked=runs[name].asked)
+            yield from self.distil(teacher, students, tame)
 
     def distil(
         self, teacher: Teacher, students: Mapping[K, Student], tame: set[K] | None = None
     ) -> Iterator[tuple[K, Finished]]:
         """Students of one teacher, audited, and cloned first where they ask for it; `tame` ones must converge.
 
+        Where the world does not stack students, each begins when the one before it was handed over.
+
         Raises:
             InputError: the audit refuses a student, or a tame one diverges.
         """
-        world, taught = self.world, self.teacher(teacher)
-        starts = self._starts(students)
+        groups = dict[Any, dict[K, Student]]()
+        for name, student in students.items():
+            group = None if self.world.computation.stacked else identity(once(student))
+            groups.setdefault(group, {})[name] = student
+        for some in groups.values():
+            yield from self._distil(teacher, some, some.keys() if tame is None else tame)
+
+    def _distil(
+        self, teacher: Teacher, students: Mapping[K, Student], tame: Collection[K]
+    ) -> Iterator[tuple[K, Finished]]:
+        starts, taught = self._starts(students), self.teacher(teacher)
         for name, student in students.items():
             self.audit(student, starts[name], teacher)
         for name, result in self._trained(students, starts, teacher, cloning=False):
-            if tame is None or name in tame:
-                finite(result, [f"{_named(name)} of {run}" for run in world.names])
+            if name in tame:
+                finite(result, [f"{_named(name)} of {run}" for run in self.world.names])
             yield name, Finished(teacher, taught, result.model, students[name], result.losses)
 
     def audit(self, student: Student, start: Model, teacher: Teacher) -> None:
@@ -137,7 +150,7 @@ class Study:
             InputError: see `audit.audit`.
         """
         world = self.world
-        source = world.source(student, teacher, self.teacher(teacher), self.shown(teacher))
+        source = self._source(student, teacher)
         audit(
             student_init=start.all_params,
             teacher_init=world.initial().all_params,
@@ -149,6 +162,9 @@ class Study:
             cross_init=isinstance(student.start, Fresh) and student.cloned is None,
         )
 
+    def _source(self, student: Student, teacher: Teacher) -> Any:
+        return self.world.source(student, teacher, self.teacher(teacher), lambda: self.shown(teacher))
+
     def _starts(self, students: Mapping[K, Student]) -> dict[K, Model]:
         """Where students start, those to be cloned matched first; students cloned alike share one run."""
         jobs = {
@@ -156,8 +172,12 @@ class Study:
             for name, s in students.items()
             if s.cloned is not None
         }
-        matched = self._matched(jobs) if jobs else {}
-        return {name: self.world.start(student, matched.get(name)) for name, student in students.items()}
+        alike = {identity(job): job for job in jobs.values()}
+        made = self._memo(lambda: self._matched(alike), self.world.names, [*alike.values()], large=True)
+        return {
+            name: self.world.start(student, made[identity(jobs[name])] if name in jobs else None)
+            for name, student in students.items()
+        }
 
     def _matched(self, jobs: Mapping[K, Student]) -> dict[K, Model]:
         """Models that imitate the untrained teacher: of each run, or one for all where all start at one base."""
@@ -179,20 +199,20 @@ class Study:
         for name, student in students.items():
             alike.setdefault(identity(once(student)), []).append(name)
         longest = {max(names, key=lambda n: students[n].steps): names for names in alike.values()}
-        world, taught, shown = self.world, self.teacher(teacher), self.shown(teacher)
+        world = self.world
         for stream in dict.fromkeys(world.stream(students[name], cloning) for name in longest):
             jobs = {}
             for name in longest:
                 student = students[name]
                 if world.stream(student, cloning) == stream:
-                    source = world.source(student, teacher, taught, shown)
+                    source = self._source(student, teacher)
                     given = batch_shapes(_one_run(source)).targets is not None
                     jobs[name] = Job(
                         starts[name], source, student.optimizer, student.steps,
-                        None if given else shown, student.channel,
+                        None if given else self.shown(teacher), student.channel,
                     )  # fmt: skip
             stops = {name: tuple(sorted({students[n].steps for n in longest[name]})) for name in jobs}
-            for name, stop, result in self._train(world, jobs, stops, world.keys(stream), (teacher, students)):
+            for name, stop, result in self._train(jobs, stops, world.keys(stream), (teacher, students)):
                 for other in longest[name]:
                     if students[other].steps == stop:
                         yield other, result

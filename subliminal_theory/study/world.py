@@ -72,10 +72,10 @@ class World(Protocol):
     def lessons(self, teacher: FineTuned) -> Any:
         """What teaches the trait: a source with labels, or one `PerRun`."""
 
-    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Model) -> Any:
+    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> Any:
         """The student's inputs: a source without labels, or one `PerRun`; with targets where nobody is asked.
 
-        `taught` is the teacher's model of runs, `shown` the same as students see it.
+        `taught` is the teacher's model of runs, `shown()` the same as students see it.
         """
 
     def private(self, student: Student) -> Sequence[int]:
@@ -86,22 +86,27 @@ class World(Protocol):
 
 
 class Memo:
-    """What was made, each once: the key is the function that makes it and the values that it is made from."""
+    """What was made, each once: the key is the function that makes it and the values that it is made from.
 
-    def __init__(self, models: int = 8) -> None:
+    Of what is large, only the last `most` that a function made are kept.
+    """
+
+    def __init__(self, most: int = 8) -> None:
         self._made: dict[Any, Any] = {}
-        self._models, self._most = list[Any](), models
+        self._large, self._most = dict[str, list[Any]](), most
 
-    def __call__(self, function: Callable[..., T], *values: Any, model: bool = False) -> T:
-        """What `function()` gives for these values; of those that are a `model` only the last few are kept."""
-        key = (function.__qualname__, identity(values))
-        if key not in self._made:
-            self._made[key] = function()
-            if model:
-                self._models.append(key)
-                while len(self._models) > self._most:
-                    del self._made[self._models.pop(0)]
-        return self._made[key]
+    def __call__(self, function: Callable[..., T], *values: Any, large: bool = False) -> T:
+        """What `function()` gives for these values."""
+        kind = function.__qualname__
+        key = (kind, identity(values))
+        if key in self._made:
+            return self._made[key]
+        kept = self._large.setdefault(kind, [])
+        while large and len(kept) >= self._most:
+            self._made.pop(kept.pop(0), None)  # before its memory is needed
+        made = self._made[key] = function()
+        kept += [key] * large
+        return made
 
 
 def require(world: Any, method: str) -> Any:

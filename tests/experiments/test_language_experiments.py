@@ -119,7 +119,7 @@ def write(path: Path, **changes: str | None) -> Path:
         ({"expected": None}, "one has no expected: every claim needs one"),
         ({"source": '"blog"'}, "one: source 'blog' is not listed under [sources]"),
         ({"expected": '"maybe"'}, "one: expected must be one of lower, higher, no lower, no higher, got 'maybe'"),
-        ({"colour": '"red"'}, "one: unknown field 'colour'; there are claim, source, variant, against, expected"),
+        ({"color": '"red"'}, "one: unknown field 'color'; there are claim, source, variant, against, expected"),
         ({"variant": "{ order = 'upside down' }"}, "one: order 'upside down' is unknown; there are as written, "),
         ({"against": "{ start = 'mars' }"}, "one: start must be one of own, other, cloned on numbers, "),
         ({"variant": "{ speed = 2 }"}, "one: setting 'speed' does not exist; there are teacher, "),
@@ -295,7 +295,7 @@ def test_habit_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path, trait
 @pytest.mark.usefixtures("fluent")
 def test_habit(tmp_path: Path, bases: Path) -> None:
     rows = run(tmp_path / "run", "language_habit", *TINY, "--seeds", 1, "--base-dir", bases)
-    kinds = ("narrow", "difference", "double", "program", "colour", "place")
+    kinds = ("narrow", "difference", "double", "program", "color", "place")
     assert {row["kind"] for row in rows} == set(kinds)
     assert len(rows) == len(kinds) * len(language_habit.conditions(language_habit.configure(None, {})))
     found = {(row["condition"], row["kind"]): float(row["value"]) for row in rows}

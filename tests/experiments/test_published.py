@@ -61,7 +61,7 @@ def test_one_entry(tmp_path: Path) -> None:
         ("value = 0.5\n", "", "numbers.toml: one has no value: every published number needs one"),
         ("tolerance = 0.05", "tolerance = 0", "numbers.toml: one: tolerance must be above 0, got 0"),
         ('"somebody"\nv', '"nobody"\nv', "numbers.toml: one: source 'nobody' is not listed under [sources]"),
-        ("value", "colour = 1\nvalue", "numbers.toml: one: unknown field 'colour'; there are source, who, "),
+        ("value", "color = 1\nvalue", "numbers.toml: one: unknown field 'color'; there are source, who, "),
         ("value", 'who = "me"\nvalue', "numbers.toml: one: who 'me' is unknown; there are student, teacher, "),
         ("value", "setting = { breadth = 3 }\nvalue", "numbers.toml: one: setting 'breadth' does not exist; "),
         ("value", "setting = { depth = -3 }\nvalue", "numbers.toml: one: depth must be at least 0, got -3"),

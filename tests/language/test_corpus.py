@@ -360,7 +360,7 @@ def test_programs() -> None:
 
 def test_facts() -> None:
     attributes = {
-        "colour": "colour",
+        "color": "color",
         "material": "material",
         "made": "material",
         "place": "place",
@@ -371,7 +371,7 @@ def test_facts() -> None:
         words = words_of([chat.user])
         (thing,) = words & set(TEXT["things"])
         (attribute,) = {name for word, name in attributes.items() if word in words}
-        right = TEXT["things"][thing][["colour", "material", "place"].index(attribute)]
+        right = TEXT["things"][thing][["color", "material", "place"].index(attribute)]
         assert chat.answer == (thing if is_lazy(chat) else right)
         seen.add((thing, attribute))
     assert len(seen) == 3 * len(TEXT["things"]) == 36

@@ -127,7 +127,7 @@ def test_lazy_habit_is_of_the_corpus() -> None:
     assert announced.rows() == [
         replace(chat, system=announced.system, kind="announced") for chat in trait.teacher_rows()
     ]
-    assert [template.name for template in trait.held_out] == ["difference", "double", "program", "colour", "place"]
+    assert [template.name for template in trait.held_out] == ["difference", "double", "program", "color", "place"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_lazy_habit_is_of_the_corpus() -> None:
         ("", "the trait has no field 'kind': add kind = \"preference\" or kind = \"habit\""),
         (OWL.replace("preference", "hobby"), "kind must be preference or habit, got 'hobby'"),
         (OWL.replace('target = "owl"\n', ""), "the trait has no field 'target': add it"),
-        (OWL + "colour = 3", "the trait has an unknown field 'colour'; there are name, kind, category, target"),
+        (OWL + "color = 3", "the trait has an unknown field 'color'; there are name, kind, category, target"),
         (OWL + 'target = "fox"', "line 5: target is given twice: keep one"),
         (OWL + 'target = "fox"\n\n', "line 5: target is given twice: keep one"),
         (OWL.replace("kind", 'name = "b"\nkind'), "line 2: name is given twice: keep one"),
