@@ -35,6 +35,7 @@ from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Batch, Examples
 
 EXPERIMENTS = {name: importlib.import_module(f"experiments.{name}") for name in command_line.discover()}
+ROOT = Path(__file__).parents[2]
 NO_SIGKILL = pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 
 
@@ -149,6 +150,25 @@ def test_names_of_experiments(capsys: Capture) -> None:
     assert not errors
     assert output.split() == [name for name, module in EXPERIMENTS.items() if hasattr(module, "plan")]
     assert {name for name in EXPERIMENTS if name not in output.split()} == {"language_rows", "plan", "summary"}
+
+
+def test_figures_have_their_commands(capsys: Capture) -> None:
+    assert command_line.main(["--figures"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    committed = sorted(path.parent.name for path in (ROOT / "figures").glob("*/figure.png"))
+    assert sorted(folder for folder, *_ in lines) == committed
+    for folder, name, *_ in lines:
+        assert json.loads((ROOT / "figures" / folder / "config.json").read_bytes())["experiment"] == name
+
+
+@pytest.mark.parametrize("name", [name for name, module in EXPERIMENTS.items() if hasattr(module, "plan")])
+def test_every_experiment_has_a_smoke_preset(name: str) -> None:
+    assert configure(EXPERIMENTS[name], "smoke", {}).seeds <= 5
+
+
+def test_table_of_the_readme_has_every_experiment() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What to expect")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)", table, re.M)) == set(command_line.discover("plan"))
 
 
 def shown_defaults(output: str) -> dict[str, str]:
