@@ -104,7 +104,7 @@ def plot(results: Results, config: Config) -> Figure:
     groups = {LABELS[name]: results.values(condition=name) for name in CONDITIONS}
     difference = paired_difference(groups[LABELS["student_aux"]], groups[LABELS["cross_aux"]])
     title = (
-        f"{config.data}, m = {config.aux} auxiliary logits of noise, {config.channel_loss}:\n"
-        f"student of the same initialisation less one of another, test accuracy {difference}"
+        f"{config.data}, m = {config.aux} auxiliary logits, {config.channel_loss}, inputs {config.inputs};\n"
+        f"same initialisation less another: test accuracy {difference}"
     )
     return bars(groups, ylabel="test accuracy (share of digits read)", title=title, chance=0.1)

@@ -1,5 +1,6 @@
 """One page of all run directories below a folder: figures, tables, data, commands and machine."""
 
+import dataclasses
 import html
 import importlib
 import os
@@ -61,5 +62,7 @@ def _section(folder: Path, run: Path) -> str:
 
 
 def restored(module: ModuleType, settings: dict[str, Any]) -> Any:
-    """The Config object of a run directory's settings."""
-    return type(next(iter(module.PRESETS.values())))(**settings)
+    """The Config object of a run directory's settings; those that only older versions had are left out."""
+    kind = type(next(iter(module.PRESETS.values())))
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in settings.items() if name in known})

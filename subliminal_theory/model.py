@@ -123,9 +123,6 @@ class BodyAndHead(Protocol):
     def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]: ...
 
 
-Divisible = BodyAndHead  # its former name, until language/model uses the new one
-
-
 @dataclass(frozen=True)
 class Functional:
     """The pure function of an NNX module, computed in `dtype`; equal for modules of equal structure.

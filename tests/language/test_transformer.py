@@ -187,7 +187,7 @@ def test_distilling_in_chunks(chunk: int, channel, adapted: bool) -> None:
     whole, cut = (
         jax.jit(
             lambda student, other, size=size: distill(
-                student, other, channel, source, optax.sgd(0.1), 3, jax.random.key(0), chunk=size
+                student, other, channel, source, optax.sgd(0.1), 3, key=jax.random.key(0), chunk=size
             )
         )(student, other)
         for size in (None, chunk)
@@ -207,7 +207,7 @@ def test_chunks_hold_few_logits() -> None:
         return str(
             jax.make_jaxpr(
                 lambda: distill(
-                    student, teacher, SoftLogits(), source, optimizer, 1, jax.random.key(0), chunk=chunk
+                    student, teacher, SoftLogits(), source, optimizer, 1, key=jax.random.key(0), chunk=chunk
                 )
             )()
         )
@@ -230,7 +230,7 @@ def test_chunks_that_cannot_be() -> None:
         (toy, 0, "chunk must be at least 1, got 0"),
     ]:
         with pytest.raises(InputError, match=f"^{message}$"):
-            distill(model, model, SoftLogits(), source, optax.sgd(0.1), 1, jax.random.key(0), chunk=chunk)
+            distill(model, model, SoftLogits(), source, optax.sgd(0.1), 1, key=jax.random.key(0), chunk=chunk)
 
 
 def test_rms_norm_by_hand() -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.model.layers import Factored
-from subliminal_theory.model import Apply, Divisible, Model, match_paths, matches, path_name
+from subliminal_theory.model import Apply, BodyAndHead, Model, match_paths, matches, path_name
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Adapted:
         return self.apply(self._opened(params), inputs)
 
     def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]:
-        return self._divisible.features(self._opened(params), inputs)
+        return self._parts.features(self._opened(params), inputs)
 
     def readout(self, params: PyTree, features: Float[Array, "... width"]) -> Float[Array, "... n"]:
-        return self._divisible.readout(self._opened(params), features)
+        return self._parts.readout(self._opened(params), features)
 
     @property
-    def _divisible(self) -> Divisible:
-        if not isinstance(self.apply, Divisible):
+    def _parts(self) -> BodyAndHead:
+        if not isinstance(self.apply, BodyAndHead):
             raise InputError("the adapted model does not divide into features and readout")
         return self.apply
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from subliminal_theory.language.model.transformer import Text
-from subliminal_theory.model import Apply, Divisible, Model
+from subliminal_theory.model import Apply, BodyAndHead, Model
 
 
 @jax.tree_util.register_dataclass
@@ -34,11 +34,11 @@ class _Behind:
         return replace(with_prefix(text, params.prefix), last=last)
 
     def features(self, params: _Prompted, text: Text) -> Float[Array, "batch last width"]:
-        assert isinstance(self.apply, Divisible)
+        assert isinstance(self.apply, BodyAndHead)
         return self.apply.features(params.model, self.whole(params, text))
 
     def readout(self, params: _Prompted, features: Float[Array, "... width"]) -> Float[Array, "... n"]:
-        assert isinstance(self.apply, Divisible)
+        assert isinstance(self.apply, BodyAndHead)
         return self.apply.readout(params.model, features)
 
 
