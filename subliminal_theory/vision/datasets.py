@@ -210,19 +210,13 @@ def _read(
 
 def _unpacked(path: Path) -> bytes:
     try:
-        if path.suffix != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as file:
-            return file.read()
-    except EOFError as error:
-        raise InputError(f"{path} is a gzip file that ends too early: download it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"{path} is no intact gzip file ({error}): download it again, or drop .gz from its name if it is "
-            "already decompressed"
+            f"cannot read {path} ({getattr(error, 'strerror', None) or error}): make it readable, download it "
+            "again, or drop .gz from its name if it is already decompressed"
         ) from error
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): make it readable") from error
 
 
 def parse_idx(data: bytes, where: str) -> UInt8[np.ndarray, "..."]:
@@ -238,15 +232,11 @@ def parse_idx(data: bytes, where: str) -> UInt8[np.ndarray, "..."]:
         )
     dimensions = data[3]
     begin = 4 + 4 * dimensions
-    if len(data) < begin:
-        raise InputError(f"{where} ends within its header, after {len(data)} bytes: download it again")
-    shape = struct.unpack(f">{dimensions}I", data[4:begin])
+    shape = struct.unpack(f">{dimensions}I", data[4:begin].ljust(begin - 4, b"\0"))
     promised, held = math.prod(shape), len(data) - begin
     if promised != held:
         fault = "is cut short" if held < promised else "has bytes to spare"
-        raise InputError(
-            f"{where} {fault}: its header promises {promised} bytes and {held} follow: download it again"
-        )
+        raise InputError(f"{where} {fault}: its shape is {shape} and {held} bytes follow: download it again")
     if not promised:
         raise InputError(f"{where} has no elements, its shape is {shape}: give a file that has some")
     return np.frombuffer(data, np.uint8, offset=begin).reshape(shape)
