@@ -22,7 +22,7 @@ from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.source import Examples, Source
 from subliminal_theory.study.run import FineTuned, Student, Teacher
 from subliminal_theory.study.stages import Computation
-from subliminal_theory.study.world import Finished, Memo
+from subliminal_theory.study.world import Finished, Memo, restricted
 from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.datasets import ImageDataset
 from subliminal_theory.vision.mlp import MLP
@@ -96,7 +96,7 @@ class Digits:
     auxiliary: int = 3
     batch_size: int = 1024
     metric: str = "test_accuracy"
-    memo: Memo = field(default_factory=Memo)
+    memo: Memo = field(default_factory=Memo, init=False)
 
     computation = Computation()
 
@@ -132,10 +132,6 @@ class Digits:
         """A named random stream of each run."""
         return jax.vmap(lambda key: named(key, stream))(self._roots())
 
-    def stream(self, student: Student, cloning: bool) -> str:
-        """All students of a seed see the same noise."""
-        return "clone" if cloning else "students"
-
     def builder(self, network: Network | None = None) -> Callable[[Key[Array, ""]], Model]:
         """The model of a key, before anything is trained."""
         return _Builder(network or self.network, self.data.image_shape, self.logits)
@@ -146,8 +142,9 @@ class Digits:
 
     def start(self, student: Student, matched: Model | None = None) -> Model:
         """Where students start: a policy on the teacher's parameters, as far as their network has them."""
-        if matched is not None:
-            return matched
+        return restricted(matched or self._begin(student), student)
+
+    def _begin(self, student: Student) -> Model:
         if isinstance(student.start, Shared) and student.network is None:
             return self.initial()
         own = student.network or self.network
@@ -195,9 +192,9 @@ class Digits:
         return math.ceil(Fraction(str(epochs)) * epoch)
 
     def private(self, student: Student) -> Sequence[int]:
-        """The class logits, for students of auxiliary logits alone."""
+        """The class logits, but for students that are to see all of them."""
         classes = np.asarray(student.channel.visible(self.logits))[: self.data.classes]
-        return () if classes.any() else range(self.data.classes)
+        return () if classes.all() else range(self.data.classes)
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """Accuracy on the test images; of a student also its imitation loss, mean over its last epoch."""

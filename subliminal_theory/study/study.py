@@ -22,8 +22,8 @@ from subliminal_theory.model import Model
 from subliminal_theory.runs import Row
 from subliminal_theory.source import batch_shapes
 from subliminal_theory.study.run import FineTuned, Prompted, Run, Student, Teacher, Untrained, identity, once
-from subliminal_theory.study.stages import Job, PerRun, Result, finite, trained
-from subliminal_theory.study.world import Finished, Memo, World, require
+from subliminal_theory.study.stages import Computation, Job, PerRun, Result, finite, trained
+from subliminal_theory.study.world import Finished, Memo, World, by_policy, numbered, one_stream, require
 
 K = TypeVar("K")
 Score = Callable[[Any, Finished, Any], Mapping[str, np.ndarray]]
@@ -37,9 +37,17 @@ class Study:
     """
 
     def __init__(self, world: World) -> None:
+        for member in vars(World):
+            if not member.startswith("_"):
+                require(world, member)
         self.world = world
+        self.computation: Computation = getattr(world, "computation", Computation())
+        self._keys = getattr(world, "keys", None) or functools.partial(numbered, world)
+        self._stream = getattr(world, "stream", one_stream)
+        self._start = getattr(world, "start", None) or functools.partial(by_policy, world, self._keys)
+        self._shows = getattr(world, "source", lambda student, *teacher: student.source)
         self._memo = getattr(world, "memo", None) or Memo()
-        self._train = getattr(world, "train", None) or functools.partial(_in_memory, world)
+        self._train = getattr(world, "train", None) or functools.partial(_in_memory, self.computation)
 
     def teacher(self, teacher: Teacher) -> Model:
         """The model of runs that has the trait in its weights; the base itself if none has.
@@ -53,13 +61,19 @@ class Study:
         def teach() -> Model:
             world = self.world
             job = Job(
-                _own(world), world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=world.trait_loss
+                self._own(), world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=world.trait_loss
             )
             stops = {"teacher": (teacher.steps,)}
-            ((_, _, result),) = self._train({"teacher": job}, stops, world.keys("teacher"), teacher)
+            ((_, _, result),) = self._train({"teacher": job}, stops, self._keys("teacher"), teacher)
             return finite(result, [f"the teacher of {name}" for name in world.names]).model
 
         return self._memo(teach, self.world.names, teacher, large=True)
+
+    def _own(self) -> Model:
+        """The base as a model of runs whose parameters are copies: training uses them up."""
+        model, runs, shared = self.world.initial(), len(self.world.names), self.computation.shared
+        own = lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape)) if shared else jnp.copy(leaf)  # noqa: E731
+        return Model(model.apply, jax.tree.map(own, model.all_params))
 
     def shown(self, teacher: Teacher) -> Model:
         """The teacher as students see it."""
@@ -94,7 +108,7 @@ class Study:
         }
 
     def _common(self, run: Run) -> bool:
-        return self.world.computation.shared and isinstance(run.teacher, Untrained)
+        return self.computation.shared and isinstance(run.teacher, Untrained)
 
     def _parts(self) -> list["Study"]:
         parts = getattr(self.world, "parts", None)
@@ -107,13 +121,13 @@ class Study:
             groups.setdefault(identity(run.teacher), []).append(name)
         for names in groups.values():
             teacher = runs[names[0]].teacher
+            students = {name: student for name in names if (student := runs[name].student) is not None}
+            tame = {name for name in students if not runs[name].may_diverge}
+            yield from self.distil(teacher, students, tame)
             for name in names:
                 if runs[name].student is None:
                     model = self.world.initial if runs[name].base else functools.partial(self.teacher, teacher)
                     yield name, Finished(teacher, self.teacher(teacher), model())
-            students = {name: student for name in names if (student := runs[name].student) is not None}
-            tame = {name for name in students if not runs[name].may_diverge}
-            yield from self.distil(teacher, students, tame)
 
     def distil(
         self, teacher: Teacher, students: Mapping[K, Student], tame: set[K] | None = None
@@ -127,7 +141,7 @@ class Study:
         """
         groups = dict[Any, dict[K, Student]]()
         for name, student in students.items():
-            group = None if self.world.computation.stacked else identity(once(student))
+            group = None if self.computation.stacked else identity(once(student))
             groups.setdefault(group, {})[name] = student
         for some in groups.values():
             yield from self._distil(teacher, some, some.keys() if tame is None else tame)
@@ -135,7 +149,7 @@ class Study:
     def _distil(
         self, teacher: Teacher, students: Mapping[K, Student], tame: Collection[K]
     ) -> Iterator[tuple[K, Finished]]:
-        starts, taught = self._starts(students), self.teacher(teacher)
+        taught, starts = self.teacher(teacher), self._starts(students)
         for name, student in students.items():
             self.audit(student, starts[name], teacher)
         for name, result in self._trained(students, starts, teacher, cloning=False):
@@ -149,21 +163,31 @@ class Study:
         Raises:
             InputError: see `audit.audit`.
         """
-        world = self.world
-        source = self._source(student, teacher)
+        world, batch = self.world, batch_shapes(_one_run(self._source(student, teacher)))
         audit(
             student_init=start.all_params,
             teacher_init=world.initial().all_params,
             teacher=self.teacher(teacher).all_params,
             channel=student.channel,
             logits=world.logits,
-            batch=batch_shapes(_one_run(source)),
+            outputs=self._outputs(start, batch.inputs),
+            batch=batch,
             private=world.private(student),
             cross_init=isinstance(student.start, Fresh) and student.cloned is None,
         )
 
+    def _outputs(self, start: Model, inputs: Any) -> int:
+        """How many logits the network of one run computes."""
+
+        def one(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
+
+        frozen = start.frozen if self.computation.shared else one(start.frozen)
+        run = Model(start.apply, one(start.params), frozen)
+        return jax.eval_shape(lambda model, x: model(x), run, inputs).shape[-1]
+
     def _source(self, student: Student, teacher: Teacher) -> Any:
-        return self.world.source(student, teacher, self.teacher(teacher), lambda: self.shown(teacher))
+        return self._shows(student, teacher, self.teacher(teacher), lambda: self.shown(teacher))
 
     def _starts(self, students: Mapping[K, Student]) -> dict[K, Model]:
         """Where students start, those to be cloned matched first; students cloned alike share one run."""
@@ -175,15 +199,17 @@ class Study:
         alike = {identity(job): job for job in jobs.values()}
         made = self._memo(lambda: self._matched(alike), self.world.names, [*alike.values()], large=True)
         return {
-            name: self.world.start(student, made[identity(jobs[name])] if name in jobs else None)
+            name: self._start(student, made[identity(jobs[name])] if name in jobs else None)
             for name, student in students.items()
         }
 
     def _matched(self, jobs: Mapping[K, Student]) -> dict[K, Model]:
         """Models that imitate the untrained teacher: of each run, or one for all where all start at one base."""
-        shared = self.world.computation.shared
+        shared = self.computation.shared
         study = Study(require(self.world, "at")(0)) if shared else self
-        starts, found = {name: study.world.start(job) for name, job in jobs.items()}, dict[K, Model]()
+        starts, found = {name: study._start(job) for name, job in jobs.items()}, dict[K, Model]()
+        for name, job in jobs.items():
+            study.audit(job, starts[name], Untrained())
         for name, result in study._trained(jobs, starts, Untrained(), cloning=True):
             model = finite(result, [f"a cloning run of {run}" for run in study.world.names]).model
             if shared:
@@ -199,12 +225,11 @@ class Study:
         for name, student in students.items():
             alike.setdefault(identity(once(student)), []).append(name)
         longest = {max(names, key=lambda n: students[n].steps): names for names in alike.values()}
-        world = self.world
-        for stream in dict.fromkeys(world.stream(students[name], cloning) for name in longest):
+        for stream in dict.fromkeys(self._stream(students[name], cloning) for name in longest):
             jobs = {}
             for name in longest:
                 student = students[name]
-                if world.stream(student, cloning) == stream:
+                if self._stream(student, cloning) == stream:
                     source = self._source(student, teacher)
                     given = batch_shapes(_one_run(source)).targets is not None
                     jobs[name] = Job(
@@ -212,21 +237,14 @@ class Study:
                         None if given else self.shown(teacher), student.channel,
                     )  # fmt: skip
             stops = {name: tuple(sorted({students[n].steps for n in longest[name]})) for name in jobs}
-            for name, stop, result in self._train(jobs, stops, world.keys(stream), (teacher, students)):
+            for name, stop, result in self._train(jobs, stops, self._keys(stream), (teacher, students)):
                 for other in longest[name]:
                     if students[other].steps == stop:
                         yield other, result
 
 
-def _in_memory(world: World, jobs: Any, stops: Any, keys: Any, decided_by: Any) -> Iterator[Any]:
-    return trained(jobs, stops, keys, world.computation)
-
-
-def _own(world: World) -> Model:
-    """The base as a model of runs whose parameters are copies: training uses them up."""
-    model, runs = world.initial(), len(world.names)
-    copy = jnp.copy if not world.computation.shared else lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape))
-    return Model(model.apply, jax.tree.map(copy, model.all_params))
+def _in_memory(how: Computation, jobs: Any, stops: Any, keys: Any, decided_by: Any) -> Iterator[Any]:
+    return trained(jobs, stops, keys, how)
 
 
 def _one_run(source: Any) -> Any:

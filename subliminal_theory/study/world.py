@@ -1,16 +1,20 @@
 """What a study asks of a model and its trait: the protocol of digits, the compact model and checkpoints."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.inits import Shared, initialise
+from subliminal_theory.keys import named
 from subliminal_theory.model import Model
-from subliminal_theory.study.run import FineTuned, Student, Teacher, identity
-from subliminal_theory.study.stages import Computation
+from subliminal_theory.study.run import FineTuned, Frozen, LowRank, Student, Teacher, identity
 
 T = TypeVar("T")
 
@@ -36,17 +40,26 @@ class World(Protocol):
 
     Attributes:
         names: what messages call each run.
-        labels: the labels of each run's rows, such as its seed.
         logits: how many logits the model has.
         trait_loss: `trait_loss(logits, labels)`, one value per position; equal in equal worlds.
-        computation: how runs are computed.
+
+    These are what every study needs. A world may have more; what it has not is as in brackets:
+
+        computation: how runs are computed [`Computation()`].
+        keys(stream): a named random stream of each run [of the keys 0, 1, 2, ...].
+        stream(student, cloning): the stream of a student's training, or of the imitation of the untrained teacher
+            before it [one for all students].
+        start(student, matched): where students start, a model of runs; `matched` is what already imitates the
+            untrained teacher [`by_policy`].
+        source(student, teacher, taught, shown): the student's inputs, a source without labels or one `PerRun`,
+            with targets where nobody is asked; `taught` is the teacher's model of runs, `shown()` the same as
+            students see it [the student's own `source`].
+        prompted(): teachers behind a system prompt [none]. at(run), parts(): some of the runs [all at once].
+        train(jobs, stops, keys, decided_by): another `trained`. memo: what is kept.
     """
 
     @property
     def names(self) -> Sequence[str]: ...
-
-    @property
-    def labels(self) -> Sequence[Mapping[str, Any]]: ...
 
     @property
     def logits(self) -> int: ...
@@ -54,35 +67,56 @@ class World(Protocol):
     @property
     def trait_loss(self) -> Callable[[Array, PyTree], Array]: ...
 
-    @property
-    def computation(self) -> Computation: ...
-
-    def keys(self, stream: str) -> Key[Array, " runs"]:
-        """A named random stream of each run."""
-
-    def stream(self, student: Student, cloning: bool) -> str:
-        """The stream of a student's training, or of the imitation of the untrained teacher before it."""
-
     def initial(self) -> Model:
         """Where the teachers start, a model of runs."""
 
-    def start(self, student: Student, matched: Model | None = None) -> Model:
-        """Where students start, a model of runs; `matched` is what already imitates the untrained teacher."""
-
     def lessons(self, teacher: FineTuned) -> Any:
         """What teaches the trait: a source with labels, or one `PerRun`."""
-
-    def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> Any:
-        """The student's inputs: a source without labels, or one `PerRun`; with targets where nobody is asked.
-
-        `taught` is the teacher's model of runs, `shown()` the same as students see it.
-        """
 
     def private(self, student: Student) -> Sequence[int]:
         """The logits in which the trait is read, if the student's channel must not show them."""
 
     def score(self, finished: Finished, name: Any) -> Mapping[str, np.ndarray]:
         """Metrics of a model, [runs, ...] each."""
+
+
+def numbered(world: World, stream: str) -> Key[Array, " runs"]:
+    """A named random stream of each run: those of the keys 0, 1, 2, ..."""
+    return jax.vmap(lambda run: named(jax.random.key(run), stream))(jnp.arange(len(world.names)))
+
+
+def one_stream(student: Student, cloning: bool) -> str:
+    """The same stream for all students."""
+    return "clone" if cloning else "students"
+
+
+def by_policy(
+    world: Any, keys: Callable[[str], Key[Array, " runs"]], student: Student, matched: Model | None = None
+) -> Model:
+    """The student's policy on `world.initial()`, whose independent draws are `world.initial(other)`.
+
+    Raises:
+        InputError: the student has another network, or low-rank factors.
+    """
+    if student.network is not None:
+        raise InputError(f"{type(world).__name__} has no start: its students have the network of their teachers")
+    model = matched or world.initial()
+    if matched is None and not isinstance(student.start, Shared):
+        policy = functools.partial(initialise, student.start)
+        params = jax.vmap(policy)(model.params, world.initial(student.other).params, keys("start"))
+        model = model.with_params(params)
+    return restricted(model, student)
+
+
+def restricted(model: Model, student: Student) -> Model:
+    """A model of runs of which only what the student trains is trained.
+
+    Raises:
+        InputError: low-rank factors.
+    """
+    if isinstance(student.trains, LowRank):
+        raise InputError("low-rank factors are for language models: train everything, or freeze patterns")
+    return model.freeze(*student.trains.patterns) if isinstance(student.trains, Frozen) else model
 
 
 class Memo:
@@ -109,13 +143,14 @@ class Memo:
         return made
 
 
-def require(world: Any, method: str) -> Any:
-    """A method that not every world has.
+def require(world: Any, member: str) -> Any:
+    """A member that not every world has.
 
     Raises:
         InputError: this one has none; names both.
     """
-    found = getattr(world, method, None)
+    found = getattr(world, member, None)
     if found is None:
-        raise InputError(f"{type(world).__name__} has no {method}: such a run is for a world that has it")
+        needs = "every world needs it" if hasattr(World, member) else "such a run is for a world that has it"
+        raise InputError(f"{type(world).__name__} has no {member}: {needs}")
     return found
