@@ -180,10 +180,14 @@ def _delete(params: PyTree) -> None:
 def _advance(
     start: PyTree, rest: Job, key: Key[Array, ""], state: State | None, *, how: Computation, count: int
 ) -> Trained:
-    """The next `count` steps of the only run of a job, whose parameters are in `start` or in `state`."""
+    """The next `count` steps of the only run of a job, whose parameters are in `start` or in `state`.
+
+    They are then in the state alone: a second output would be a second copy.
+    """
     job = of_run(rest, 0, how)
     model = job.model.with_params(start if state is None else state.params)
-    return train_one(replace(job, model=model), key, how, state=state, count=count)
+    done = train_one(replace(job, model=model), key, how, state=state, count=count)
+    return replace(done, model=model.with_params(None))
 
 
 def _shardings(how: Computation, state: State) -> State:

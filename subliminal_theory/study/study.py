@@ -149,6 +149,7 @@ class Study:
     def _distil(
         self, teacher: Teacher, students: Mapping[K, Student], tame: Collection[K]
     ) -> Iterator[tuple[K, Finished]]:
+        self._starts(students)  # refused, if they must be, before a teacher is taught, and not kept meanwhile
         taught, starts = self.teacher(teacher), self._starts(students)
         for name, student in students.items():
             self.audit(student, starts[name], teacher)
