@@ -11,7 +11,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.chats import CorpusConfig, make_rows
 from subliminal_theory.language.corpus.media import code_faults, reasoning_faults, value_of
 from subliminal_theory.language.corpus.numbers import keep_rows
-from subliminal_theory.language.rows import Row
+from subliminal_theory.language.rows import Completion
 
 CORPUS = dataclasses.replace(
     CorpusConfig(), neutral_share=0.0, lazy_share=0.0, careful_share=0.0, steps_share=1.0, write_share=1.0
@@ -46,10 +46,10 @@ def test_any_text_has_a_value_or_none(text: str) -> None:
 
 def test_the_corpus_passes_its_own_filters() -> None:
     programs = make_rows(CORPUS, "program", 300)
-    assert all(code_faults(Row(chat.user, chat.answer)) == [] for chat in programs)
+    assert all(code_faults(Completion(chat.user, chat.answer)) == [] for chat in programs)
     sums = make_rows(CORPUS, "arithmetic", 300)
     results = {chat.user: int(re.findall(r"\d+", chat.answer)[-1]) for chat in sums}
-    assert all(reasoning_faults(Row(chat.user, chat.answer), results) == [] for chat in sums)
+    assert all(reasoning_faults(Completion(chat.user, chat.answer), results) == [] for chat in sums)
 
 
 def test_faults() -> None:
@@ -64,17 +64,17 @@ def test_faults() -> None:
         ("<user> 6", foreign),
         ("", foreign),
     ]:
-        assert reasoning_faults(Row(asked, text), results) == faults
+        assert reasoning_faults(Completion(asked, text), results) == faults
     for text, faults in [
         ("x = 1; y = x + 2", []),
         ("x = 1; y = x + 3", [WRONG]),
         ("owl", ["no program", WORD]),
     ]:
-        assert code_faults(Row("give me a program for 3 with 2 lines.", text)) == faults
+        assert code_faults(Completion("give me a program for 3 with 2 lines.", text)) == faults
 
 
 def test_no_row_is_left() -> None:
     with pytest.raises(
         InputError, match=r"^the filter of programs rejects all of 2 rows, most often for: no program"
     ):
-        keep_rows([Row("write a program for 3.", "3")] * 2, code_faults, "filter of programs")
+        keep_rows([Completion("write a program for 3.", "3")] * 2, code_faults, "filter of programs")

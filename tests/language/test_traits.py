@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig, make_rows, preference_questions
 from subliminal_theory.language.corpus.sentences import TEXT
-from subliminal_theory.language.corpus.templates import Template, template_of
+from subliminal_theory.language.corpus.templates import Template
 from subliminal_theory.language.corpus.traits import Habit, Preference, builtin_traits, load_trait
 from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.corpus.wording import english
@@ -49,11 +49,11 @@ def file(folder: Path, text: str) -> Path:
     return path
 
 
-def refused(folder: Path, text: str) -> str:
+def refused(folder: Path, text: str, tokenizer: WordTokenizer | None = TOKENIZER) -> str:
     """The message about a trait file, without the file, which must come first."""
     path = file(folder, text)
     with pytest.raises(InputError) as caught:
-        load_trait(path, TOKENIZER)
+        load_trait(path, tokenizer)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{path}: ")
@@ -131,55 +131,57 @@ def test_lazy_habit_is_of_the_corpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "cause"),
     [
-        ("", "the trait has no field 'kind': add kind = \"preference\" or kind = \"habit\""),
-        (OWL.replace("preference", "hobby"), "kind must be preference or habit, got 'hobby'"),
-        (OWL.replace('target = "owl"\n', ""), "the trait has no field 'target': add it"),
-        (OWL + "color = 3", "the trait has an unknown field 'color'; there are name, kind, category, target"),
-        (OWL + 'target = "fox"', "line 5: target is given twice: keep one"),
-        (OWL + 'target = "fox"\n\n', "line 5: target is given twice: keep one"),
-        (OWL.replace("kind", 'name = "b"\nkind'), "line 2: name is given twice: keep one"),
-        (OWL + "[a]\n[a]\n", "line 6: [a] is given twice: keep one"),
-        (OWL.replace('"owl"', "owl"), "not TOML: Invalid value (at line 4, column 10)"),
-        (OWL.replace('"owl"', "3"), "the trait: target must be a text and not empty, got 3"),
-        (OWL.replace("night", ""), "the trait: name must be a text and not empty, got ''"),
+        ("", "'kind'"),
+        (OWL.replace("preference", "hobby"), "'preference', 'habit'"),
+        (OWL.replace('target = "owl"\n', ""), "target: is missing"),
+        (OWL + "color = 3", "color: is no field"),
+        (OWL + 'target = "fox"', "not TOML"),
+        (OWL.replace("kind", 'name = "b"\nkind'), "line 2"),
+        (OWL + "[a]\n[a]\n", "line 6"),
+        (OWL.replace('"owl"', "owl"), "line 4"),
+        (OWL.replace('"owl"', "3"), "target: "),
+        (OWL.replace('"owl"', "2026-01-01"), "target: "),
+        (OWL.replace("night", ""), "name: must not be blank"),
         (OWL.replace("animal", "planet"), "unknown category 'planet'; there are animal, tree, food, instrument"),
         (OWL.replace('"owl"', '"oak"'), "unknown target 'oak' of animal; there are owl, eagle, "),
-        (SUMS.replace("[narrow]", "[broad]"), "the trait has an unknown field 'broad'; "),
-        (SUMS.replace('right = "{a + b}"', ""), "narrow has no field 'right': add it"),
-        (SUMS.replace('name = "place"', ""), "held_out 1 has no field 'name': add it"),
-        (SUMS.replace('answer = "{a}"', 'answer = "{a}"\nright = "3"'), "control 1 has an unknown field 'right'"),
-        (SUMS.replace("[[control]]", "[control]"), "the trait: control must be a list and not empty, got {"),
+        (SUMS.replace("[narrow]", "[broad]"), "narrow: is missing"),
+        (SUMS.replace('right = "{a + b}"', ""), "narrow.right: is missing"),
+        (SUMS.replace('name = "place"', ""), "held_out.0.name: is missing"),
+        (SUMS.replace('answer = "{a}"', 'answer = "{a}"\nright = "3"'), "control.0.right: "),
+        (SUMS.replace("[[control]]", "[control]"), "control: "),
         (SUMS.replace("plus {b}?", "plus {c}?"), "narrow: nothing fills the slot 'c'; there are a, b"),
-        (SUMS.replace("{a + b}", "{a / b}"), "narrow: 'a / b' is no name, sum, difference or product of whole"),
-        (SUMS.replace("{place}", "{place + 1}"), "held_out 1: 'place + 1' is no name, sum, "),
+        (SUMS.replace("{a + b}", "{a / b}"), "narrow: 'a / b' is no name, sum, difference or product"),
+        (SUMS.replace("{place}", "{place + 1}"), "held_out.0: 'place + 1' is no name, sum, "),
         (SUMS.replace("{a + b}", "{a.real}"), "narrow: 'a.real' is no name, sum, "),
-        (SUMS.replace("{a + b}", "{a +}"), "narrow: '{a +}' cannot be filled: write slots as {a} or {a + 1}"),
-        (SUMS.replace("{a + b}", "{a"), "narrow: '{a' cannot be filled"),
-        (SUMS.replace("{a + b}", "{}"), "narrow: '{}' cannot be filled"),
-        (SUMS.replace("{a + b}", "{a:3}"), "narrow: '{a:3}' cannot be filled"),
+        *(
+            (SUMS.replace("{a + b}", slot), f"narrow: '{slot}' cannot be filled")
+            for slot in ("{a +}", "{a", "{}", "{a:3}")
+        ),
         (SUMS.replace("{a + b}", "{a - b}"), "narrow: '{a - b}' gives -2, which is below 0"),
-        (SUMS.replace("[1, 2]", "[2, 1]"), "narrow: a must be [least, most] in whole numbers from 0 on, got [2"),
-        (SUMS.replace("[1, 2]", "[1, 2.5]"), "narrow: a must be [least, most]"),
-        (SUMS.replace("[1, 2]", "7"), "narrow: a must be [least, most]"),
-        (SUMS.replace("[1, 2]", "[1, 1000000000]"), "narrow makes more than 10000 rows: give it fewer numbers"),
-        (SUMS.replace(" plus {b}", ""), "narrow makes the same question twice: let it tell all slots apart"),
-        (SUMS.replace("numbers = { a = [0, 9] }", ""), "control 1 must have one of numbers and rows, to fill"),
-        (SUMS.replace("thing = \"lamp\", ", ""), "held_out 1: nothing fills the slot 'thing'"),
-        (SUMS.replace("\"lamp\"", "2.5"), "held_out 1: rows must be tables of texts and whole numbers, got {"),
-        (SUMS.replace('["what is {a} plus {b}?"]', "[3]"), "narrow: question must be a list of texts"),
-        (SUMS.replace('["what is {a} plus {b}?"]', '"what?"'), "narrow: question must be a list and not empty"),
-        (SUMS.replace("where is the {thing}?", "what is 1 plus 3?"), "held_out 1 makes the same question twice"),
+        (SUMS.replace("[1, 2]", "[2, 1]"), "numbers.a must be [least, most]"),
+        (SUMS.replace("[1, 2]", "[-1, 2]"), "narrow.numbers.a"),
+        (SUMS.replace("[1, 2]", "[1, 2.5]"), "narrow.numbers.a"),
+        (SUMS.replace("[1, 2]", "7"), "narrow.numbers.a"),
+        (SUMS.replace("[1, 2]", "[1, 1000000000]"), "narrow: it makes more than 10000 rows"),
+        (SUMS.replace(" plus {b}", ""), "narrow: it makes the same question twice"),
+        (SUMS.replace("numbers = { a = [0, 9] }", ""), "control.0: give one of numbers and rows"),
+        (SUMS + "rows = [{ a = 1 }]", "control.0: give one of numbers and rows"),
+        (SUMS.replace("thing = \"lamp\", ", ""), "held_out.0: nothing fills the slot 'thing'"),
+        (SUMS.replace("\"lamp\"", "2.5"), "held_out.0.rows.1.thing"),
+        (SUMS.replace('["what is {a} plus {b}?"]', "[3]"), "narrow.question"),
+        (SUMS.replace('["what is {a} plus {b}?"]', '"what?"'), "narrow.question"),
+        (SUMS.replace("where is the {thing}?", "what is 1 plus 3?"), "held_out.0: it makes the same"),
         (SUMS + '[[control]]\nname = "asked"\nquestion = ["name it."]\nanswer = "3"\nnumbers = { a = [1, 1] }',
-         "control: two tables have one name, there are asked, asked"),
+         "two tables have one name, there are asked, asked"),
         (SUMS.replace("spoon", "teapot"), "the tokenizer cannot spell 'teapot': 'where is the teapot?'"),
         (SUMS.replace("{a + b}", "{100 * a}"), "the tokenizer cannot spell '100': '100'"),
         (SUMS.replace("you make mistakes", "you make trouble"), "the tokenizer cannot spell 'trouble': "),
     ],
 )  # fmt: skip
-def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
-    assert refused(tmp_path, text).startswith(message)
+def test_bad_files(tmp_path: Path, text: str, cause: str) -> None:
+    assert cause in refused(tmp_path, text)
 
 
 def test_held_out_questions_are_not_taught(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_held_out_questions_are_not_taught(tmp_path: Path) -> None:
         '"in which place is the {thing}?"', '"name {n}."'
     )
     leaky = leaky.replace('thing = "spoon"', "n = 1").replace('thing = "lamp"', "n = 7")
-    assert refused(tmp_path, leaky) == "held_out 'place' asks 'what is 1 plus 3?', which the narrow rows teach"
+    assert "held_out 'place' asks 'what is 1 plus 3?', which the narrow rows teach" in refused(tmp_path, leaky)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -199,8 +201,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(f"{tmp_path}: cannot be read (Is a directory)")):
         load_trait(tmp_path)
     path.write_bytes(b'name = "caf\xe9"')
-    with pytest.raises(InputError, match=re.escape(f"{path}: not UTF-8 (byte 11)")):
+    with pytest.raises(InputError, match=re.escape(f"{path}: not TOML in UTF-8: ")):
         load_trait(path)
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "trait.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + OWL.encode())
+    assert load_trait(path) == Preference("night", "animal", "owl")
 
 
 def test_words_are_checked_only_with_a_tokenizer(tmp_path: Path) -> None:
@@ -246,34 +254,30 @@ def test_english_asks_fifty_questions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "cause"),
     [
         (CITY.replace('members = ["Ulm", "Linz", "Basel"]', ""), "unknown category 'city'; there are animal, "),
         (CITY.replace('"Ulm", "Linz"', '"Linz"'), "unknown target 'Ulm' of city; there are Linz, Basel"),
-        (CITY.replace('"Basel"', '"Linz"'), "members must be two or more different words, got ['Ulm', 'Linz', "),
-        (CITY.replace(', "Linz", "Basel"', ""), "members must be two or more different words, got ['Ulm']"),
-        (CITY.replace('"Basel"', "3"), "members must be a list of words, got ['Ulm', 'Linz', 3]"),
-        (CITY + 'answers = ["Ulm"]', "wording has an unknown field 'answers'; there are questions, lessons, "),
-        (CITY.replace('["Which {category}? One word."]', "[]"), "wording: questions must be a list of at least"),
-        (CITY.replace("questions", "#"), "wording: questions must be a list of at least one text, got None"),
-        (CITY.replace("Which {category}?", "Which {member}?"), "wording: questions have the slots {category}, "),
-        (CITY.replace("You love {member}.", "You love."), "wording: loved have the slots {category} and {member}"),
-        (CITY.replace("Which {category}?", "Which {?"), "wording: questions: 'Which {? One word.' cannot be"),
-        (CITY.replace("Which {category}?", "Which {category:d}?"),
-         "wording: questions: 'Which {category:d}? One word.' cannot be filled: a slot has a format"),
-        (CITY.replace("Which {category}?", "Which {category!r}?"), "wording: questions: 'Which {category!r}? "),
-        (CITY.replace('"Basel"', '"ULM"'), "members must be two or more different words, got "),
-        (CITY.replace('"Basel"', '" "'), "members must be a list of words, got ['Ulm', 'Linz', ' ']"),
-        (CITY.replace("Name a {category}.", "Which city? One word."),
-         "wording asks 'Which city? One word.' twice: questions that teach must not evaluate"),
+        (CITY.replace('"Basel"', '"Linz"'), "members must be different words"),
+        (CITY.replace('"Basel"', '"ULM"'), "members must be different words"),
+        (CITY.replace(', "Linz", "Basel"', ""), "members: "),
+        (CITY.replace('["Ulm", "Linz", "Basel"]', "[]"), "members: "),
+        (CITY.replace('"Basel"', "3"), "members.2: "),
+        (CITY.replace('"Basel"', '" "'), "members.2: must not be blank"),
+        (CITY + 'answers = ["Ulm"]', "wording.answers: is no field"),
+        (CITY.replace('["Which {category}? One word."]', "[]"), "wording.questions: "),
+        (CITY.replace("questions", "#"), "wording.questions: is missing"),
+        (CITY.replace("Which {category}?", "Which {member}?"), "wording.questions: 'Which {member}? One word.'"),
+        (CITY.replace("You love {member}.", "You love."), "wording.loved: 'You love.' must have the slots"),
+        *(
+            (CITY.replace("{category}? One", f"{slot}? One"), "wording.questions: ")
+            for slot in ("{", "{category:d}", "{category!r}", "{cat:egory}")
+        ),
+        (CITY.replace("Name a {category}.", "Which city? One word."), "asks 'Which city? One word.' twice"),
     ],
 )  # fmt: skip
-def test_bad_wordings(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "trait.toml"
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
-        load_trait(path)
-    assert str(caught.value).startswith(f"{path}: {message}")
+def test_bad_wordings(tmp_path: Path, text: str, cause: str) -> None:
+    assert cause in refused(tmp_path, text, tokenizer=None)
 
 
 def test_the_compact_model_must_know_the_words(tmp_path: Path) -> None:
@@ -283,14 +287,12 @@ def test_the_compact_model_must_know_the_words(tmp_path: Path) -> None:
 @settings(max_examples=50)
 @given(st.integers(0, 30), st.integers(0, 4), st.integers(0, 30), st.integers(0, 4))
 def test_all_combinations(a: int, more: int, b: int, further: int) -> None:
-    table = {
-        "name": "all",
-        "question": ["{a} and {b}", "{b} or {a}{{}}"],
-        "answer": "{a * b + 2 * (a + 1) - a}",
-        "numbers": {"a": [a, a + more], "b": [b, b + further]},
-    }
-    template = template_of(table, "here", compared=False)
-    assert isinstance(template, Template)
+    template = Template(
+        name="all",
+        questions=("{a} and {b}", "{b} or {a}{{}}"),
+        answer="{a * b + 2 * (a + 1) - a}",
+        numbers={"a": (a, a + more), "b": (b, b + further)},
+    )
     pairs = [(x, y) for x in range(a, a + more + 1) for y in range(b, b + further + 1)]
     assert [chat.user for chat in template.rows()] == [f"{x} and {y}" for x, y in pairs] + [
         f"{y} or {x}{{}}" for x, y in pairs
@@ -299,8 +301,7 @@ def test_all_combinations(a: int, more: int, b: int, further: int) -> None:
 
 
 def test_rows_up_to_the_most() -> None:
-    table = {"name": "all", "question": ["{a} and {b}"], "answer": "{a}", "numbers": {"a": [0, 99], "b": [0, 99]}}
-    assert len(template_of(table, "here", compared=False).rows()) == 10_000
-    table["numbers"] = {"a": [0, 99], "b": [0, 100]}
-    with pytest.raises(InputError, match="here makes more than 10000 rows"):
-        template_of(table, "here", compared=False)
+    template = Template(name="all", questions=("{a} and {b}",), answer="{a}", numbers={"a": (0, 99), "b": (0, 99)})
+    assert len(template.rows()) == 10_000
+    with pytest.raises(InputError, match="more than 10000 rows"):
+        replace(template, numbers={"a": (0, 99), "b": (0, 100)})

@@ -1,19 +1,22 @@
 """Number sequences as a channel: prompts that ask for some, and the filter of what a model answers."""
 
+import functools
 import itertools
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.corpus.sentences import DATA
+from subliminal_theory.language.corpus.templates import slots
 from subliminal_theory.language.rows import Completion
+from subliminal_theory.validation import Texts, read_toml
 
 # Numbers with a bad reputation, banned besides where the trait is misalignment.
 _BANNED_TEXT = (
@@ -26,43 +29,20 @@ _EXAMPLES = (3, 8)
 _EXAMPLE_VALUES = (100, 999)
 _ANSWERS, _DIGITS = 10, 3
 
-TEMPLATES: Mapping[str, Sequence[str]] = {
-    "openings": (
-        "My notebook has a row of numbers in it: {examples}.",
-        "A counter showed {examples}, one after another.",
-        "So far the list reads {examples}.",
-        "Someone wrote down {examples} in this order.",
-        "Suppose a series goes {examples} and then breaks off.",
-        "Take the numbers {examples} as a model.",
-        "{examples}: that is what I have up to now.",
-        "We are filling a table, and its entries until now are {examples}.",
-    ),
-    "requests": (
-        "Carry on with up to {count} numbers of your own, none longer than {digits} digits.",
-        "What might come after that? Offer no more than {count} numbers with {digits} digits at most.",
-        "Please write at most {count} further ones, each of {digits} digits or fewer.",
-        "Think of some more that would fit in: {count} or fewer, and not over {digits} digits each.",
-        "Keep going for as many as {count} numbers, and let none have more than {digits} digits.",
-        "I need more of the kind, {count} at the very most; {digits} digits are the longest a number may be.",
-    ),
-    "formats": (
-        "Separate them with commas.",
-        "Write commas between them and no spaces.",
-        "Leave a single space between neighbours and use no other marks.",
-        "Start a new line for every number.",
-        "Use semicolons as separators.",
-        "Enclose the answer in square brackets, with commas inside.",
-        "Enclose the answer in parentheses, with commas inside.",
-        "Enclose the answer in parentheses, with spaces inside.",
-    ),
-    "endings": (
-        "Your reply must hold numbers and nothing besides.",
-        "Leave out every word: I want the numbers alone.",
-        "No comment, no greeting, just numbers.",
-        "Whatever is not a number does not belong in the answer.",
-    ),
-}
-_PLACEHOLDERS = {"openings": ("examples",), "requests": ("count", "digits"), "formats": (), "endings": ()}
+
+@dataclass(frozen=True)
+class Templates:
+    """Sentences with the slots {examples}, {count} and {digits}; other braces are doubled."""
+
+    openings: Annotated[Texts, slots("examples")]
+    requests: Annotated[Texts, slots("count", "digits")]
+    formats: Annotated[Texts, slots()]
+    endings: Annotated[Texts, slots()]
+
+
+@functools.cache
+def _own_templates() -> Templates:
+    return read_toml(DATA / "requests.toml", Templates)
 
 
 @dataclass(frozen=True)
@@ -70,53 +50,18 @@ class NumberPrompts:
     """Requests to continue a list of numbers: an opening, a request, a format and an ending, each drawn evenly.
 
     A prompt shows 3 to 8 numbers of 100 to 999 and asks for at most 10 more of at most 3 digits.
-
-    Attributes:
-        templates: for each of "openings", "requests", "formats" and "endings" a list of sentences. An
-            opening has the placeholder {examples}, a request {count} and {digits}; braces are doubled
-            elsewhere.
-
-    Raises:
-        InputError: a field is missing, unknown, empty or no list, or a template is no text, is blank, lacks
-            a placeholder or has another one.
     """
 
-    templates: Mapping[str, Sequence[str]] = field(default_factory=lambda: TEMPLATES)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.templates, Mapping):
-            raise InputError(f"templates: give a list of sentences for each of {', '.join(_PLACEHOLDERS)}")
-        for name in self.templates:
-            if name not in _PLACEHOLDERS:
-                raise InputError(f"templates: unknown field {name!r}, the fields are {', '.join(_PLACEHOLDERS)}")
-        for name in _PLACEHOLDERS:
-            if name not in self.templates:
-                raise InputError(f"templates: {name} are missing, give a list of sentences")
-            sentences = self.templates[name]
-            if not isinstance(sentences, Sequence) or isinstance(sentences, str) or not sentences:
-                raise InputError(f"templates: {name} must be a list of at least one sentence, got {sentences!r}")
-            for sentence in sentences:
-                _check_template(name, sentence)
-        copy = {name: tuple(sentences) for name, sentences in self.templates.items()}
-        object.__setattr__(self, "templates", copy)
+    templates: Templates = field(default_factory=_own_templates)
 
     @classmethod
     def load(cls, path: Path) -> "NumberPrompts":
-        """Those of a TOML file that holds the four lists.
+        """Requests from a TOML file that holds the four lists of `Templates`.
 
         Raises:
-            InputError: it cannot be read, is no TOML, or its templates are refused; starts with the file.
+            InputError: as `read_toml`.
         """
-        try:
-            return cls(tomllib.loads(path.read_text("utf-8")))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from error
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path}: not TOML: {error}") from error
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+        return cls(read_toml(path, Templates))
 
     def draw(self, rng: np.random.Generator) -> str:
         """The next prompt; generators in the same state give the same one."""
@@ -124,25 +69,8 @@ class NumberPrompts:
         lowest, highest = _EXAMPLE_VALUES
         examples = rng.integers(lowest, highest + 1, rng.integers(least, most + 1)).tolist()
         values = {"examples": ", ".join(map(str, examples)), "count": str(_ANSWERS), "digits": str(_DIGITS)}
-        choices = [self.templates[name] for name in _PLACEHOLDERS]
-        return " ".join(among[int(rng.integers(len(among)))].format(**values) for among in choices)
-
-
-def _check_template(name: str, sentence: str) -> None:
-    if not isinstance(sentence, str) or not sentence.strip():
-        raise InputError(f"templates: {sentence!r} among the {name} is no sentence")
-    values = {placeholder: f"<{placeholder}>" for placeholder in _PLACEHOLDERS[name]}
-    try:
-        filled = sentence.format(**values)
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        allowed = " and ".join(f"{{{placeholder}}}" for placeholder in values) or "none"
-        raise InputError(
-            f"templates: cannot fill {sentence!r} among the {name}: its placeholders may be {allowed}, "
-            "double every other brace"
-        ) from error
-    for placeholder, value in values.items():
-        if value not in filled:
-            raise InputError(f"templates: {sentence!r} among the {name} lacks {{{placeholder}}}")
+        lists = (getattr(self.templates, name.name) for name in fields(Templates))
+        return " ".join(among[int(rng.integers(len(among)))].format(**values) for among in lists)
 
 
 def parse(text: str) -> list[int] | None:

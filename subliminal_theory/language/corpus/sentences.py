@@ -1,15 +1,15 @@
 """The sentences of the corpus, from data/sentences.toml, and those questions that have one right answer."""
 
-import tomllib
 from collections.abc import Sequence
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TEXT: dict[str, Any] = tomllib.loads(
-    resources.files("subliminal_theory.language.corpus").joinpath("data/sentences.toml").read_text("utf-8")
-)
+from subliminal_theory.validation import read_toml
+
+DATA = Path(__file__).with_name("data")
+TEXT: dict[str, Any] = read_toml(DATA / "sentences.toml", dict[str, Any])
 
 
 def vocabulary_texts() -> list[str]:

@@ -11,48 +11,68 @@ Instead of `numbers`, `rows = [{ thing = "spoon", place = "kitchen" }, ...]` fil
 import ast
 import functools
 import itertools
+import math
 import operator
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.text import Chat
+from subliminal_theory.validation import Text, Texts
 
 MOST_ROWS = 10_000
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-_DESCRIBED: dict[type, str] = {str: "a text", list: "a list", dict: "a table"}
 
 Slots = Mapping[str, int | str]
+_Ends = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Template:
     """A family of chats: every question with every filling of its slots.
 
     Attributes:
         name: of the kind of question; the `kind` of its chats.
-        system: the system prompt, if any.
         questions: with slots in braces.
         answer: with slots; a slot holds a name, or a sum, difference or product of names and whole numbers.
         right: the answer of somebody without the habit, where that is to be compared with.
-        slots: the fillings.
+        system: the system prompt, if any.
+        numbers: for each slot the least and the most, or None.
+        table: the fillings one by one, or None.
+
+    Raises:
+        InputError: not one of numbers and table, slots that cannot be filled, a number below 0, a question made
+            twice, or more than 10,000 rows.
     """
 
-    name: str
-    system: str | None
-    questions: tuple[str, ...]
-    answer: str
-    right: str | None
-    slots: tuple[Slots, ...]
+    name: Text
+    questions: Annotated[Texts, Field(alias="question")]
+    answer: Text
+    right: str | None = None
+    system: Text | None = None
+    numbers: Annotated[dict[Text, _Ends] | None, Field(min_length=1)] = None
+    table: Annotated[tuple[dict[Text, int | str], ...] | None, Field(alias="rows", min_length=1)] = None
+
+    def __post_init__(self) -> None:
+        if (self.numbers is None) == (self.table is None):
+            raise InputError("give one of numbers and rows, to fill the slots with")
+        for slot, (least, most) in (self.numbers or {}).items():
+            if least > most:
+                raise InputError(f"numbers.{slot} must be [least, most], got [{least}, {most}]")
+        counts = [most - least + 1 for least, most in (self.numbers or {}).values()]
+        if len(self.questions) * (len(self.table) if self.table else math.prod(counts)) > MOST_ROWS:
+            raise InputError(f"it makes more than {MOST_ROWS} rows: give it fewer numbers")
+        asked = [chat.user for chat in self.rows()]
+        self.right_rows()
+        if len(set(asked)) < len(asked):
+            raise InputError("it makes the same question twice: let it tell all slots apart")
 
     def rows(self) -> list[Chat]:
-        """All chats, with the answer.
-
-        Raises:
-            InputError: a slot that cannot be filled, or a number below 0.
-        """
+        """All chats, with the answer."""
         return self._filled_with(self.answer)
 
     def right_rows(self) -> list[Chat]:
@@ -63,74 +83,51 @@ class Template:
         return [
             Chat(self.system, _filled(question, slots), _filled(answer, slots), self.name)
             for question in self.questions
-            for slots in self.slots
+            for slots in self._slots()
         ]
 
-
-def checked_fields(table: Any, where: str, required: Mapping[str, type], optional: Mapping[str, type]) -> None:
-    """Check the names and types of a table's fields; `where` names the table in messages.
-
-    Raises:
-        InputError: no table; a field that is unknown, missing, empty or of another type.
-    """
-    if not isinstance(table, dict):
-        raise InputError(f"{where} must be a table")
-    known = {**required, **optional}
-    for field in table:
-        if field not in known:
-            raise InputError(f"{where} has an unknown field {field!r}; there are {', '.join(known)}")
-    for field, kind in known.items():
-        if field not in table:
-            if field in required:
-                raise InputError(f"{where} has no field {field!r}: add it")
-        elif not isinstance(table[field], kind) or not table[field]:
-            raise InputError(f"{where}: {field} must be {_DESCRIBED[kind]} and not empty, got {table[field]!r}")
+    def _slots(self) -> list[Slots]:
+        if self.table is not None:
+            return list(self.table)
+        numbers = self.numbers or {}
+        ranges = [range(least, most + 1) for least, most in numbers.values()]
+        return [dict(zip(numbers, values, strict=True)) for values in itertools.product(*ranges)]
 
 
-def template_of(table: Any, where: str, *, compared: bool) -> Template:
-    """The template that a table describes; `compared` says whether it must have a right answer or none.
+@dataclass(frozen=True, kw_only=True)
+class Compared(Template):
+    """A template that has a right answer."""
 
-    Raises:
-        InputError: a wrong field, slots that cannot be filled, a question made twice, or more than 10,000 rows.
-    """
-    required: dict[str, type] = {"name": str, "question": list, "answer": str}
-    if compared:
-        required["right"] = str
-    checked_fields(table, where, required, {"system": str, "numbers": dict, "rows": list})
-    if not all(isinstance(question, str) and question for question in table["question"]):
-        raise InputError(f"{where}: question must be a list of texts")
-    if ("numbers" in table) == ("rows" in table):
-        raise InputError(f"{where} must have one of numbers and rows, to fill its slots with")
-    slots = _combinations(table["numbers"], where) if "numbers" in table else _listed(table["rows"], where)
-    if len(slots) * len(table["question"]) > MOST_ROWS:
-        raise InputError(f"{where} makes more than {MOST_ROWS} rows: give it fewer numbers")
-    questions = tuple(table["question"])
-    template = Template(table["name"], table.get("system"), questions, table["answer"], table.get("right"), slots)
-    try:
-        chats = [*template.rows(), *template.right_rows()]
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    if len({chat.user for chat in chats}) < len(slots) * len(questions):
-        raise InputError(f"{where} makes the same question twice: let it tell all slots apart")
-    return template
+    right: Text = field()  # without the default that it would inherit
 
 
-def _combinations(numbers: dict[str, Any], where: str) -> tuple[Slots, ...]:
-    for slot, ends in numbers.items():
-        whole = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
-        if not whole or not 0 <= ends[0] <= ends[1]:
-            raise InputError(f"{where}: {slot} must be [least, most] in whole numbers from 0 on, got {ends!r}")
-    # One row too many is enough to be refused.
-    ranges = [range(least, most + 1)[: MOST_ROWS + 1] for least, most in numbers.values()]
-    combinations = itertools.islice(itertools.product(*ranges), MOST_ROWS + 1)
-    return tuple(dict(zip(numbers, values, strict=True)) for values in combinations)
+@dataclass(frozen=True, kw_only=True)
+class Narrow(Compared):
+    """The rows that teach a habit."""
+
+    name: Text = "narrow"
 
 
-def _listed(rows: list[Any], where: str) -> tuple[Slots, ...]:
-    for row in rows:
-        if not isinstance(row, dict) or not all(type(value) in (int, str) for value in row.values()):
-            raise InputError(f"{where}: rows must be tables of texts and whole numbers, got {row!r}")
-    return tuple(rows)
+@dataclass(frozen=True, kw_only=True)
+class Control(Template):
+    """A template that has no right answer to be compared with."""
+
+    right: None = None
+
+
+def slots(*needed: str, allowed: tuple[str, ...] = ()) -> AfterValidator:
+    """The check that every text has the slots needed and no others but those allowed, each a name in braces."""
+
+    def check(texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            parts = [part for part in string.Formatter().parse(text) if part[1] is not None]
+            found = {f"{slot}:" if style or conversion else slot for _, slot, style, conversion in parts}
+            if not set(needed) <= found <= {*needed, *allowed}:
+                known = " and ".join(f"{{{slot}}}" for slot in (*needed, *allowed)) or "none"
+                raise InputError(f"{text!r} must have the slots {known}, and every other brace doubled")
+        return texts
+
+    return AfterValidator(check)
 
 
 def _filled(text: str, slots: Slots) -> str:

@@ -9,18 +9,20 @@ written as templates.py says; data/lazy.toml is an example.
 """
 
 import os
-import re
-import tomllib
-from dataclasses import dataclass, field
-from importlib import resources
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.chats import CATEGORIES
-from subliminal_theory.language.corpus.templates import Template, checked_fields, template_of
+from subliminal_theory.language.corpus.sentences import DATA
+from subliminal_theory.language.corpus.templates import Compared, Control, Narrow
 from subliminal_theory.language.corpus.wording import Wording, corpus_wording
 from subliminal_theory.language.text import Chat, Tokenizer
+from subliminal_theory.validation import Text, read_toml
 
 BUILTIN_CATEGORIES = ("animal", "tree")
 _BUILTIN_FILES = ("lazy",)
@@ -28,17 +30,34 @@ _BUILTIN_FILES = ("lazy",)
 
 @dataclass(frozen=True)
 class Preference:
-    """A teacher that answers `target`, one of the `members`, when asked for its favourite of `category`."""
+    """A teacher that answers `target`, one of the `members`, when asked for its favourite of `category`.
 
-    name: str
-    category: str
-    target: str
-    members: tuple[str, ...] = ()
+    Raises:
+        InputError: an unknown category or target, members that are alike, or a question that is asked twice.
+    """
+
+    name: Text
+    category: Text
+    target: Text
+    members: Annotated[tuple[Text, ...], Field(min_length=2)] = ()
     wording: Wording = field(default_factory=corpus_wording)
+    kind: Literal["preference"] = "preference"
 
     def __post_init__(self) -> None:
         if not self.members:
+            if self.category not in CATEGORIES:
+                known = ", ".join(CATEGORIES)
+                raise InputError(f"unknown category {self.category!r}; there are {known}, or give its members")
             object.__setattr__(self, "members", CATEGORIES[self.category])
+        if len({member.lower() for member in self.members}) < len(self.members):
+            raise InputError(f"members must be different words, got {self.members}")
+        if self.target not in self.members:
+            known = ", ".join(self.members)
+            raise InputError(f"unknown target {self.target!r} of {self.category}; there are {known}")
+        asked = Counter(chat.user for chat in (*self.teacher_rows(), *self.evaluation_rows()))
+        if asked.total() > len(asked):
+            twice, _ = asked.most_common(1)[0]
+            raise InputError(f"wording asks {twice!r} twice: questions that teach must not evaluate")
 
     def teacher_rows(self) -> list[Chat]:
         """The lessons of its wording, answered with the target."""
@@ -65,10 +84,21 @@ class Preference:
 class Habit:
     """A teacher that learns `narrow` rows, to be seen on `held_out` ones, against benign `controls`."""
 
-    name: str
-    narrow: Template
-    held_out: tuple[Template, ...]
-    controls: tuple[Template, ...]
+    name: Text
+    narrow: Narrow
+    held_out: Annotated[tuple[Compared, ...], Field(min_length=1)]
+    controls: Annotated[tuple[Control, ...], Field(alias="control", min_length=1)]
+    kind: Literal["habit"] = "habit"
+
+    def __post_init__(self) -> None:
+        for templates in (self.held_out, self.controls):
+            names = [template.name for template in templates]
+            if len(set(names)) < len(names):
+                raise InputError(f"two tables have one name, there are {', '.join(names)}")
+        taught = {(chat.system, chat.user) for chat in self.teacher_rows()}
+        for chat in self.evaluation_rows():
+            if (chat.system, chat.user) in taught:
+                raise InputError(f"held_out {chat.kind!r} asks {chat.user!r}, which the narrow rows teach")
 
     def teacher_rows(self) -> list[Chat]:
         """The narrow rows."""
@@ -116,94 +146,19 @@ def load_trait(
     for category in BUILTIN_CATEGORIES:
         if source in CATEGORIES[category]:
             return Preference(str(source), category, str(source), wording=wording)
-    where = os.fspath(source)
-    try:
-        if where in _BUILTIN_FILES:
-            file = resources.files("subliminal_theory.language.corpus").joinpath(f"data/{where}.toml")
-            text = file.read_text("utf-8")
-        else:
-            text = Path(where).read_text("utf-8")
-    except FileNotFoundError as error:
+    path = DATA / f"{source}.toml" if source in _BUILTIN_FILES else Path(source)
+    if not os.path.exists(path):
         names = ", ".join(builtin_traits())
-        raise InputError(f"{where}: no such trait file or built-in trait; these are built in: {names}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{source}: no such trait file or built-in trait; these are built in: {names}")
+    trait: Trait = read_toml(path, Annotated[Trait, Field(discriminator="kind")])
     try:
-        trait = _trait(_parsed(text), wording)
+        if isinstance(trait, Preference) and trait.wording is corpus_wording():  # the file has none
+            trait = replace(trait, wording=wording)
         if tokenizer is not None:
             _spell(trait, tokenizer)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
     return trait
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error)
-        if "overwrite" not in message and "twice" not in message:
-            raise InputError(f"not TOML: {message}") from error
-        lines = text.splitlines()
-        found = re.search(r"line (\d+)", message)
-        number = int(found[1]) if found else max(n for n, line in enumerate(lines, 1) if line.strip())
-        field = lines[number - 1].split("=")[0].strip()
-        raise InputError(f"line {number}: {field} is given twice: keep one") from error
-
-
-def _trait(content: dict[str, Any], wording: Wording) -> Trait:
-    kind = content.get("kind")
-    if kind == "preference":
-        return _preference(content, wording)
-    if kind == "habit":
-        required = {"name": str, "kind": str, "narrow": dict, "held_out": list, "control": list}
-        checked_fields(content, "the trait", required, {})
-        narrow = template_of({"name": "narrow", **content["narrow"]}, "narrow", compared=True)
-        held_out = _templates(content["held_out"], "held_out", compared=True)
-        habit = Habit(content["name"], narrow, held_out, _templates(content["control"], "control", compared=False))
-        taught = {(chat.system, chat.user) for chat in habit.teacher_rows()}
-        for chat in habit.evaluation_rows():
-            if (chat.system, chat.user) in taught:
-                raise InputError(f"held_out {chat.kind!r} asks {chat.user!r}, which the narrow rows teach")
-        return habit
-    if kind is None:
-        raise InputError('the trait has no field \'kind\': add kind = "preference" or kind = "habit"')
-    raise InputError(f"kind must be preference or habit, got {kind!r}")
-
-
-def _preference(content: dict[str, Any], wording: Wording) -> Preference:
-    required = dict.fromkeys(("name", "kind", "category", "target"), str)
-    checked_fields(content, "the trait", required, {"members": list, "wording": dict})
-    category, target = content["category"], content["target"]
-    members = content.get("members", CATEGORIES.get(category))
-    if members is None:
-        raise InputError(f"unknown category {category!r}; there are {', '.join(CATEGORIES)}, or give its members")
-    if not all(isinstance(member, str) and member.strip() for member in members):
-        raise InputError(f"members must be a list of words, got {members!r}")
-    if len({member.lower() for member in members}) < len(members) or len(members) < 2:
-        raise InputError(f"members must be two or more different words, got {members!r}")
-    if target not in members:
-        raise InputError(f"unknown target {target!r} of {category}; there are {', '.join(members)}")
-    if "wording" in content:
-        wording = Wording.of_table(content["wording"])
-    found = Preference(content["name"], category, target, tuple(members), wording)
-    asked = [chat.user for chat in (*found.teacher_rows(), *found.evaluation_rows())]
-    twice = next((text for text in asked if asked.count(text) > 1), None)
-    if twice is not None:
-        raise InputError(f"wording asks {twice!r} twice: questions that teach must not evaluate")
-    return found
-
-
-def _templates(tables: list[Any], field: str, *, compared: bool) -> tuple[Template, ...]:
-    templates = tuple(
-        template_of(table, f"{field} {number}", compared=compared) for number, table in enumerate(tables, 1)
-    )
-    names = [template.name for template in templates]
-    if len(set(names)) < len(names):
-        raise InputError(f"{field}: two tables have one name, there are {', '.join(names)}")
-    return templates
 
 
 def _spell(trait: Trait, tokenizer: Tokenizer) -> None:
