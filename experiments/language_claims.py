@@ -9,11 +9,12 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from matplotlib.figure import Figure
+from pydantic import AfterValidator
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate, paired_difference, t_interval
@@ -26,11 +27,21 @@ from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, 
 from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe
 
 REGISTRY = Path(__file__).with_name("claims.toml")
-EXPECTED = ("lower", "higher", "no lower", "no higher")
 METRICS = ("probability", "others")
 VERDICTS = {"agrees": COLORS[2], "disagrees": COLORS[3], "cannot be told": COLORS[1]}
-_KNOWN = ("claim", "source", "variant", "against", "expected")
 _APART = {**VARIANT_CHOICES, "metric": METRICS}
+
+
+def _side(side: dict[str, Any]) -> dict[str, Any]:
+    known = [*RECIPE_FIELDS, *_APART]
+    for name, value in side.items():
+        if name not in known:
+            raise InputError(f"setting {name!r} does not exist; there are {', '.join(known)}")
+        if name in _APART and value not in _APART[name]:
+            raise InputError(f"{name} must be one of {', '.join(map(str, _APART[name]))}, got {value!r}")
+    changes: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in side.items()}
+    Recipe(**{name: value for name, value in changes.items() if name in RECIPE_FIELDS})
+    return changes
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,10 @@ class Claim:
     name: str
     claim: str
     source: str
-    variant: Mapping[str, Any]
-    against: Mapping[str, Any]
-    expected: str
-    margin: float
+    expected: Literal["lower", "higher", "no lower", "no higher"]
+    variant: Annotated[dict[str, Any], AfterValidator(_side)] = field(default_factory=dict)
+    against: Annotated[dict[str, Any], AfterValidator(_side)] = field(default_factory=dict)
+    margin: float = 0.0
 
 
 @functools.cache
@@ -53,31 +64,7 @@ def registered(path: Path = REGISTRY) -> Mapping[str, Claim]:
     Raises:
         InputError: the file cannot be read, or an entry lacks a field or has one that does not exist; names it.
     """
-    entries, registry = read_registry(path, "claim", "claim", ("claim", "source", "expected"), _KNOWN)
-    found = {}
-    for name, (where, entry, source) in entries.items():
-        if entry["expected"] not in EXPECTED:
-            raise InputError(f"{where}: expected must be one of {', '.join(EXPECTED)}, got {entry['expected']!r}")
-        sides = [_checked(where, entry.get(side, {})) for side in ("variant", "against")]
-        margin = registry.get("margin", 0.0)
-        found[name] = Claim(name, entry["claim"], source, sides[0], sides[1], entry["expected"], margin)
-    return found
-
-
-def _checked(where: str, side: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in side.items():
-        if name not in RECIPE_FIELDS and name not in _APART:
-            raise InputError(
-                f"{where}: setting {name!r} does not exist; there are {', '.join([*RECIPE_FIELDS, *_APART])}"
-            )
-        if name in _APART and value not in _APART[name]:
-            raise InputError(f"{where}: {name} must be one of {', '.join(map(str, _APART[name]))}, got {value!r}")
-    changes: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in side.items()}
-    try:
-        Recipe(**{name: value for name, value in changes.items() if name in RECIPE_FIELDS})
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    return changes
+    return read_registry(path, "claim", Claim)
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,33 @@
 """Registries: TOML files of entries that each name one of the file's sources."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.validation import read_toml, validated
 
 T = TypeVar("T")
 
 
-class Entry(NamedTuple):
-    """An entry as it stands in the file, where that is, and its source written out."""
+def read_registry(path: Path, table: str, kind: Any) -> dict[str, Any]:
+    """The entries [table.NAME] of a registry by name, as values of a dataclass with the source written out.
 
-    where: str
-    fields: Mapping[str, Any]
-    source: str
-
-
-def read_registry(
-    path: Path, table: str, what: str, required: Sequence[str], known: Sequence[str]
-) -> tuple[dict[str, Entry], Mapping[str, Any]]:
-    """The entries [table.NAME] of a registry, by name, and the whole file; `what` an entry is called in messages.
+    All else at the top of the file, apart from [sources], is a field of every entry.
 
     Raises:
-        InputError: the file cannot be read, or an entry lacks a field, has an unknown one or an unlisted source;
-            names the entry.
+        InputError: the file cannot be read, or an entry is refused or has an unlisted source; names the entry.
     """
-    try:
-        registry = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot read the registry {path}: {error}") from error
-    sources, found = registry.get("sources", {}), {}
-    for name, fields in registry.get(table, {}).items():
-        where = f"{path.name}: {name}"
-        for field in required:
-            if field not in fields:
-                raise InputError(f"{where} has no {field}: every {what} needs one")
-        for field in fields:
-            if field not in known:
-                raise InputError(f"{where}: unknown field {field!r}; there are {', '.join(known)}")
-        if fields["source"] not in sources:
-            raise InputError(f"{where}: source {fields['source']!r} is not listed under [sources]")
-        found[name] = Entry(where, fields, sources[fields["source"]])
-    return found, registry
+    content = read_toml(path, dict[str, Any])
+    sources, entries = content.pop("sources", {}), content.pop(table, {})
+    found = {}
+    for name, fields in entries.items():
+        entry = validated({**content, **fields, "name": name}, kind, f"{path}: {name}")
+        if entry.source not in sources:
+            raise InputError(f"{path}: {name}: source {entry.source!r} is not listed under [sources]")
+        found[name] = replace(entry, source=sources[entry.source])
+    return found
 
 
 def pick(entries: Mapping[str, T], names: Sequence[str], what: str) -> list[T]:

@@ -1,13 +1,15 @@
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from experiments import reproduce
 from experiments.app import command as command_line
+from experiments.flags.digits import Setting, _teacher
+from experiments.language_claims import Claim, registered
 from experiments.published import REGISTRY, Number, published, select
-from experiments.setting import Setting
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate
 
@@ -54,29 +56,66 @@ def test_one_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old", "new", "cause"),
     [
-        ('source = "somebody"\n', "", "numbers.toml: one has no source: every published number needs one"),
-        ("tolerance = 0.05\n", "", "numbers.toml: one has no tolerance: every published number needs one"),
-        ("value = 0.5\n", "", "numbers.toml: one has no value: every published number needs one"),
-        ("tolerance = 0.05", "tolerance = 0", "numbers.toml: one: tolerance must be above 0, got 0"),
-        ('"somebody"\nv', '"nobody"\nv', "numbers.toml: one: source 'nobody' is not listed under [sources]"),
-        ("value", "color = 1\nvalue", "numbers.toml: one: unknown field 'color'; there are source, who, "),
-        ("value", 'who = "me"\nvalue', "numbers.toml: one: who 'me' is unknown; there are student, teacher, "),
-        ("value", "setting = { breadth = 3 }\nvalue", "numbers.toml: one: setting 'breadth' does not exist; "),
-        ("value", "setting = { depth = -3 }\nvalue", "numbers.toml: one: depth must be at least 0, got -3"),
-        ("[sources]", "[sources", "cannot read the registry "),
+        ('source = "somebody"\n', "", "one: source: is missing"),
+        ("tolerance = 0.05\n", "", "one: tolerance: is missing"),
+        ("value = 0.5\n", "", "one: value: is missing"),
+        ("tolerance = 0.05", "tolerance = 0", "one: tolerance: "),
+        ('"somebody"\nv', '"nobody"\nv', "one: source 'nobody' is not listed under [sources]"),
+        ("value", "color = 1\nvalue", "one: color: is no field"),
+        ("value", 'who = "me"\nvalue', "one: who: "),
+        ("value", "setting = { breadth = 3 }\nvalue", "one: setting.breadth: is no field"),
+        ("value", "setting = { depth = -3 }\nvalue", "one: setting: --depth must be at least 0, got -3"),
+        ("[sources]", "[sources", "not TOML"),
     ],
 )
-def test_bad_entries(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_bad_entries(tmp_path: Path, old: str, new: str, cause: str) -> None:
     assert old in ENTRY
-    with pytest.raises(InputError) as caught:
-        published(registry(tmp_path, ENTRY.replace(old, new, 1)))
-    assert str(caught.value).startswith(message) or (message.startswith("cannot") and message in str(caught.value))
+    path = registry(tmp_path, ENTRY.replace(old, new, 1))
+    with pytest.raises(InputError, match=re.escape(f"{path}: {cause}")):
+        published(path)
+
+
+CLAIM = """
+margin = 0.05
+[sources]
+paper = "P"
+[claim.one]
+claim = "it is so"
+source = "paper"
+expected = "lower"
+variant = { rank = 2, start = "other" }
+"""
+
+
+def test_one_claim(tmp_path: Path) -> None:
+    claim = registered(registry(tmp_path, CLAIM))["one"]
+    assert claim == Claim("one", "it is so", "P", "lower", {"rank": 2, "start": "other"}, {}, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cause"),
+    [
+        *((f"{line}\n", "", f"{line.split()[0]}: is missing") for line in CLAIM.split("\n")[5:8]),
+        ('"paper"', '"blog"', "source 'blog' is not listed under [sources]"),
+        ('"lower"', '"maybe"', "expected: "),
+        ("variant", 'color = "red"\nvariant', "color: is no field"),
+        ("rank = 2", "order = 'upside down'", "variant: --order 'upside down' is unknown; there are as written, "),
+        ("variant", "against = { start = 'mars' }\nvariant", "against: start must be one of own, other, "),
+        ("rank", "speed", "variant: setting 'speed' does not exist; there are teacher, "),
+        ("margin", "margins", "margins: is no field"),
+    ],
+)
+def test_bad_claims(tmp_path: Path, old: str, new: str, cause: str) -> None:
+    assert old in CLAIM
+    path = registry(tmp_path, CLAIM.replace(old, new, 1))
+    with pytest.raises(InputError, match=re.escape(f"{path}: one: {cause}")):
+        registered(path)
 
 
 def test_missing_registry(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read the registry"):
+    with pytest.raises(InputError, match="cannot be read"):
         published(tmp_path / "none.toml")
 
 
@@ -98,12 +137,12 @@ def test_without_ids_all_are_meant(tmp_path: Path, capsys: pytest.CaptureFixture
     assert command_line.main(["reproduce", "--seeds", "0", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "error: --seeds must be at least 1, got 0\n"
     assert len(reproduce.plan(reproduce.configure(None, {"seeds": 1}))) == len(
-        {number.setting.teacher_only() for number in published().values()}
+        {_teacher(number.setting) for number in published().values()}
     )
 
 
 def number(interval: float = math.nan) -> Number:
-    return Number("n", "s", Setting(), value=0.5, tolerance=0.05, interval=interval)
+    return Number("n", "s", value=0.5, tolerance=0.05, interval=interval)
 
 
 @pytest.mark.parametrize(
