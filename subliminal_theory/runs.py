@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,14 +27,14 @@ import jax
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate, t_interval
-from subliminal_theory.files import write_atomically
+from subliminal_theory.files import locked, write_atomically
 
 FORMAT = 1
 COLUMNS = ("condition", "seed", "metric", "value")
 # What `write_atomically` leaves when it is killed.
 LEFTOVER = re.compile(r"\..+\.(json|jsonl|csv|png|pdf)\.\d+\.tmp")
-# How the processes of a run know of each other.
-HEARTBEAT = re.compile(r"\.process-.+\.json")
+# Seconds after which no process can still be writing such a file.
+OLD = 60
 Row = Mapping[str, Any]
 
 
@@ -115,10 +116,9 @@ def load_results(path: Path) -> Results:
 class RunDirectory:
     """The folder of one run; make it with `RunDirectory.open`."""
 
-    def __init__(self, path: Path, parts: dict[str, dict[str, Any]], provenance: dict[str, Any]) -> None:
+    def __init__(self, path: Path, parts: dict[str, dict[str, Any]] | None = None) -> None:
         self.path = path
-        self._parts = parts
-        self._provenance = provenance
+        self._parts = parts or {}
 
     @classmethod
     def open(
@@ -129,11 +129,10 @@ class RunDirectory:
         *,
         resume: bool,
         command: str,
-        processes: int = 1,
     ) -> "RunDirectory":
         """Start a run in a new or empty folder, or take up one of the same configuration.
 
-        The provenance records `processes`, the number of processes, each on a device and processor like this one.
+        Other processes may take up the same run meanwhile: one after the other opens it.
 
         Raises:
             InputError: the folder cannot be written, is not empty, holds a run of another configuration,
@@ -141,27 +140,27 @@ class RunDirectory:
         """
         wanted = json.loads(json.dumps({"format": FORMAT, "experiment": experiment, "config": config}))
         try:
-            (path / "parts").parent.mkdir(parents=True, exist_ok=True)
-            names = [entry.name for entry in path.iterdir()]
-        except OSError as error:
-            raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
-        if all(LEFTOVER.fullmatch(entry) or HEARTBEAT.fullmatch(entry) for entry in names):
-            write_atomically(path / "config.json", _json(wanted))
-        else:
-            _require_same(path, wanted, resume)
-        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _require_mine(path, wanted, resume)
             (path / "parts").mkdir(exist_ok=True)
+            with locked(path / "parts"):
+                return cls._opened(path, wanted, resume, command)
         except OSError as error:
             raise InputError(f"cannot use output folder {path}: {error.strerror}; choose another --out") from error
+
+    @classmethod
+    def _opened(cls, path: Path, wanted: dict[str, Any], resume: bool, command: str) -> "RunDirectory":
+        if _require_mine(path, wanted, resume):
+            write_atomically(path / "config.json", _json(wanted))
         parts = {file.stem: _read_part(file) for file in sorted((path / "parts").glob("*.json"))}
-        provenance = read_provenance(path)
         for leftover in [*path.glob(".*.tmp"), *path.glob("parts/.*.tmp")]:
-            if LEFTOVER.fullmatch(leftover.name):
+            if LEFTOVER.fullmatch(leftover.name) and time.time() - leftover.stat().st_mtime > OLD:
                 leftover.unlink(missing_ok=True)
-        provenance["invocations"].append({"command": command, "processes": processes, **environment()})
+        provenance = read_provenance(path)
+        provenance["invocations"].append({"command": command, **environment()})
         # Now, not only at the end: the parts of a run that is killed were made by this invocation.
         write_atomically(path / "provenance.json", _json(provenance))
-        return cls(path, parts, provenance)
+        return cls(path, parts)
 
     def finished(self, part: str) -> bool:
         """Whether a part's rows are stored."""
@@ -203,8 +202,12 @@ class RunDirectory:
             for group, e in results.estimates()
         ]
         write_atomically(self.path / "summary.json", _json(summary))
-        self._provenance["seconds"] = {part: round(self._parts[part]["seconds"], 3) for part in order}
-        write_atomically(self.path / "provenance.json", _json(self._provenance))
+        with locked(self.path / "parts"):
+            provenance = read_provenance(self.path)
+            provenance["seconds"] = {part: round(self._parts[part]["seconds"], 3) for part in order}
+            write_atomically(self.path / "provenance.json", _json(provenance))
+        for claim in (self.path / "parts").glob("*.lock"):  # all parts are stored: nobody needs one any more
+            claim.unlink(missing_ok=True)
         return results
 
     def save_figure(self, draw: Callable[[io.BytesIO, str], None]) -> None:
@@ -239,6 +242,15 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _require_mine(path: Path, wanted: dict[str, Any], resume: bool) -> bool:
+    """Whether a folder is as good as empty; refuses one that holds anything but the run that is wanted."""
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".lock")]
+    if all(LEFTOVER.fullmatch(file.name) for file in files):
+        return True
+    _require_same(path, wanted, resume)
+    return False
 
 
 def _require_same(path: Path, wanted: dict[str, Any], resume: bool) -> None:

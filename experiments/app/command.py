@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory, load_results
 
 from . import workers
-from .contract import PACKAGE, PROGRAM, Parser, Part, configure
+from .contract import PACKAGE, PROGRAM, Parser, configure
 from .progress import progress
 
 
@@ -96,65 +95,28 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
     for field in dataclasses.fields(next(iter(module.PRESETS.values()))):
         if words := field.metadata.get("positional") and options.pop(field.name, None):
             options[field.name] = ",".join(words)
-    flags = workers.take_flags(options)
-    path = Path(out) if out is not None else Path("runs") / name
+    count, path = options.pop("devices"), Path(out) if out is not None else Path("runs") / name
     _use_compilation_cache()
-    team = workers.meet(flags)
-    with workers.Watch(team, path) as watch:
-        config = configure(module, preset, options)
-        settings = {
-            field.name: getattr(config, field.name)
-            for field in dataclasses.fields(config)
-            if field.metadata.get("recorded", True)
-        }
-        devices = workers.local_devices(flags.devices)
-        parts = module.plan(config)
-        workers.first_devices(parts, devices)  # before anything is written
-        if team.process > 0:
-            wanted = set(team.share(watch.published(settings)))
-            store = RunDirectory(path, {}, {}).save
-            workers.compute([part for part in parts if part.name in wanted], devices, store, lambda part: None)
-            watch.wait()
-            return 0
-        command = shlex.join([*PROGRAM, name, *arguments])
-        directory = RunDirectory.open(
-            path, name, settings, resume=resume, command=command, processes=team.processes
-        )
-        workers.clear(path, team)
-        waiting = [part for part in parts if not directory.finished(part.name)]
-        if len(waiting) < len(parts):
-            print(f"{len(parts) - len(waiting)} of {len(parts)} parts are finished already", file=sys.stderr)
-        watch.publish(settings, [part.name for part in waiting])
-        _compute(name, directory, team, waiting, devices)
-        directory.finish([part.name for part in parts])
-        draw(path, module, config)
-        print(module.report(load_results(path), config))
-        print(f"written to {path}{os.sep}: figure.png, figure.pdf, results.csv, summary.json, provenance.json")
-    return 0
-
-
-def _compute(
-    name: str, directory: RunDirectory, team: workers.Team, waiting: list[Part], devices: list[jax.Device]
-) -> None:
-    """Compute the share of process 0 and take in what the others store, until nothing is waiting."""
-    own = team.share(waiting)
-    names = {part.name for part in own}
-    others = [part for part in waiting if part.name not in names]
+    config = configure(module, preset, options)
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.metadata.get("recorded", True)
+    }
+    devices, parts = workers.local_devices(count), module.plan(config)
+    workers.first_devices(parts, devices)  # before anything is written
+    command = shlex.join([*PROGRAM, name, *arguments])
+    directory = RunDirectory.open(path, name, settings, resume=resume, command=command)
+    waiting = [part for part in parts if not directory.finished(part.name)]
+    if len(waiting) < len(parts):
+        print(f"{len(parts) - len(waiting)} of {len(parts)} parts are finished already", file=sys.stderr)
     with progress(name, sum(part.size for part in waiting)) as advance:
-
-        def collect() -> None:
-            for part in [part for part in others if directory.collect(part.name)]:
-                others.remove(part)
-                advance(part.size)
-
-        def finished(part: Part) -> None:
-            advance(part.size)
-            collect()
-
-        workers.compute(own, devices, directory.save, finished)
-        while others:
-            time.sleep(workers.TICK)
-            collect()
+        workers.compute(directory, waiting, devices, lambda part: advance(part.size))
+    directory.finish([part.name for part in parts])
+    draw(path, module, config)
+    print(module.report(load_results(path), config))
+    print(f"written to {path}{os.sep}: figure.png, figure.pdf, results.csv, summary.json, provenance.json")
+    return 0
 
 
 def draw(path: Path, module: types.ModuleType, config: Any) -> None:
@@ -170,7 +132,7 @@ def draw(path: Path, module: types.ModuleType, config: Any) -> None:
     def save(file: Any, kind: str) -> None:
         figure.savefig(file, format=kind, dpi=200, metadata=metadata[kind])
 
-    RunDirectory(path, {}, {}).save_figure(save)
+    RunDirectory(path).save_figure(save)
     pyplot.close(figure)
 
 

@@ -2,9 +2,7 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +26,7 @@ TRAINING = [
     *("mnist", "--data", "digits", "--seeds", 4, "--epochs", 1, "--student-epochs", 1),
     *("--depth", 1, "--width", 16, "--aux", 4, "--batch-size", 128),
 ]
+END = "8 rows\nwritten to {out}/: figure.png, figure.pdf, results.csv, summary.json, provenance.json\n"
 # An experiment whose parts take as long as a test wants and can fail; it notes where each was computed.
 TOY = """
 import functools, os, signal, sys, time, types
@@ -75,8 +74,7 @@ module.report = lambda results, config: f"{len(results.rows)} rows"
 module.plot = lambda results, config: Figure(figsize=(1, 1))
 sys.modules["experiments.toy"] = module
 command_line.discover = lambda: {"toy": "A toy."}
-workers.TICK, workers.SILENCE, workers.ABSENCE = 0.1, int(os.environ.get("TOY_SILENCE", 40)), 60
-workers.MEETING = 60
+workers.TICK = 0.1
 if __name__ == "__main__":
     Path(os.environ["TOY_LOG"] + f".{os.getpid()}").touch()
     workers.leave(command_line.main(["toy", *sys.argv[1:]]))
@@ -98,11 +96,6 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 Process = subprocess.Popen[str]
@@ -132,12 +125,6 @@ def end(process: Process, seconds: float = 100) -> tuple[int, str, str]:
 def run(*command: object) -> tuple[int, str, str]:
     with started([*command]) as (process,):
         return end(process)
-
-
-def together(count: int, *command: object) -> list[list[object]]:
-    """The commands of several processes that meet on this machine."""
-    meeting = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", count]
-    return [[*command, *meeting, "--process", number] for number in range(count)]
 
 
 def wait_for(condition: Callable[[], bool], process: Process) -> None:
@@ -196,7 +183,7 @@ def test_error_in_a_part(devices: int, tmp_path: Path, toy: list[object]) -> Non
     out = tmp_path / "run"
     command = [*toy, "--devices", devices, "--seeds", 30, "--pause", 0.05, "--fault", "input", "--out", out]
     assert run(*command) == (2, "", "error: part 3 does not converge\n")
-    stored = [path.name for path in sorted((out / "parts").iterdir())]
+    stored = [path.name for path in sorted((out / "parts").glob("*.json"))]
     assert {"seed-000.json", "seed-001.json", "seed-002.json"} <= {*stored}
     assert len(stored) <= 2 + devices
     assert sorted(f"seed-{seed:03d}.json" for *_, seed in log(tmp_path)) == stored
@@ -220,9 +207,9 @@ def test_interrupt(tmp_path: Path, toy: list[object]) -> None:
         assert end(process, 10) == (130, "", expected)
 
 
-def test_order_of_threads() -> None:
+def test_order_of_threads(tmp_path: Path) -> None:
     """The third part fails while the first and second are computed: they are saved, the fourth is not begun."""
-    saved, failed = [], threading.Event()
+    failed = threading.Event()
 
     def part(number: int) -> Part:
         def work() -> list[Any]:
@@ -235,14 +222,16 @@ def test_order_of_threads() -> None:
         return Part(str(number), 1, work)
 
     device = jax.local_devices()[0]
+    directory = RunDirectory.open(tmp_path / "run", "toy", {}, resume=False, command="toy")
     counted: list[str] = []
     with pytest.raises(InputError, match="third"):
         workers.compute(
+            directory,
             [part(number) for number in range(9)],
             [device] * 3,
-            lambda name, rows, seconds: saved.append(name),
             lambda part: counted.append(part.name),
         )
+    saved = [path.stem for path in (tmp_path / "run" / "parts").glob("*.json")]
     assert {"0", "1"} <= set(saved)
     assert sorted(counted) == sorted(saved)
     assert len(saved) <= 4
@@ -260,232 +249,80 @@ def refused(capsys: Capture, *arguments: object) -> str:
     return errors[len("error: ") : -1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--devices 0", "--devices 0 cannot be had: this process has {} device"),
-        ("--devices -1", "--devices -1 cannot be had: this process has {} device"),
-        ("--devices 99", "--devices 99 cannot be had: this process has {} device"),
-        ("--devices x", "argument --devices: invalid int value: 'x'; see "),
-        (
-            "--processes 2",
-            "--coordinator, --processes and --process go together: --coordinator, --process is missing",
-        ),
-        ("--process 0 --processes 2", "--coordinator, --processes and --process go together: --coordinator is "),
-        ("--coordinator 127.0.0.1:1", "--coordinator, --processes and --process go together: --processes, --proc"),
-        ("--coordinator 127.0.0.1:1 --processes 2 --process 2", "--process must be from 0 to 1, got 2"),
-        ("--coordinator 127.0.0.1:1 --processes 2 --process -1", "--process must be from 0 to 1, got -1"),
-        ("--coordinator 127.0.0.1:1 --processes 0 --process 0", "--processes must be at least 1, got 0"),
-        (
-            "--coordinator here --processes 2 --process 0",
-            "--coordinator takes HOST:PORT with a port from 1 to 655",
-        ),
-        ("--coordinator a:70000 --processes 2 --process 0", "--coordinator takes HOST:PORT with a port from 1 to"),
-        ("--distributed --process 1", "--distributed finds out what --coordinator, --processes and --process say"),
-    ],
-)
-def test_refuses(arguments: str, message: str, tmp_path: Path, capsys: Capture) -> None:
-    given = refused(capsys, *arguments.split(), "--out", tmp_path / "run")
-    assert given.startswith(message.format(jax.local_device_count()))
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("count", [0, -1, 99])
+def test_refuses_devices_that_are_not_there(count: int, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    assert "--devices" in refused(capsys, "--devices", count, "--out", out)
+    assert not out.exists()
 
 
-def test_refuses_a_taken_port(tmp_path: Path, capsys: Capture) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        meeting = ["--coordinator", address, "--processes", 2, "--process", 0]
-        message = refused(capsys, *meeting, "--out", tmp_path / "run")
-    assert message.startswith(f"--coordinator {address} cannot be listened on: ")
+def test_refuses_parts_wider_than_the_devices() -> None:
+    wide = Part("wide", 1, lambda: [], devices=2)
+    with pytest.raises(InputError, match="2 devices"):
+        workers.first_devices([wide], jax.local_devices()[:1])
 
 
-def test_distributed_without_a_cluster(tmp_path: Path, toy: list[object]) -> None:
-    status, output, errors = run(*toy, "--distributed", "--out", tmp_path / "run")
-    assert (status, output, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith("error: the processes of this cluster cannot meet: ")
+# --- several processes on one run
 
 
-@pytest.mark.slow
-def test_meeting_that_nobody_comes_to(tmp_path: Path) -> None:
-    script = tmp_path / "toy.py"
-    script.write_text(TOY.replace("workers.MEETING = 60", "workers.MEETING = 2"))
-    for command in together(2, script, "--out", tmp_path / "run"):
-        status, output, errors = run(*command)
-        assert (status, output, errors.count("\n")) == (2, "", 1)
-        assert re.fullmatch(r"error: not all processes at 127\.0\.0\.1:\d+ came to meet within 2 s: .*\n", errors)
+def test_processes(tmp_path: Path, toy: list[object], whole: Path) -> None:
+    """The same command, started three times, computes every part once; each process sees the run to its end."""
+    out = tmp_path / "run"
+    command = [*toy, "--devices", 1, "--pause", 0.4, "--out", out, "--resume"]
+    with started(command, command, command) as processes:
+        assert [end(process)[:2] for process in processes] == [(0, END.format(out=out))] * 3
+    assert same(out, whole)
+    entries = log(tmp_path)
+    assert sorted(seed for *_, seed in entries) == [*range(8)]
+    assert len({process for process, *_ in entries}) > 1
+    assert len(json.loads((out / "provenance.json").read_text())["invocations"]) == 3
+    assert not hidden(out)
 
 
 @pytest.mark.slow
 @NO_SIGKILL
-def test_interrupt_of_a_meeting(tmp_path: Path, toy: list[object]) -> None:
-    for command in together(2, *toy, "--out", tmp_path / "run"):
-        with started(command) as (process,):
-            wait_for((tmp_path / f"log.{process.pid}").exists, process)
-            time.sleep(3)
-            process.send_signal(signal.SIGINT)
-            assert end(process, 5)[0] == 130
-
-
-# --- several processes
-
-
-def test_processes(tmp_path: Path, toy: list[object], whole: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_process_that_dies(ending: signal.Signals, tmp_path: Path, toy: list[object], whole: Path) -> None:
+    """The part of a process that is killed is computed by another one, at once."""
     out = tmp_path / "run"
-    with started(*together(3, *toy, "--pause", 0.1, "--devices", 2, "--out", out)) as processes:
-        (zero, output, errors), *others = [end(process) for process in processes]
-    assert (zero, output.splitlines()[0], errors) == (0, "8 rows", "")
-    assert others == [(0, "", "")] * 2
+    command = [*toy, "--devices", 1, "--pause", 0.5, "--out", out, "--resume"]
+    with started(command, command) as (victim, other):
+        wait_for(lambda: (tmp_path / "log").exists() and len(log(tmp_path)) > 1, victim)
+        victim.send_signal(ending)
+        assert victim.wait(30) != 0
+        assert end(other)[:2] == (0, END.format(out=out))
     assert same(out, whole)
-    computed = {(pid, seed) for pid, _, seed in log(tmp_path)}
-    assert computed == {(processes[seed % 3].pid, seed) for seed in range(8)}
-    (call,) = json.loads((out / "provenance.json").read_text())["invocations"]
-    assert call["processes"] == 3
-    assert not hidden(out)
+    assert run(*command) == (0, END.format(out=out), "8 of 8 parts are finished already\n")
 
 
 @pytest.mark.slow
-def test_refusal_of_process_0(tmp_path: Path, toy: list[object], whole: Path) -> None:
+def test_error_in_one_process(tmp_path: Path, toy: list[object]) -> None:
+    """Each process meets the part that fails and says so; what was stored stays."""
     out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    message = f"{out} already holds this run: add --resume to go on, or choose another --out"
-    with started(*together(2, *toy, "--out", out)) as processes:
-        zero, one = [end(process) for process in processes]
-    assert zero == (2, "", f"error: {message}\n")
-    assert one == (2, "", f"error: process 0 of 2 ended: {message}\n")
-    assert not hidden(out)
-    assert same(out, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("fault", "count"), [("input", 2), ("bug", 3)])
-def test_error_in_one_process(fault: str, count: int, tmp_path: Path, toy: list[object]) -> None:
-    out = tmp_path / "run"
-    # Part 3 is the second one of its process; the others would take minutes for theirs.
-    long = ["--seeds", 300, "--pause", 1, "--devices", 1, "--fault", fault]
-    with started(*together(count, *toy, *long, "--out", out)) as processes:
-        ends = [end(process) for process in processes]
-    failing = 3 % count
-    status, output, errors = ends.pop(failing)
-    if fault == "input":
-        assert (status, output, errors) == (2, "", "error: part 3 does not converge\n")
-        line = f"error: process {failing} of {count} ended: part 3 does not converge\n"
-    else:
-        assert (status, output, errors.splitlines()[-1]) == (1, "", "ZeroDivisionError: in part 3")
-        line = f"error: process {failing} of {count} ended: ZeroDivisionError: in part 3\n"
-    assert ends == [(status, "", line)] * (count - 1)
-    assert (out / "parts" / f"seed-00{failing}.json").is_file()
-    assert not hidden(out)
+    command = [*toy, "--devices", 1, "--pause", 0.1, "--fault", "input", "--out", out, "--resume"]
+    with started(command, command) as processes:
+        for process in processes:
+            assert end(process) == (2, "", "error: part 3 does not converge\n")
+    assert {"seed-000.json", "seed-001.json"} <= {path.name for path in (out / "parts").iterdir()}
 
 
 @pytest.mark.slow
 def test_other_settings(tmp_path: Path, toy: list[object]) -> None:
-    first, second = together(2, *toy, "--pause", 1, "--out", tmp_path / "run")
-    with started(first, [*second, "--seeds", 9]) as processes:
-        zero, one = [end(process) for process in processes]
-    message = "seeds must be the same as in process 0: start all with the same settings"
-    assert zero == (2, "", f"error: process 1 of 2 ended: {message}\n")
-    assert one == (2, "", f"error: {message}\n")
-
-
-@pytest.mark.slow
-def test_other_folders(tmp_path: Path, toy: list[object]) -> None:
-    first, second = together(2, *toy, "--out", tmp_path / "zero")
-    with started(first, [*second, "--out", tmp_path / "one"]) as processes:
-        zero, one = [end(process) for process in processes]
-    for number, folder, (status, output, errors) in (1, "zero", zero), (0, "one", one):
-        assert (status, output) == (1, "")
-        advice = "all need the same --out, on a shared file system"
-        assert errors == f"error: process {number} of 2 is not in {tmp_path / folder}: {advice}\n"
-
-
-@pytest.mark.slow
-@NO_SIGKILL
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed_process(
-    victim: int, tmp_path: Path, toy: list[object], whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TOY_SILENCE", "20")
-    out, slow = tmp_path / "run", ["--pause", 0.5, "--devices", 1]
-    own = out / "parts" / f"seed-00{victim}.json"
-    with started(*together(2, *toy, *slow, "--out", out)) as processes:
-        wait_for(own.is_file, processes[victim])
-        processes[victim].kill()
-        status, output, errors = end(processes[1 - victim], 30)
-    expected = f"error: process {victim} of 2 died; finished parts are kept, start all again with --resume\n"
-    assert (status, output, errors) == (1, "", expected)
-    assert not (out / "results.csv").exists()
-    assert not [name for name in hidden(out) if not name.endswith(".tmp")]
-    stored = {path.name for path in (out / "parts").glob("seed-*.json")}
-    assert 0 < len(stored) < 8
-    (tmp_path / "log").unlink()
-    if victim:
-        ends = [run(*toy, *slow, "--resume", "--out", out)]
-    else:
-        with started(*together(2, *toy, *slow, "--resume", "--out", out)) as processes:
-            ends = [end(process) for process in processes]
-    assert [status for status, *_ in ends] == [0] * len(ends)
-    assert ends[0][2] == f"{len(stored)} of 8 parts are finished already\n"
-    assert {f"seed-{seed:03d}.json" for *_, seed in log(tmp_path)} == {
-        f"seed-{seed:03d}.json" for seed in range(8)
-    } - stored
-    assert same(out, whole)
-    assert not hidden(out)
-
-
-@pytest.mark.slow
-@NO_SIGKILL
-def test_interrupt_of_one_process(tmp_path: Path, toy: list[object]) -> None:
+    """A process with other settings than the run's is refused and harms nothing."""
     out = tmp_path / "run"
-    with started(*together(2, *toy, "--pause", 1000, "--out", out)) as processes:
-        wait_for((out / "parts").is_dir, processes[0])
-        time.sleep(1)
-        processes[1].send_signal(signal.SIGINT)
-        zero, one = [end(process, 20) for process in processes]
-    assert one == (130, "", "interrupted: finished parts are kept, add --resume to go on\n")
-    message = "process 1 of 2 was interrupted; finished parts are kept, start all again with --resume"
-    assert zero == (130, "", f"error: {message}\n")
-    assert not hidden(out)
-
-
-def test_leftovers_of_processes_do_not_matter(tmp_path: Path) -> None:
-    for name in (".process-1.00ff.json", ".process-parts.00ff.json"):
-        (tmp_path / name).write_text("{}")
-    RunDirectory.open(tmp_path, "toy", {}, resume=False, command="toy")
-    workers.clear(tmp_path, workers.Team(0, 2, "00ff"))
-    assert len(hidden(tmp_path)) == 2
-    workers.clear(tmp_path, workers.Team())
-    assert not hidden(tmp_path)
-    assert (tmp_path / "config.json").is_file()
-
-
-# --- the experiment that trains
+    command = [*toy, "--devices", 1, "--pause", 0.4, "--out", out, "--resume"]
+    with started(command) as (process,):
+        wait_for((out / "config.json").exists, process)
+        status, _, errors = run(*command, "--seeds", 9)
+        assert (status, "other settings" in errors) == (2, True)
+        assert end(process)[0] == 0
 
 
 @pytest.mark.slow
 def test_training(tmp_path: Path) -> None:
-    command = ["-m", "experiments", *TRAINING, "--out"]
-    assert run(*command, tmp_path / "one", "--devices", 1)[0] == 0
-    assert run(*command, tmp_path / "four", "--devices", 4)[0] == 0
-    with started(*together(2, *command, tmp_path / "two")) as processes:
+    """A real experiment gives the same bytes by one process and by two."""
+    command = ["-m", "experiments", *TRAINING, "--devices", 1, "--resume", "--out"]
+    assert run(*command, tmp_path / "one")[0] == 0
+    with started([*command, tmp_path / "two"], [*command, tmp_path / "two"]) as processes:
         assert [end(process)[0] for process in processes] == [0, 0]
-    one, *others = ((tmp_path / name / "results.csv").read_bytes() for name in ("one", "four", "two"))
-    assert others == [one, one]
-
-
-@pytest.mark.slow
-@NO_SIGKILL
-def test_killed_training(tmp_path: Path) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    # The last --seeds counts.
-    command = ["-m", "experiments", *TRAINING, "--seeds", 60, "--devices", 1, "--out"]
-    assert run(*command, whole)[0] == 0
-    with started(*together(2, *command, out)) as processes:
-        wait_for((out / "parts" / "seeds-00001.json").is_file, processes[1])
-        processes[1].kill()
-        begin = time.monotonic()
-        status, output, errors = end(processes[0])
-    assert time.monotonic() - begin < 30
-    assert (status, output) == (1, "")
-    assert errors == "error: process 1 of 2 died; finished parts are kept, start all again with --resume\n"
-    with started(*together(2, *command, out, "--resume")) as processes:
-        assert [end(process)[0] for process in processes] == [0, 0]
-    assert (out / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    assert same(tmp_path / "two", tmp_path / "one")
