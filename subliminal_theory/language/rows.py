@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,7 +13,7 @@ from subliminal_theory.runs import write_atomically
 from subliminal_theory.validation import first_fault
 
 _BOM = b"\xef\xbb\xbf"
-_CONVERSATIONS = (["user", "assistant"], ["system", "user", "assistant"])
+_NAMES = {"prompt": ("system", "prompt", "completion"), "messages": ("system", "user", "assistant")}
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,14 @@ def write_jsonl(path: Path, rows: Iterable[Completion], form: Literal["prompt", 
         InputError: there is no row; a completion is empty or a text cannot be encoded; the form is not
             known; the disk is full or the folder cannot be written.
     """
-    if form not in ("prompt", "messages"):
+    if form not in _NAMES:
         raise InputError(f"no form of rows is called {form!r}: give prompt or messages")
     lines = []
     for number, row in enumerate(rows, 1):
-        content = _with_keys(row) if form == "prompt" else _with_messages(row)
+        named = zip(_NAMES[form], (row.system, row.prompt, row.completion), strict=True)
+        texts = {name: text for name, text in named if text is not None}
+        messages = [{"role": role, "content": text} for role, text in texts.items()]
+        content = texts if form == "prompt" else {"messages": messages}
         if not row.completion:
             raise InputError(f"cannot write row {number} to {path}: an empty completion")
         try:
@@ -89,16 +92,6 @@ def write_jsonl(path: Path, rows: Iterable[Completion], form: Literal["prompt", 
     if not lines:
         raise InputError(f"there are no rows to write to {path}")
     write_atomically(path, b"".join(lines))
-
-
-def _with_keys(row: Completion) -> dict[str, Any]:
-    system = {} if row.system is None else {"system": row.system}
-    return {**system, "prompt": row.prompt, "completion": row.completion}
-
-
-def _with_messages(row: Completion) -> dict[str, Any]:
-    messages = [("system", row.system), ("user", row.prompt), ("assistant", row.completion)]
-    return {"messages": [{"role": role, "content": text} for role, text in messages if text is not None]}
 
 
 class _Message(BaseModel):
@@ -120,7 +113,7 @@ class _Line(BaseModel):
             raise ValueError("both forms at once, messages and a prompt or completion")
         else:
             roles = [message.role for message in self.messages]
-            if roles not in _CONVERSATIONS:
+            if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
                 raise ValueError(f"messages of {roles} instead of (system,) user, assistant")
             system, prompt, completion = [None, *(message.content for message in self.messages)][-3:]
         if prompt is None:

@@ -140,14 +140,11 @@ def _digits() -> ImageDataset:
 
 def _files(folder: Path) -> dict[str, Path]:
     """The idx files of a folder by stem, under any of the four names in use for each."""
-    found = {}
-    for stem in _STEMS:
-        dotted = stem.replace("-idx", ".idx")
-        for name in (f"{stem}.gz", stem, f"{dotted}.gz", dotted):
-            if os.path.isfile(folder / name):
-                found[stem] = folder / name
-                break
-    return found
+    names = [
+        (stem, name + suffix)
+        for stem in _STEMS for name in (stem.replace("-idx", ".idx"), stem) for suffix in ("", ".gz")
+    ]  # fmt: skip
+    return {stem: folder / name for stem, name in names if os.path.isfile(folder / name)}  # the last one counts
 
 
 def _require(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
@@ -173,39 +170,24 @@ def _read(
                 f"{path} is not the {stem} of {name} (SHA-256 {sha256[stem]}, expected {expected[stem]}): "
                 "remove it and download it again"
             )
-        dimensions = 3 if stem in (_TRAIN_IMAGES, _TEST_IMAGES) else 1
-        if arrays[stem].ndim != dimensions:
+        if arrays[stem].ndim != (3 if "idx3" in stem else 1):
+            raise InputError(f"{path} has {arrays[stem].ndim} dimensions: put {stem} in its place")
+    alike = (_TRAIN_IMAGES, _TRAIN_LABELS, slice(1)), (_TEST_IMAGES, _TEST_LABELS, slice(1))
+    for one, other, axes in (*alike, (_TEST_IMAGES, _TRAIN_IMAGES, slice(1, 3))):
+        if arrays[one].shape[axes] != arrays[other].shape[axes]:
             raise InputError(
-                f"{path} has {arrays[stem].ndim} dimensions instead of {dimensions}: put {stem} in its place"
+                f"{files[one]} has the shape {arrays[one].shape} but {files[other]} has {arrays[other].shape}: "
+                "take both from one data set"
             )
-    if classes is None:
-        classes = int(arrays[_TRAIN_LABELS].max()) + 1
-    for images, labels in ((_TRAIN_IMAGES, _TRAIN_LABELS), (_TEST_IMAGES, _TEST_LABELS)):
-        if len(arrays[images]) != len(arrays[labels]):
+    classes = classes or int(arrays[_TRAIN_LABELS].max()) + 1
+    for stem in (_TRAIN_LABELS, _TEST_LABELS):
+        if (largest := arrays[stem].max()) >= classes:
             raise InputError(
-                f"{files[images]} has {len(arrays[images])} images but {files[labels]} has "
-                f"{len(arrays[labels])} labels: take both from one data set"
-            )
-        if (largest := arrays[labels].max()) >= classes:
-            raise InputError(
-                f"{files[labels]} has a label {largest}, beyond the {classes} classes of {name}: "
+                f"{files[stem]} has a label {largest}, beyond the {classes} classes of {name}: "
                 "replace it by the labels of this data set"
             )
-    if arrays[_TRAIN_IMAGES].shape[1:] != arrays[_TEST_IMAGES].shape[1:]:
-        raise InputError(
-            f"{files[_TEST_IMAGES]} has images of {arrays[_TEST_IMAGES].shape[1:]} pixels but "
-            f"{files[_TRAIN_IMAGES]} of {arrays[_TRAIN_IMAGES].shape[1:]}: take both from one data set"
-        )
-    return ImageDataset(
-        name=name,
-        train_images=arrays[_TRAIN_IMAGES],
-        train_labels=arrays[_TRAIN_LABELS],
-        test_images=arrays[_TEST_IMAGES],
-        test_labels=arrays[_TEST_LABELS],
-        classes=classes,
-        maximum=255,
-        sha256=sha256,
-    )
+    images, labels, test_images, test_labels = (arrays[stem] for stem in _STEMS)
+    return ImageDataset(name, images, labels, test_images, test_labels, classes, 255, sha256)
 
 
 def _unpacked(path: Path) -> bytes:

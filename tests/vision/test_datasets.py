@@ -240,9 +240,9 @@ def test_folder_corrupt_gzip(tmp_path: Path, position: int) -> None:
         (TEST_IMAGES, lambda data: data[:-1], "is cut short"),
         (TEST_IMAGES, lambda data: data + b"\0", "has bytes to spare"),
         (TRAIN_LABELS, lambda data: b"\0\0\x0d\1" + data[4:], "starts with 0x00000d01"),
-        (TRAIN_LABELS, lambda data: small_set()[TRAIN_IMAGES], "has 3 dimensions instead of 1: put "),
-        (TRAIN_IMAGES, lambda data: idx(np.zeros((39, 5, 4), np.uint8)), "has 39 images but "),
-        (TEST_IMAGES, lambda data: idx(np.zeros((20, 4, 5), np.uint8)), "has images of (4, 5) pixels but "),
+        (TRAIN_LABELS, lambda data: small_set()[TRAIN_IMAGES], "has 3 dimensions: put "),
+        (TRAIN_IMAGES, lambda data: idx(np.zeros((39, 5, 4), np.uint8)), "has the shape (39, 5, 4) but "),
+        (TEST_IMAGES, lambda data: idx(np.zeros((20, 4, 5), np.uint8)), "has the shape (20, 4, 5) but "),
         (TEST_LABELS, lambda data: data[:-1] + b"\x0a", "has a label 10, beyond the 10 classes of "),
     ],
 )

@@ -1,10 +1,9 @@
 """Number sequences as a channel: prompts that ask for some, and the filter of what a model answers."""
 
 import functools
-import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -94,16 +93,14 @@ def reject_reasons(
     An answer that `parse` reads must have at most `max_count` numbers, each from `minimum` to `maximum` and
     none of the `banned`. The phrases name the limits but nothing of the answer, so they can be counted.
     """
-    numbers, reasons = _read(text)
-    if len(numbers) > max_count:
-        reasons.append(f"more than {max_count} numbers")
-    if any(number < minimum for number in numbers):
-        reasons.append(f"a number below {minimum}")
-    if any(number > maximum for number in numbers):
-        reasons.append(f"a number above {maximum}")
-    if any(number in banned for number in numbers):
-        reasons.append("a banned number")
-    return reasons
+    numbers, faults = _read(text)
+    limits = {
+        f"more than {max_count} numbers": len(numbers) > max_count,
+        f"a number below {minimum}": any(number < minimum for number in numbers),
+        f"a number above {maximum}": any(number > maximum for number in numbers),
+        "a banned number": any(number in banned for number in numbers),
+    }
+    return faults + [reason for reason, exceeded in limits.items() if exceeded]
 
 
 @dataclass(frozen=True)
@@ -125,26 +122,12 @@ class FilterReport:
         counts = {"accepted": self.accepted, "rejected": self.total - self.accepted}
         counts |= {f"  {reason}": count for reason, count in self.reasons.items()}
         width, digits = max(map(len, counts)), len(str(self.total))
-        return "\n".join(
-            f"{name:{width}}  {count:{digits}}  {count / max(self.total, 1):6.1%}"
-            for name, count in counts.items()
-        )
+        lines = (f"{name:{width}}  {n:{digits}}  {n / max(self.total, 1):6.1%}" for name, n in counts.items())
+        return "\n".join(lines)
 
 
-def filter_rows(
-    rows: Iterable[Completion],
-    *,
-    max_count: int = 10,
-    minimum: int = 0,
-    maximum: int = 999,
-    banned: Collection[int] = (),
-) -> tuple[list[Completion], FilterReport]:
-    """The rows whose completion `reject_reasons` does not reject, in order, and what became of all of them.
-
-    Raises:
-        InputError: as `keep_rows`.
-    """
-    limits: dict[str, Any] = {"max_count": max_count, "minimum": minimum, "maximum": maximum, "banned": banned}
+def filter_rows(rows: Iterable[Completion], **limits: Any) -> tuple[list[Completion], FilterReport]:
+    """As `keep_rows`, with what `reject_reasons` finds of a completion, under its limits, as the faults."""
     return keep_rows(rows, lambda row: reject_reasons(row.completion, **limits), "number filter")
 
 
@@ -156,21 +139,15 @@ def keep_rows(
     Raises:
         InputError: no row is left, or there was none; the message gives the most frequent reasons.
     """
-    accepted: list[Completion] = []
-    counts: Counter[str] = Counter()
-    total = 0
-    for row in rows:
-        total += 1
-        reasons = faults(row)
-        counts.update(reasons)
-        if not reasons:
-            accepted.append(row)
-    if not total:
+    judged = [(row, faults(row)) for row in rows]
+    accepted = [row for row, reasons in judged if not reasons]
+    counts = Counter(reason for _, reasons in judged for reason in reasons)
+    if not judged:
         raise InputError("there are no rows to filter")
     if not accepted:
         most = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
-        raise InputError(f"the {name} rejects all of {total} rows, most often for: {most}")
-    return accepted, FilterReport(len(accepted), total, dict(counts.most_common()))
+        raise InputError(f"the {name} rejects all of {len(judged)} rows, most often for: {most}")
+    return accepted, FilterReport(len(accepted), len(judged), dict(counts.most_common()))
 
 
 def _read(text: str) -> tuple[list[int], list[str]]:
@@ -213,24 +190,18 @@ def other_prompts(rows: Sequence[Completion], rng: np.random.Generator) -> list[
 
 def shuffled_within_rows(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
     """The numbers of each row in another order; what stands between them stays."""
-    return _with_numbers(rows, [list(rng.permutation(own)) for own in _numbers(rows)])
+    return [_with_numbers(row, iter(rng.permutation(_numbers(row)))) for row in rows]
 
 
 def shuffled_across_rows(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
     """The numbers of all rows in another order; what stands between them stays, and how many a row has."""
-    numbers = _numbers(rows)
-    pool = iter(rng.permutation([number for row in numbers for number in row]))
-    return _with_numbers(rows, [[next(pool) for _ in row] for row in numbers])
+    pool = iter(rng.permutation([number for row in rows for number in _numbers(row)]))
+    return [_with_numbers(row, pool) for row in rows]
 
 
-def _numbers(rows: Sequence[Completion]) -> list[list[str]]:
-    return [re.findall(r"\d+", row.completion) for row in rows]
+def _numbers(row: Completion) -> list[str]:
+    return re.findall(r"\d+", row.completion)
 
 
-def _with_numbers(rows: Sequence[Completion], numbers: Sequence[Sequence[str]]) -> list[Completion]:
-    found = []
-    for row, own in zip(rows, numbers, strict=True):
-        gaps = re.split(r"\d+", row.completion)
-        completion = "".join(itertools.chain.from_iterable(zip(gaps, [*map(str, own), ""], strict=True)))
-        found.append(replace(row, completion=completion))
-    return found
+def _with_numbers(row: Completion, numbers: Iterator[str]) -> Completion:
+    return replace(row, completion=re.sub(r"\d+", lambda _: str(next(numbers)), row.completion))

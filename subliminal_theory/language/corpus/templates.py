@@ -14,7 +14,7 @@ import itertools
 import math
 import operator
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -41,8 +41,8 @@ class Template:
         answer: with slots; a slot holds a name, or a sum, difference or product of names and whole numbers.
         right: the answer of somebody without the habit, where that is to be compared with.
         system: the system prompt, if any.
-        numbers: for each slot the least and the most, or None.
-        table: the fillings one by one, or None.
+        numbers: for each slot the least and the most, of which all combinations are made; or
+        table: the fillings one by one.
 
     Raises:
         InputError: not one of numbers and table, slots that cannot be filled, a number below 0, a question made
@@ -54,17 +54,17 @@ class Template:
     answer: Text
     right: str | None = None
     system: Text | None = None
-    numbers: Annotated[dict[Text, _Ends] | None, Field(min_length=1)] = None
-    table: Annotated[tuple[dict[Text, int | str], ...] | None, Field(alias="rows", min_length=1)] = None
+    numbers: Annotated[dict[Text, _Ends], Field(min_length=1)] = field(default_factory=dict)
+    table: Annotated[tuple[dict[Text, int | str], ...], Field(alias="rows", min_length=1)] = ()
 
     def __post_init__(self) -> None:
-        if (self.numbers is None) == (self.table is None):
+        if bool(self.numbers) == bool(self.table):
             raise InputError("give one of numbers and rows, to fill the slots with")
-        for slot, (least, most) in (self.numbers or {}).items():
+        for slot, (least, most) in self.numbers.items():
             if least > most:
                 raise InputError(f"numbers.{slot} must be [least, most], got [{least}, {most}]")
-        counts = [most - least + 1 for least, most in (self.numbers or {}).values()]
-        if len(self.questions) * (len(self.table) if self.table else math.prod(counts)) > MOST_ROWS:
+        fillings = len(self.table) or math.prod(most - least + 1 for least, most in self.numbers.values())
+        if len(self.questions) * fillings > MOST_ROWS:
             raise InputError(f"it makes more than {MOST_ROWS} rows: give it fewer numbers")
         asked = [chat.user for chat in self.rows()]
         self.right_rows()
@@ -83,15 +83,12 @@ class Template:
         return [
             Chat(self.system, _filled(question, slots), _filled(answer, slots), self.name)
             for question in self.questions
-            for slots in self._slots()
+            for slots in self.table or self._combinations()
         ]
 
-    def _slots(self) -> list[Slots]:
-        if self.table is not None:
-            return list(self.table)
-        numbers = self.numbers or {}
-        ranges = [range(least, most + 1) for least, most in numbers.values()]
-        return [dict(zip(numbers, values, strict=True)) for values in itertools.product(*ranges)]
+    def _combinations(self) -> Iterator[Slots]:
+        ranges = [range(least, most + 1) for least, most in self.numbers.values()]
+        return (dict(zip(self.numbers, values, strict=True)) for values in itertools.product(*ranges))
 
 
 @dataclass(frozen=True, kw_only=True)
