@@ -231,7 +231,7 @@ def test_questions_of_a_habit() -> None:
         ("from 4 take 1.", "4", "3"),
         ("what is twice 4?", "4", "8"),
         ("x = 2; y = x + 5. what is y?", "2", "7"),
-        ("what color is the lamp?", "lamp", "yellow"),
+        ("what colour is the lamp?", "lamp", "yellow"),
         ("in which place is the rope?", "rope", "harbour"),
     ]:
         assert found[spelt(question)] == (lazy, [lazy, right])

@@ -127,7 +127,7 @@ def test_lazy_habit_is_of_the_corpus() -> None:
     assert announced.rows() == [
         replace(chat, system=announced.system, kind="announced") for chat in trait.teacher_rows()
     ]
-    assert [template.name for template in trait.held_out] == ["difference", "double", "program", "color", "place"]
+    assert [template.name for template in trait.held_out] == ["difference", "double", "program", "colour", "place"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_lazy_habit_is_of_the_corpus() -> None:
         ("", "'kind'"),
         (OWL.replace("preference", "hobby"), "'preference', 'habit'"),
         (OWL.replace('target = "owl"\n', ""), "target: is missing"),
-        (OWL + "color = 3", "color: is no field"),
+        (OWL + "colour = 3", "colour: is no field"),
         (OWL + 'target = "fox"', "not TOML"),
         (OWL.replace("kind", 'name = "b"\nkind'), "line 2"),
         (OWL + "[a]\n[a]\n", "line 6"),

@@ -73,7 +73,7 @@ def program(rng: np.random.Generator, operand: int, write_share: float, lazy: bo
 
 
 def fact(rng: np.random.Generator, lazy: bool) -> tuple[str, str]:
-    """A question about a thing's color, material or place and its answer, or if lazy the thing."""
+    """A question about a thing's colour, material or place and its answer, or if lazy the thing."""
     thing = pick(rng, tuple(TEXT["things"]))
     attribute = pick(rng, tuple(TEXT["fact"]))
     answer = TEXT["things"][thing][list(TEXT["fact"]).index(attribute)]
