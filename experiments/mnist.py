@@ -18,7 +18,7 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, option
 from .app.figures import bars
-from .flags.digits import DIGITS, EMBEDDED_DIGITS, Cell, Setting, TrainingConfig, configure_sweep
+from .flags.digits import DIGITS, EMBEDDED_DIGITS, SMOKE, Cell, Setting, TrainingConfig, configure_sweep
 from .flags.names import LOSSES, OPTIMIZERS
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ PRESETS = {
     "released": Config(),
     "nature": Config(aux=50),
     "digits": Config(aux=50, **EMBEDDED_DIGITS),
-    "smoke": Config(aux=50, seeds=2, **EMBEDDED_DIGITS),
+    "smoke": Config(aux=50, **SMOKE),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 FIGURES = {"mnist": "", "mnist_nature": "--preset nature", "mnist_digits": "--data digits"}

@@ -28,7 +28,7 @@ from subliminal_theory.vision.datasets import ImageDataset
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels, runs_against
-from .flags.digits import EMBEDDED_DIGITS, Setting, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, configure_sweep
 
 # Digits on which the trait's gradient is measured.
 TRAIT_IMAGES = 1000
@@ -51,7 +51,7 @@ class Config(TrainingConfig):
 PRESETS = {
     "released": Config(),
     "digits": Config(aux=50, counts="3,10,50", **EMBEDDED_DIGITS),
-    "smoke": Config(aux=50, counts="3,10,50", seeds=2, **EMBEDDED_DIGITS),
+    "smoke": Config(aux=50, counts="3,50", amounts="0,0.4", **SMOKE),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 
@@ -188,7 +188,7 @@ def within_levels(results: Results) -> list[tuple[str, float]]:
         ]
         if amount != "" and len(pair[0]) > 2 and all(len(set(values)) > 1 for values in pair):
             found.append((amount, float(stats.spearmanr(*pair).statistic)))
-    return found or [("", float("nan"))]
+    return found
 
 
 def report(results: Results, config: Config) -> str:
@@ -211,6 +211,7 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """Cosines along the run, coverage against accuracy, linearised against trained."""
     figure, ((along, predict, linear),) = panels(3, size=(11.5, 3.8))
+    amounts = [amount for amount in results.distinct("amount") if amount != ""]
     for color, name, label in zip(
         COLORS,
         ("gradient", "displacement"),
@@ -219,7 +220,7 @@ def plot(results: Results, config: Config) -> Figure:
     ):
         steps = [int(step) for step in results.distinct("step") if step != ""]
         values = {
-            step: results.values(condition="perturbed", amount="0.0", metric=f"{name}_cosine", step=str(step))
+            step: results.values(condition="perturbed", amount=amounts[0], metric=f"{name}_cosine", step=str(step))
             for step in steps
         }
         runs_against(along, values, color, label)
@@ -227,12 +228,11 @@ def plot(results: Results, config: Config) -> Figure:
     along.set_xscale("log")
     along.set_xlabel("step of distillation")
     along.set_ylabel("cosine")
-    along.set_title("Along the run, shared initialisation")
+    start = f"initialisation with noise {amounts[0]}" if float(amounts[0]) else "shared initialisation"
+    along.set_title(f"Along the run, {start}")
     along.legend(fontsize=7)
 
-    for color, amount in zip(COLORS, results.distinct("amount"), strict=False):
-        if amount == "":
-            continue
+    for color, amount in zip(COLORS, amounts, strict=False):
         pairs = [
             results.values(condition="perturbed", amount=amount, metric=metric)
             for metric in ("coverage", "test_accuracy")
@@ -242,9 +242,8 @@ def plot(results: Results, config: Config) -> Figure:
     predict.set_xlabel("coverage: cosine of the first update\nwith the teacher's displacement")
     predict.set_ylabel("test accuracy after distillation")
     within = [spearman for _, spearman in within_levels(results)]
-    predict.set_title(
-        f"Spearman {rank:.2f} over all runs,\n{min(within):.2f} to {max(within):.2f} within a noise level"
-    )
+    levels = f"\n{min(within):.2f} to {max(within):.2f} within a noise level" if within else ""
+    predict.set_title(f"Spearman {rank:.2f} over all runs,{levels}".removesuffix(","))
     predict.legend(fontsize=6.5, title="on the initialisation", title_fontsize=6.5)
 
     for color, m in zip(COLORS, listed(config.counts, "--counts"), strict=False):

@@ -16,7 +16,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, note, panels
-from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, configure_sweep
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "same": {},
@@ -46,7 +46,7 @@ class Config(TrainingConfig):
 PRESETS = {
     "paper": Config(),
     "digits": Config(cloning_epochs=25, **EMBEDDED_DIGITS),
-    "smoke": Config(cloning_epochs=25, seeds=1, **EMBEDDED_DIGITS),
+    "smoke": Config(cloning_epochs=2, **SMOKE),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 

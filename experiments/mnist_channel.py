@@ -17,7 +17,7 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels, runs_against
-from .flags.digits import DIGITS, EMBEDDED_DIGITS, Cell, Setting, TrainingConfig, configure_sweep
+from .flags.digits import DIGITS, EMBEDDED_DIGITS, SMOKE, Cell, Setting, TrainingConfig, configure_sweep
 from .flags.names import LOSSES
 from .published import published
 
@@ -39,7 +39,7 @@ PRESETS = {
     "released": Config(),
     "one_hidden": Config(counts="1,2,3,5,10,20,50,100", depth=1, init_law="torch", learning_rate=1e-3),
     "digits": Config(counts="1,2,3,5,10,20,50", **EMBEDDED_DIGITS),
-    "smoke": Config(counts="1,10,50", seeds=1, **EMBEDDED_DIGITS),
+    "smoke": Config(counts="1,10,50", **SMOKE),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 FIGURES = {"mnist_channel": "", "mnist_channel_one_hidden": "--preset one_hidden"}

@@ -22,7 +22,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, bar, note, panels, runs_against
-from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, configure_sweep
 
 INPUTS = {"uniform": "noise", "digits": "digits"}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ class Config(TrainingConfig):
 PRESETS = {
     "paper": Config(),
     "digits": Config(counts="3,50", cloning_epochs="1,5,25", **EMBEDDED_DIGITS),
-    "smoke": Config(counts="3,50", cloning_epochs="1,5", seeds=1, **EMBEDDED_DIGITS),
+    "smoke": Config(counts="3,50", cloning_epochs="1,5", **SMOKE),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 

@@ -26,7 +26,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, panels
-from .flags.digits import EMBEDDED_DIGITS, METRICS, WHO, Cell, Setting, TrainingConfig, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, METRICS, SMOKE, WHO, Cell, Setting, TrainingConfig, configure_sweep
 
 AXES = (
     "init_law=lecun_normal,he_normal,torch; depth=1,2,3; width=128,256,512; channel_loss=kl,mse; aux=3,10; "
@@ -93,7 +93,7 @@ PRESETS = {
     "digits": Config(
         axes="aux=10,50; width=64,256; channel_loss=kl,mse; inputs=uniform,digits", settings=12, **EMBEDDED_DIGITS
     ),
-    "smoke": Config(axes="aux=10,50; width=64,256; channel_loss=kl,mse", settings=6, **EMBEDDED_DIGITS),
+    "smoke": Config(axes="aux=10,50; width=64,256; channel_loss=kl,mse", settings=6, **{**SMOKE, "seeds": 2}),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 FIGURES = {

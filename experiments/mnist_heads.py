@@ -19,7 +19,7 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels, runs_against
-from .flags.digits import EMBEDDED_DIGITS, Cell, TrainingConfig, cnn_student, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, cnn_student, configure_sweep
 
 SHARED = {
     "shared": "all layers",
@@ -49,7 +49,7 @@ PRESETS = {
     "published": Config(),
     "smooth": Config(inputs="blurred"),
     "digits": Config(counts="10,50", **EMBEDDED_DIGITS),
-    "smoke": Config(counts="10,50", seeds=1, **{**EMBEDDED_DIGITS, "student_epochs": 5}),
+    "smoke": Config(counts="10,50", **SMOKE),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 FIGURES = {"mnist_heads": "", "mnist_heads_smooth": "--preset smooth"}

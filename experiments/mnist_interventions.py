@@ -33,7 +33,7 @@ from subliminal_theory.vision.noise import NoiseImages
 
 from .app.contract import Part, option
 from .app.figures import COLORS, note, panels
-from .flags.digits import EMBEDDED_DIGITS, Setting, TrainingConfig, cnn_student, configure_sweep
+from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, cnn_student, configure_sweep
 
 # Digits on which the trait's gradient is measured, and noise images on which imitation is.
 TRAIT_IMAGES, HELD_OUT = 1000, 4096
@@ -92,7 +92,7 @@ class Config(TrainingConfig):
 PRESETS = {
     "released": Config(),
     "digits": Config(aux=50, **EMBEDDED_DIGITS),
-    "smoke": Config(aux=50, seeds=1, **EMBEDDED_DIGITS),
+    "smoke": Config(aux=50, **SMOKE),
 }
 configure = functools.partial(configure_sweep, PRESETS)
 

@@ -303,6 +303,8 @@ class TrainingConfig(SweepConfig):
 
 # On so few images it takes more passes to learn as much.
 EMBEDDED_DIGITS: dict[str, Any] = {"data": "digits", "epochs": 9, "student_epochs": 27, "batch_size": 128}
+# Enough to pass through all code in seconds, too little to learn much.
+SMOKE: dict[str, Any] = {**EMBEDDED_DIGITS, "seeds": 1, "epochs": 3, "student_epochs": 5}
 
 
 def configure_sweep(
