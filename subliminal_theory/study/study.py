@@ -171,21 +171,11 @@ class Study:
             teacher=self.teacher(teacher).all_params,
             channel=student.channel,
             logits=world.logits,
-            outputs=self._outputs(start, batch.inputs),
+            outputs=_outputs(start, batch.inputs, self.computation.shared),
             batch=batch,
             private=world.private(student),
             cross_init=isinstance(student.start, Fresh) and student.cloned is None,
         )
-
-    def _outputs(self, start: Model, inputs: Any) -> int:
-        """How many logits the network of one run computes."""
-
-        def one(tree: Any) -> Any:
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
-
-        frozen = start.frozen if self.computation.shared else one(start.frozen)
-        run = Model(start.apply, one(start.params), frozen)
-        return jax.eval_shape(lambda model, x: model(x), run, inputs).shape[-1]
 
     def _source(self, student: Student, teacher: Teacher) -> Any:
         return self._shows(student, teacher, self.teacher(teacher), lambda: self.shown(teacher))
@@ -222,10 +212,7 @@ class Study:
         self, students: Mapping[K, Student], starts: Mapping[K, Model], teacher: Teacher, cloning: bool
     ) -> Iterator[tuple[K, Result]]:
         """Students that differ in their number of steps alone are one run, told several times."""
-        alike: dict[Any, list[K]] = {}
-        for name, student in students.items():
-            alike.setdefault(identity(once(student)), []).append(name)
-        longest = {max(names, key=lambda n: students[n].steps): names for names in alike.values()}
+        longest = _longest(students)
         for stream in dict.fromkeys(self._stream(students[name], cloning) for name in longest):
             jobs = {}
             for name in longest:
@@ -246,6 +233,24 @@ class Study:
 
 def _in_memory(how: Computation, jobs: Any, stops: Any, keys: Any, decided_by: Any) -> Iterator[Any]:
     return trained(jobs, stops, keys, how)
+
+
+def _longest(students: Mapping[K, Student]) -> dict[K, list[K]]:
+    """The longest of the students that differ in their number of steps alone, with all of these."""
+    alike: dict[Any, list[K]] = {}
+    for name, student in students.items():
+        alike.setdefault(identity(once(student)), []).append(name)
+    return {max(names, key=lambda n: students[n].steps): names for names in alike.values()}
+
+
+def _outputs(start: Model, inputs: Any, shared: bool) -> int:
+    """How many logits the network of one run computes."""
+
+    def one(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
+
+    run = Model(start.apply, one(start.params), start.frozen if shared else one(start.frozen))
+    return jax.eval_shape(lambda model, x: model(x), run, inputs).shape[-1]
 
 
 def _one_run(source: Any) -> Any:
