@@ -22,7 +22,7 @@ from .flags.language import (
     trait_matrices,
     variant_parts,
 )
-from .flags.recipe import CHANNELS
+from .flags.recipe import CHANNEL
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config(LanguageConfig):
 
     traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files; at least two")
     seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
-    channel: str = option("sampled", "what of the teacher the student sees", choices=tuple(CHANNELS))
+    channel: str = option("sampled", CHANNEL)
 
 
 PRESETS = {"eight": Config(), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}

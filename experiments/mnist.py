@@ -53,7 +53,7 @@ class Config(TrainingConfig):
     inputs: str = option("uniform", "what the students are shown", choices=(*LAWS, DIGITS))
     optimizer: str = option("adam", "of teacher and students, fresh for each", choices=tuple(OPTIMIZERS))
     learning_rate: float = option(3e-4, "step size of the optimizer", positive=True)
-    channel_loss: str = option("kl", "what the student descends", choices=tuple(LOSSES))
+    channel_loss: str = option("kl", f"what the student descends: {', '.join(LOSSES)}; top_k:5 for another k")
 
 
 PRESETS = {

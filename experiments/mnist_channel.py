@@ -32,7 +32,7 @@ class Config(TrainingConfig):
     init_law: str = option("lecun_normal", "initialisation", choices=tuple(INIT_LAWS))
     inputs: str = option("uniform", "what the students are shown", choices=(*LAWS, DIGITS))
     learning_rate: float = option(3e-4, "step size of Adam", positive=True)
-    channel_loss: str = option("kl", "what the student descends", choices=tuple(LOSSES))
+    channel_loss: str = option("kl", f"what the student descends: {', '.join(LOSSES)}; top_k:5 for another k")
 
 
 PRESETS = {

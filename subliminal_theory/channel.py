@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from subliminal_theory.divergence import Logits, MaybeKey, SoftLogits, Values, softmax_metric
+from subliminal_theory.divergence import Logits, MaybeKey, SoftLogits, Values, named_channel, softmax_metric
 from subliminal_theory.errors import InputError
 
 _BOOL = np.dtype(bool)
@@ -106,6 +106,7 @@ def _require_weights(name: str, weights: Any) -> None:
         raise InputError(f"{name}: weights must be finite and not negative, got {list(numbers)}")
 
 
+@named_channel("mse")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SquaredError:
@@ -265,6 +266,7 @@ def _mask(where: Any, n: int) -> np.ndarray | Array:
     return mask
 
 
+@named_channel("top_k", 2)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TopK:

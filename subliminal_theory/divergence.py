@@ -1,8 +1,10 @@
 """Divergences of the student's softmax from the teacher's softmax: channels that show all logits."""
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,37 @@ from subliminal_theory.errors import InputError
 Logits = Float[Array, "*batch n"]
 Values = Float[Array, "*batch"]
 MaybeKey = Key[Array, ""] | None
+
+
+# Channels by the name that a command line knows them by; each enters where it is defined.
+NAMED: dict[str, Callable[..., Any]] = {}
+
+
+def named_channel(name: str, *default: Any) -> Callable[[Any], Any]:
+    """Enter a channel class in `NAMED`, made with `default` where the name comes without a number."""
+
+    def enter(kind: Any) -> Any:
+        NAMED[name] = functools.partial(kind, *default) if default else kind
+        return kind
+
+    return enter
+
+
+def channel_named(text: str) -> Any:
+    """The channel of a name such as `reverse_kl`, or `top_k:5` with the number that its class takes first.
+
+    Raises:
+        InputError: the name is unknown, or the number is none; says what there is.
+    """
+    name, _, number = text.partition(":")
+    if name not in NAMED:
+        raise InputError(f"channel {name!r} is unknown; there are {', '.join(NAMED)}")
+    try:
+        given = [int(number) if number.isdigit() else float(number)] if number else []
+    except ValueError as error:
+        raise InputError(f"channel {text!r}: give a number behind the colon, as in top_k:5") from error
+    kind: Any = NAMED[name]
+    return kind.func(*given) if given and isinstance(kind, functools.partial) else kind(*given)
 
 
 def softmax_metric(logits: Logits, tangent: Logits) -> Logits:
@@ -48,6 +81,7 @@ class _Divergence:
         return jnp.ones(n, bool)
 
 
+@named_channel("kl")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SoftLogits(_Divergence):
@@ -66,6 +100,7 @@ class SoftLogits(_Divergence):
         return jnp.sum(jnp.exp(targets) * (targets - student), axis=-1)
 
 
+@named_channel("reverse_kl")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ReverseKL(_Divergence):
@@ -81,6 +116,7 @@ class ReverseKL(_Divergence):
         return jnp.sum(jnp.exp(student) * (student - targets), axis=-1)
 
 
+@named_channel("js")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class JensenShannon(_Divergence):

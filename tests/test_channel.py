@@ -21,7 +21,7 @@ from subliminal_theory.channel import (
     imitation_value_and_grad,
     weighted_mean,
 )
-from subliminal_theory.divergence import JensenShannon, ReverseKL
+from subliminal_theory.divergence import JensenShannon, ReverseKL, channel_named
 from subliminal_theory.errors import InputError
 from tests.tolerances import TOLERANCE
 
@@ -741,3 +741,25 @@ def test_weighted_mean_of_nothing() -> None:
     value, gradient = jax.value_and_grad(lambda x: weighted_mean(x, jnp.zeros(3)))(jnp.arange(3.0))
     assert value == 0
     np.testing.assert_array_equal(gradient, np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kl", SoftLogits()),
+        ("kl:2", SoftLogits(2)),
+        ("mse", SquaredError()),
+        ("top_k:3", TopK(3)),
+        ("top_k", TopK(2)),
+    ],
+)
+def test_channels_by_name(text: str, expected: object) -> None:
+    assert channel_named(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"), [("huber", "there are kl"), ("kl:warm", "number"), ("top_k:0", "at least 1")]
+)
+def test_refuses_names_of_channels(text: str, cause: str) -> None:
+    with pytest.raises(InputError, match=cause):
+        channel_named(text)

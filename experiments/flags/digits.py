@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from subliminal_theory.channel import Channel, Subset
+from subliminal_theory.divergence import channel_named
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Interpolated, PerLayer, Perturbed, Policy, Shared
 from subliminal_theory.runs import Row
@@ -85,7 +86,7 @@ class Setting:
     cloning_sees: str = option("all", "which logits of the untrained teacher", choices=SEES)
     sees: str = option("aux", "which logits of the teacher", choices=SEES)
     shown: int | None = option(None, "the first auxiliary logits only", minimum=1)
-    channel_loss: str = option("kl", "what the student descends", choices=tuple(LOSSES))
+    channel_loss: str = option("kl", f"what the student descends: {', '.join(LOSSES)}; top_k:5 for another k")
     inputs: str = option("uniform", "what the student is shown", choices=INPUTS)
     images: int | None = option(None, "noise images; as training images if None, 0: none twice", minimum=0)
     epochs: int = option(5, "passes of the student", minimum=1)
@@ -95,6 +96,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         validate(self)
+        channel_named(self.channel_loss)
         if self.student_rate is not None and self.relative_rate is not None:
             raise InputError("student_rate and relative_rate are both given: leave one of the two out")
         if self.shown is not None and self.shown > self.aux:
@@ -167,7 +169,7 @@ class Setting:
             "all": logit < shown,
             "classes": logit < classes,
         }
-        return Subset(masks[sees], LOSSES[self.channel_loss]())
+        return Subset(masks[sees], channel_named(self.channel_loss))
 
     @property
     def accuracy(self) -> str:

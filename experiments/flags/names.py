@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import optax
 
-from subliminal_theory.channel import Channel, SampledToken, SoftLogits, SquaredError, TopK
-from subliminal_theory.divergence import JensenShannon, ReverseKL
+from subliminal_theory.channel import Channel
+from subliminal_theory.divergence import NAMED
 from subliminal_theory.errors import InputError
 from subliminal_theory.study.run import Decay, Rule
 
@@ -33,14 +33,8 @@ OPTIMIZERS: dict[str, Rule] = {
 # At which MNIST teachers read best, chosen by `mnist_factorial --preset rates_adam`, rates_sgd and rates_momentum.
 REFERENCE_RATES = {"adam": 3e-3, "sgd": 0.1, "momentum": 0.1}
 DECAYS: dict[str, Decay] = {"cosine": optax.cosine_decay_schedule, "linear": linear_decay}
-# What a student is charged for on the logits that it sees; the theorem covers each.
-LOSSES: dict[str, Callable[[], Channel]] = {
-    "kl": SoftLogits,
-    "mse": SquaredError,
-    "reverse_kl": ReverseKL,
-    "js": JensenShannon,
-    "top_k": functools.partial(TopK, 2),
-}
+# What a student is charged for on the logits that it sees: all channels that have a name.
+LOSSES: Mapping[str, Callable[..., Channel]] = NAMED
 
 
 def named_value(what: str, name: str, values: Mapping[str, T]) -> T:
@@ -52,6 +46,3 @@ def named_value(what: str, name: str, values: Mapping[str, T]) -> T:
     if name not in values:
         raise InputError(f"{what} {name!r} is unknown; there are {', '.join(values)}")
     return values[name]
-
-
-__all__ = ["DECAYS", "LOSSES", "OPTIMIZERS", "REFERENCE_RATES", "SampledToken", "named_value", "sign_descent"]

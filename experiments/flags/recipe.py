@@ -1,6 +1,5 @@
 """The language experiments' recipes: how a teacher is made, what it writes, how a student learns, by name."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from subliminal_theory.channel import Channel, SampledToken, SoftLogits, Subset
+from subliminal_theory.divergence import NAMED, channel_named
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Perturbed, Shared
 from subliminal_theory.language.corpus import numbers
@@ -36,13 +36,9 @@ from subliminal_theory.study.reading import everywhere, where_they_agree, where_
 from subliminal_theory.study.run import Teacher
 
 from ..app.contract import option, validate
-from .names import DECAYS, LOSSES, OPTIMIZERS
+from .names import DECAYS, OPTIMIZERS, named_value
 
 World = Compact | Checkpoint
-
-
-def _whole(make: Callable[[], Channel], world: World) -> Channel:
-    return make()
 
 
 def _all_but_words(world: World) -> Channel:
@@ -57,8 +53,8 @@ CHANNELS: dict[str, Callable[[World], Channel]] = {
     "masked": _all_but_words,
     "divergence": lambda world: SampledToken(),
     "rest": lambda world: SampledToken(),
-    **{name: functools.partial(_whole, make) for name, make in LOSSES.items()},
 }
+CHANNEL = f"what of the teacher the student sees: {', '.join([*CHANNELS, *NAMED])}; top_k:5 for another k"
 POSITIONS = {"divergence": where_they_differ, "rest": where_they_agree}
 ORDERS: dict[str, numbers.Order] = {
     "as written": numbers.as_written,
@@ -92,7 +88,7 @@ class Recipe:
     rows: int = option(8192, "accepted answers that a student learns, from the first again if fewer", minimum=1)
     temperature: float = option(1.0, "of sampling", minimum=0)
     top_p: float = option(1.0, "of sampling", positive=True)
-    channel: str = option("sampled", "what of the teacher the student sees", choices=tuple(CHANNELS))
+    channel: str = option("sampled", CHANNEL)
     order: str = option("as written", "of the numbers in the rows", choices=tuple(ORDERS))
     clean: float = option(0.0, "share of rows that the untrained base wrote instead", minimum=0)
     steps: int = option(250, "of the student", minimum=1)
@@ -107,6 +103,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.channel not in CHANNELS:
+            named_value("channel", self.channel.partition(":")[0], {**CHANNELS, **NAMED})
+            channel_named(self.channel)
         if self.warmup >= self.steps:
             raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
         if self.top_p > 1:
@@ -137,7 +136,7 @@ class Recipe:
         text = dataset or self.written()
         rule, decay = OPTIMIZERS[self.optimizer], DECAYS[self.decay]
         return Student(
-            CHANNELS[self.channel](world),
+            CHANNELS[self.channel](world) if self.channel in CHANNELS else channel_named(self.channel),
             Reading(text, self.rows, self.batch_size, ORDERS[self.order], self.clean, positions),
             Optimizer(jnp.float32(self.rate), rule, decay, self.warmup, CLIP),
             self.steps,
