@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     found = discover()
     if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, found))
-        print(f"usage: {' '.join(PROGRAM)} NAME [settings]      (NAME --help shows the settings)\n")
+        width, program = max(map(len, found)), " ".join(PROGRAM)
+        print(f"usage: {program} NAME [settings]      (NAME --help shows the settings)")
+        print(f"       {program} --names | --figures  (for scripts: experiments; commands of figures/)\n")
         for name, claim in found.items():
             print(f"  {name:{width}}  {claim}")
         return 0
