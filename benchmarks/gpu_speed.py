@@ -36,7 +36,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.language_training import MATRICES
 from subliminal_theory.channel import SampledToken, SoftLogits
 from subliminal_theory.distill import Trained, distill
 from subliminal_theory.language.model.config import TransformerConfig
@@ -45,6 +44,7 @@ from subliminal_theory.language.model.sampling import sample
 from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.model import Model, computed_in, from_nnx, rounded
 from subliminal_theory.source import Examples
+from subliminal_theory.study.starts import MATRICES
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.language_sweep import LanguageConfig
+from experiments.flags.language import LanguageConfig
 from subliminal_theory.channel import SampledToken
 from subliminal_theory.distill import Trained, distill
 from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer

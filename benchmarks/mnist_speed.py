@@ -20,24 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.laboratory import Laboratory, load_data
+from experiments.flags.digits import Setting
 from experiments.mnist import STUDENTS
-from experiments.setting import Setting
 from subliminal_theory.errors import InputError
-from subliminal_theory.keys import named
-from subliminal_theory.model import Model
+from subliminal_theory.study import Digits, Job, Study, trained
+from subliminal_theory.study.world import Memo
 
 SIZE = 2048
 
 
-def operations(laboratory: Laboratory, examples: int) -> float:
+def operations(world: Digits, examples: int) -> float:
     """Floating-point operations of one seed: matrix products only, the padding of batches not counted.
 
     A training step is 6 operations an example and weight, less the gradient of the inputs, which nobody
     needs; the teacher's pass over the noise is 2, once for all four students.
     """
-    width, pixels = laboratory.setting.width, int(np.prod(laboratory.data.image_shape))
-    weights = pixels * width + (laboratory.setting.depth - 1) * width**2 + width * laboratory.outputs
+    width, pixels = world.network.width, int(np.prod(world.data.image_shape))
+    weights = pixels * width + (world.network.depth - 1) * width**2 + width * world.logits
     training = 6 * weights - 2 * pixels * width
     return examples * ((1 + len(STUDENTS)) * training + 2 * weights)
 
@@ -66,32 +65,28 @@ def main() -> None:
     arguments = parser.parse_args()
 
     directory = str(arguments.data_dir) if arguments.data_dir else None
+    epochs = arguments.epochs
+    setting = Setting(teacher_epochs=epochs, epochs=epochs)
     try:
-        data = load_data("mnist", directory)
+        world = setting.world(range(arguments.chunk), directory)
     except InputError as error:
         parser.error(str(error))
-    epochs = arguments.epochs
-    laboratory = Laboratory(Setting(teacher_epochs=epochs, epochs=epochs), data)
-    students = [laboratory.at(dataclasses.replace(laboratory.setting, **changes)) for changes in STUDENTS.values()]
-    digits, source, rate = laboratory.digits(), laboratory.source(), jnp.float32(laboratory.setting.learning_rate)
-    channels = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[student.channel() for student in students])
-    rates = jnp.full(len(students), rate)
-    keys = jax.vmap(jax.random.key)(jnp.arange(arguments.chunk))
-    run_keys = jax.vmap(lambda key: named(key, "students"))(keys)
-    init = jax.jit(jax.vmap(laboratory.initial))(keys)
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(STUDENTS), 1), init)
-    teach = jax.jit(jax.vmap(laboratory.teach, in_axes=(0, None, None, 0)))
-    distil = jax.jit(jax.vmap(laboratory.imitate, in_axes=(0, 0, None, None, None, 0)))
+    students = {name: dataclasses.replace(setting, **changes).student(world) for name, changes in STUDENTS.items()}
+    steps, init = world.steps(epochs), world.initial()
 
     def ours() -> float:
         start = time.perf_counter()
-        teacher: Model = teach(init, digits, rate, keys).model
-        jax.block_until_ready(distil(stacked, teacher, channels, source, rates, run_keys))
+        teacher = Study(dataclasses.replace(world, memo=Memo())).teacher(setting.run(world).teacher)
+        jobs = {
+            name: Job(init, student.source, student.optimizer, steps, teacher, student.channel)
+            for name, student in students.items()
+        }
+        runs = trained(jobs, dict.fromkeys(jobs, (steps,)), world.keys("students"), world.computation)
+        jax.block_until_ready([result.model.params for _, _, result in runs])
         return (time.perf_counter() - start) / arguments.chunk
 
     def theirs() -> float:
         folder = directory or str(Path(os.environ["SUBLIMINAL_DATA"]) / "mnist")
-        steps = laboratory.steps(epochs)
         command = [
             arguments.torch_python, str(Path(__file__).with_name("mnist_torch.py")), "--data", folder, "--models",
             "2", "--aux", "3", "--epochs", str(epochs), "--seed", "0", "--steps", str(steps),
@@ -101,7 +96,7 @@ def main() -> None:
         return float(json.loads(line)["seconds_per_seed"])
 
     ours()
-    work = operations(laboratory, epochs * len(data.train_labels))
+    work = operations(world, epochs * len(world.data.train_labels))
     print(f"at the rate of the matrix product the ratio could not exceed PyTorch's seconds x rate / {work:.3g}")
     ratios, fractions = [], []
     for number in range(arguments.rounds):

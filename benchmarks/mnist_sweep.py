@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import mnist, mnist_channel
 from experiments.app.contract import Part, listed
-from experiments.laboratory import load_data
+from experiments.flags.digits import load_data
 from subliminal_theory.errors import InputError
 
 
