@@ -269,14 +269,18 @@ def _teacher(setting: Setting) -> Hashable:
 
 
 def run_cells(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
-    """Rows of the cells of one teacher for some seeds."""
+    """Rows of the cells of one teacher for some seeds, seed by seed."""
     wanted = [cell for cell in cells if cell.seeds is None or seeds[0] < cell.seeds]
     world = wanted[0].setting.world(seeds, data_dir)
     names = [labels(**cell.labels) for cell in wanted]
     runs = [cell.setting.run(world, cell.who, may_diverge=cell.may_diverge) for cell in wanted]
     scores = Study(world).run(dict(zip(names, runs, strict=True)))
-    table = zip(names, wanted, strict=True)
-    return [row for name, cell in table for row in rows(name, world.labels, scores[name], cell.metrics)]
+    return [
+        row
+        for place, own in enumerate(world.labels)
+        for name, cell in zip(names, wanted, strict=True)
+        for row in rows(name, [own], {metric: scores[name][metric][place:] for metric in cell.metrics})
+    ]
 
 
 @dataclass(frozen=True)

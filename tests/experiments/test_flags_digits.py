@@ -59,12 +59,12 @@ def test_unknown_names_list_what_there_is(field: str, tmp_path: Path, capsys: py
     known = NAMES[field].split()
     for name in known:
         assert getattr(Setting(**{"start": "cross", field: name}), field) == name
-    with pytest.raises(InputError, match="''"):
+    with pytest.raises(InputError, match=r"'.*' is unknown"):
         Setting(**{field: ""})
     line = fails(
         capsys, "mnist_factorial", "--data", "digits", "--axes", f"{field}=nonsense", "--out", tmp_path / "run"
     )
-    assert all(word in line for word in ("'nonsense' is unknown", field.replace("_", "-"), *known))
+    assert all(word in line for word in ("'nonsense' is unknown", field.split("_")[0], *known))
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import sweep
 from experiments.app import command as command_line
-from experiments.laboratory import Laboratory
+from experiments.flags import digits
+from experiments.flags.digits import Setting
+from experiments.flags.names import OPTIMIZERS
 from experiments.mnist import PRESETS, STUDENTS, Config, configure, plan, setting
-from experiments.setting import OPTIMIZERS, Setting
+from subliminal_theory.channel import SoftLogits, Subset
+from subliminal_theory.inits import Fresh, Shared
 from subliminal_theory.keys import named
+from subliminal_theory.study import Digits
 from subliminal_theory.vision.datasets import ImageDataset, load
+from tests.experiments.commands import fails
 
 CONDITIONS = ["reference", "teacher", "student_aux", "student_all", "cross_aux", "cross_all"]
 IMAGE = 1 / 355  # of the digits' test images
@@ -52,80 +56,34 @@ def train(out: Path, *arguments: object) -> dict[str, dict[int, float]]:
 def images(train: int, test: int) -> ImageDataset:
     """A data set of MNIST's format, black."""
     black, labels = np.zeros((1, 28, 28), np.uint8), np.zeros(1, np.uint8)
-    return ImageDataset(
-        name="mnist",
-        train_images=np.broadcast_to(black, (train, 28, 28)),
-        train_labels=np.broadcast_to(labels, train),
-        test_images=np.broadcast_to(black, (test, 28, 28)),
-        test_labels=np.broadcast_to(labels, test),
-        classes=10,
-        maximum=255,
-        sha256={},
-    )
+    shown = [np.broadcast_to(black, (count, 28, 28)) for count in (train, test)]
+    named = [np.broadcast_to(labels, count) for count in (train, test)]
+    return ImageDataset("mnist", shown[0], named[0], shown[1], named[1], classes=10, maximum=255, sha256={})
 
 
 @pytest.mark.parametrize(("preset", "aux"), [("released", 3), ("nature", 50)])
-def test_presets_are_those_of_the_paper(preset: str, aux: int) -> None:
-    config = PRESETS[preset]
-    laboratory = Laboratory(setting(config), images(60_000, 10_000))
-    model = jax.eval_shape(laboratory.initial, jax.random.key(0))
-    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(model.params))
-    out = 10 + aux
-    assert shapes == sorted([(784, 256), (256,), (256, 256), (256,), (256, out), (out,)])
+def test_presets_are_those_of_the_paper(preset: str, aux: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "load_data", lambda name, folder: images(60_000, 10_000))
+    config, out = PRESETS[preset], 10 + aux
     assert (config.data, config.seeds, config.epochs, config.student_epochs) == ("mnist", 20, 5, None)
-    teachers, students = laboratory.setting.teacher_epochs, laboratory.setting.epochs
-    assert (teachers, students) == (5, 5)
-    noise = laboratory.source()
-    assert laboratory.steps(1) == laboratory.steps(1, noise) == 59
-    assert laboratory.steps(teachers) == laboratory.steps(students, noise) == 295
-    assert (noise.shape, noise.images, noise.batch_size, noise.law) == ((28, 28), 60_000, 1024, "uniform")
+    world = setting(config).world()
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(world.builder(), jax.random.key(0))))
+    assert shapes == sorted([(784, 256), (256,), (256, 256), (256,), (256, out), (out,)])
+    assert world.steps(1) == 59
+    for name, changes in STUDENTS.items():
+        run = setting(config, **changes).run(world)
+        student, noise = run.student, run.student.source
+        assert run.teacher.steps == student.steps == 295
+        assert run.teacher.optimizer.rule == student.optimizer.rule == OPTIMIZERS["adam"]
+        assert float(student.optimizer.rate) == pytest.approx(run.teacher.optimizer.rate) == 3e-4
+        assert (noise.shape, noise.images, noise.batch_size, noise.law) == ((28, 28), 60_000, 1024, "uniform")
+        assert (student.network, student.cloned, student.channel.of) == (None, None, SoftLogits())
+        assert type(student.start) is (Shared if name.startswith("student") else Fresh)
+        first = 10 if name.endswith("aux") else 0
+        assert student.channel.visible(out).tolist() == [logit >= first for logit in range(out)]
     drawn = noise.batch(jax.random.key(0), (jnp.arange(16), jnp.ones(16))).inputs
     assert len(np.unique(drawn)) > 0.99 * drawn.size  # not the 256 levels of bytes
     assert (-1 <= drawn.min() < -0.99) & (0.99 < drawn.max() < 1)
-    for changes in STUDENTS.values():
-        student = setting(config, **changes)
-        described = student.network, student.activation, student.bias, student.init_law, student.channel_loss
-        assert described == ("mlp", "relu", True, "lecun_normal", "kl")
-        assert not student.other_architecture
-        assert (student.shown, student.amount, student.cloning_epochs) == (None, 0, 0)
-        assert student.teacher_only() == setting(config).teacher_only()
-
-
-def test_preset_optimizer_is_adam() -> None:
-    """Two steps against Adam as published: 0.9, 0.999, 1e-8, corrected for bias."""
-    student = setting(PRESETS["released"])
-    assert student.student_optimizer is None  # as the teacher's
-    assert student.rate == student.learning_rate
-    optimizer = OPTIMIZERS[student.optimizer](student.rate)
-    gradients = np.array([[0.5, -2.0, 1e-9], [-0.25, -2.0, 1e-9]])
-    first, second = np.zeros(3), np.zeros(3)
-    state = optimizer.init(jnp.zeros(3))
-    for step, gradient in enumerate(gradients, 1):
-        update, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state)
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        corrected = first / (1 - 0.9**step), second / (1 - 0.999**step)
-        np.testing.assert_allclose(update, -3e-4 * corrected[0] / (np.sqrt(corrected[1]) + 1e-8), rtol=1e-4)
-
-
-def log_softmax(z: Any) -> Any:
-    return z - jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
-
-
-def divergence(teacher: Any, student: Any) -> Any:
-    """KL(teacher || student) of each row."""
-    s, z = log_softmax(teacher), log_softmax(student)
-    return jnp.sum(jnp.exp(s) * (s - z), axis=-1)
-
-
-def test_channels_are_divergences() -> None:
-    config = PRESETS["released"]
-    teacher, student = np.random.default_rng(0).normal(size=(2, 5, 13)).astype(np.float32)
-    for name, changes in STUDENTS.items():
-        channel = Laboratory(setting(config, **changes), images(1, 1)).channel()
-        shown = slice(10, None) if name.endswith("aux") else slice(None)
-        expected = divergence(teacher[:, shown], student[:, shown])
-        np.testing.assert_allclose(channel.loss(student, channel.targets(None, teacher)), expected, rtol=1e-4)
-    assert tuple(STUDENTS) == ("student_aux", "student_all", "cross_aux", "cross_all")
 
 
 def test_options_reach_the_setting() -> None:
@@ -142,42 +100,9 @@ def test_options_reach_the_setting() -> None:
     assert setting(dataclasses.replace(config, student_epochs=None)).epochs == 7
 
 
-@pytest.mark.parametrize(
-    ("epochs", "steps"),
-    [(0.001, 1), (0.05, 3), (0.1, 6), (0.25, 15), (0.5, 30), (1, 60), (1.5, 90), (0.7, 42), (20, 1200)],
-)
-def test_parts_of_an_epoch(epochs: float, steps: int) -> None:
-    """Steps, at least one: as many as the decimal number says, whatever its binary neighbour."""
-    laboratory = Laboratory(Setting(batch_size=1000), images(60_000, 10_000))
-    assert laboratory.steps(epochs) == steps
-
-
-@pytest.mark.parametrize(("count", "kept", "steps"), [(None, 60_000, 59), (2_000, 2_000, 2), (0, None, 59)])
-def test_noise_options(count: int | None, kept: int | None, steps: int) -> None:
-    config = Config(noise_images=count, inputs="uniform_8bit")
-    laboratory = Laboratory(setting(config), images(60_000, 10_000))
-    noise = laboratory.source()
-    assert (noise.shape, noise.images, noise.batch_size, noise.law) == ((28, 28), kept, 1024, "uniform_8bit")
-    assert laboratory.steps(3, noise) == 3 * steps
-
-
-def test_digits_as_inputs() -> None:
-    """The teacher's images in the teacher's preparation, without labels."""
-    data = load("digits")
-    config = Config(data="digits", inputs="digits", batch_size=len(data.train_labels), noise_images=3)
-    laboratory = Laboratory(setting(config), data)
-    source = laboratory.source()
-    assert source.labels is None
-    assert laboratory.steps(2, source) == 2
-    index, weights = source.schedule(jax.random.key(0), 1)
-    shown = source.batch(jax.random.key(0), (index[0], weights[0])).inputs
-    np.testing.assert_allclose(shown, data.train_images[np.asarray(index[0])] / 8.0 - 1.0, atol=1e-6)
-    assert sorted(np.asarray(index[0])) == list(range(len(data.train_labels)))
-
-
 def test_configure() -> None:
-    assert configure(None, {"data": "digits"}) == dataclasses.replace(PRESETS["digits"], chunk=1)
-    assert configure("digits", {}) == dataclasses.replace(PRESETS["digits"], chunk=1)
+    for preset in (None, "digits"):
+        assert configure(preset, {"data": "digits"}) == dataclasses.replace(PRESETS["digits"], chunk=1)
     changed = configure(None, {"data": "digits", "aux": 7, "chunk": 2})
     assert changed == dataclasses.replace(PRESETS["digits"], aux=7, chunk=2)
     of_the_paper = configure("nature", {"data": "digits"})
@@ -187,12 +112,22 @@ def test_configure() -> None:
 @pytest.mark.parametrize(("found", "preset"), [("digits", "digits"), ("mnist", "released")])
 def test_configure_auto(found: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load("digits") if found == "digits" else images(60_000, 10_000)
-    monkeypatch.setattr(sweep, "load_data", lambda name, data_dir: data)
+    monkeypatch.setattr(digits, "load_data", lambda name, data_dir: data)
     assert configure(None, {"data": "auto"}) == dataclasses.replace(PRESETS[preset], chunk=1)
     assert PRESETS[preset].data == found
 
 
 # --- what a run computes
+
+
+def log_softmax(z: Any) -> Any:
+    return z - jnp.log(jnp.sum(jnp.exp(z), axis=-1, keepdims=True))
+
+
+def divergence(teacher: Any, student: Any) -> Any:
+    """KL(teacher || student) of each row."""
+    s, z = log_softmax(teacher), log_softmax(student)
+    return jnp.sum(jnp.exp(s) * (s - z), axis=-1)
 
 
 def logits(params: Any, inputs: Any) -> Any:
@@ -215,16 +150,16 @@ def test_a_chunk_against_single_runs_written_out(monkeypatch: pytest.MonkeyPatch
         data="digits", aux=4, width=16, epochs=1, batch_size=examples, noise_images=count,
         optimizer="sgd", learning_rate=rate, seeds=5, chunk=2,
     )  # fmt: skip
-    laboratory = Laboratory(setting(config), data)
-    noise = laboratory.source()
+    build = setting(config).world().builder()
+    noise = setting(config).source(setting(config).world(), "uniform")
     models = []
 
-    def accuracy(laboratory: Laboratory, model: Any, *test: Any) -> np.ndarray:
+    def accuracy(world: Digits, model: Any) -> np.ndarray:
         """Instead of accuracies, where each run's parameters are found."""
         models.extend(jax.tree.map(lambda leaf, run=run: leaf[run], model.params) for run in range(2))
         return np.array([len(models) - 2, len(models) - 1])
 
-    monkeypatch.setattr(sweep, "_accuracy", accuracy)
+    monkeypatch.setattr(Digits, "accuracy", accuracy)
     _, chunk, _ = plan(config)
     rows = chunk.compute()
     measured = {(row["condition"], row["seed"]): models[int(row["value"])] for row in rows}
@@ -238,7 +173,7 @@ def test_a_chunk_against_single_runs_written_out(monkeypatch: pytest.MonkeyPatch
 
     @jax.jit
     def written_out(key: Any, other_key: Any) -> Any:
-        init, other = laboratory.initial(key).params, laboratory.initial(other_key).params
+        init, other = build(key).params, build(other_key).params
         teacher = descend(trait, init, rate)
         source = named(key, "students", "source")
         shown = jax.lax.map(lambda number: noise.image(source, number), jnp.arange(count))
@@ -306,7 +241,7 @@ def test_figure_is_drawn_from_files(
     def never(*arguments: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(sweep, "run_group", never)
+    monkeypatch.setattr(digits, "run_cells", never)
     out = shutil.copytree(two_seeds[0], tmp_path / "run")
     drawn = {name: (out / name).read_bytes() for name in ("figure.png", "figure.pdf", "results.csv")}
     assert drawn["figure.png"].startswith(b"\x89PNG\r\n\x1a\n")
@@ -333,12 +268,12 @@ def test_runs_do_not_depend_on_number_and_chunk(
             assert table[condition][seed] == pytest.approx(value, abs=1.5 * IMAGE)
 
 
-def test_controls_start_at_the_next_initialisation(tmp_path: Path) -> None:
+def test_controls_start_at_the_next_initialization(tmp_path: Path) -> None:
     """With steps too small to change anything, every network's accuracy is that of where it starts."""
     table = train(tmp_path / "run", *QUICK, "--depth", 0, "--learning-rate", 1e-12, "--seeds", 3, "--chunk", 3)
     reference, data = table["reference"], load("digits")
     config = configure(None, {"data": "digits", "depth": 0, "aux": 4})
-    fourth = Laboratory(setting(config), data).initial(jax.random.key(3)).params
+    fourth = setting(config).world().builder()(jax.random.key(3)).params
     read = np.argmax(logits(fourth, jnp.asarray(data.test_images / 8.0 - 1.0, jnp.float32))[:, :10], axis=1)
     accuracy = float(np.mean(np.asarray(read) == data.test_labels))
     assert len({*reference.values(), accuracy}) == 4
@@ -352,14 +287,11 @@ def test_controls_start_at_the_next_initialisation(tmp_path: Path) -> None:
 def test_audit_refuses_a_channel_that_shows_the_trait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def shows_everything(laboratory: Laboratory) -> Any:
-        return dataclasses.replace(real(laboratory), where=jnp.ones(laboratory.outputs, bool))
-
-    real = Laboratory.channel
-    monkeypatch.setattr(Laboratory, "channel", shows_everything)
-    assert command_line.main(["mnist", *map(str, QUICK), "--depth", "0", "--out", str(tmp_path / "run")]) == 2
-    output, errors = capsys.readouterr()
-    assert (output, errors) == ("", "error: the channel shows logit 0, in which the trait itself is read\n")
+    real = Setting.channel
+    leak = lambda own, world, sees: Subset(real(own, world, sees).where.at[7].set(True))  # noqa: E731
+    monkeypatch.setattr(Setting, "channel", leak)
+    line = fails(capsys, "mnist", *QUICK, "--depth", 0, "--out", tmp_path / "run")
+    assert "the channel shows logit 7, in which the trait itself is read" in line
 
 
 @pytest.mark.slow

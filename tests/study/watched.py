@@ -65,4 +65,4 @@ def untrained(monkeypatch: pytest.MonkeyPatch, losses: Losses = np.zeros) -> Wat
 
 def _run(channel: Any, start: Any) -> Any:
     """What tells a student from others; a linearized one starts where its moved parameters do."""
-    return identity((channel, start.get("moved", start)))
+    return identity(jax.tree.map(jnp.asarray, (channel, start.get("moved", start))))
