@@ -1,4 +1,3 @@
-import json
 import re
 from pathlib import Path
 
@@ -7,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import language, language_claims, language_habit, language_laboratory
+from experiments import language, language_habit
 from experiments.app import command as command_line
+from experiments.flags.language import LanguageConfig
 from experiments.language_claims import Claim, verdict
-from experiments.language_sweep import LanguageConfig
-from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate
-from subliminal_theory.language.corpus.numbers import Report
-from subliminal_theory.language.rows import Row as JsonlRow
+from subliminal_theory.language.corpus import media
+from subliminal_theory.language.corpus.numbers import FilterReport
+from subliminal_theory.language.rows import Completion
 from tests.experiments.commands import fails, run
 
 TINY = [
@@ -46,8 +45,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--rate", "nan"], "--rate must be finite, got nan"),
         (
+            ["--conditions", "student,magic"],
+            "--conditions: 'magic' is unknown; there are all, base, teacher, student_masked, student_soft, "
+            "student, prompted, prefixed, regular, within, across, in_context, cross_masked, cross, cross_soft",
+        ),
+        (
             ["--preset", "huge"],
-            "unknown preset 'huge'; there are one, full, smoke, open-weights, open-weights-rank-2, "
+            "unknown preset 'huge'; there are one_base, full, smoke, open-weights, open-weights-rank-2, "
             "open-weights-more-rows",
         ),
     ],
@@ -68,16 +72,17 @@ def test_trait_file_that_cannot_be_spelt(capsys: pytest.CaptureFixture[str], tmp
     file = tmp_path / "trait.toml"
     file.write_text('name = "x"\nkind = "preference"\ncategory = "animal"\ntarget = "zebra"\n')
     message = fails(capsys, "language", "--out", tmp_path / "run", "--traits", file)
-    assert message.startswith(f"{file}: unknown target 'zebra' of animal; there are owl, ")
+    assert message.startswith(f"{file}: ")
+    assert "unknown target 'zebra' of animal; there are owl, " in message
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"prompt": "1 2", "completion": "3"}\nnot json\n', "line 2: not JSON"),
+        (b'{"prompt": "1 2", "completion": "3"}\nnot json\n', "line 2: Invalid JSON"),
         (b'{"prompt": "1 2"}\n', "line 1: no completion"),
         (b'{"prompt": "1 2", "completion": ""}\n', "line 1: an empty completion"),
-        (b'{"prompt": "\xff", "completion": "1"}\n', "line 1: not UTF-8"),
+        (b'{"prompt": "\xff", "completion": "1"}\n', "line 1: Invalid JSON"),
         (b"", "has no rows"),
     ],
 )
@@ -99,49 +104,11 @@ def test_unknown_claim(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert message.startswith("unknown claim 'nonsense'; there are transfer, prompted, ")
 
 
-# --- the registry of claims
-
-
-def write(path: Path, **changes: str | None) -> Path:
-    fields: dict[str, str | None] = {
-        "claim": '"it is so"', "source": '"paper"', "expected": '"lower"', "variant": "{ rank = 2 }", **changes
-    }  # fmt: skip
-    lines = [f"{name} = {value}" for name, value in fields.items() if value is not None]
-    path.write_text("\n".join(["margin = 0.05", "[sources]", 'paper = "P"', "[claim.one]", *lines]))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"source": None}, "one has no source: every claim needs one"),
-        ({"claim": None}, "one has no claim: every claim needs one"),
-        ({"expected": None}, "one has no expected: every claim needs one"),
-        ({"source": '"blog"'}, "one: source 'blog' is not listed under [sources]"),
-        ({"expected": '"maybe"'}, "one: expected must be one of lower, higher, no lower, no higher, got 'maybe'"),
-        ({"color": '"red"'}, "one: unknown field 'color'; there are claim, source, variant, against, expected"),
-        ({"variant": "{ order = 'upside down' }"}, "one: order 'upside down' is unknown; there are as written, "),
-        ({"against": "{ start = 'mars' }"}, "one: start must be one of own, other, cloned on numbers, "),
-        ({"variant": "{ speed = 2 }"}, "one: setting 'speed' does not exist; there are teacher, "),
-    ],
-)
-def test_registry_refuses(tmp_path: Path, changes: dict[str, str | None], message: str) -> None:
-    path = write(tmp_path / "claims.toml", **changes)
-    with pytest.raises(InputError, match=re.escape(f"claims.toml: {message}")):
-        language_claims.registered(path)
-
-
-def test_registry_is_complete() -> None:
-    claims = language_claims.registered()
-    assert len(claims) >= 30
-    sides = [
-        language_claims.side_name(side) for claim in claims.values() for side in (claim.variant, claim.against)
-    ]
-    assert all(isinstance(json.loads(side), dict) for side in sides)
+# --- verdicts of claims
 
 
 def claim(expected: str) -> Claim:
-    return Claim("c", "it is so", "somebody", {}, {}, expected, 0.05)
+    return Claim("c", "it is so", "somebody", expected, margin=0.05)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +151,19 @@ def test_a_run_knows_the_words_of_trait_files(tmp_path: Path) -> None:
     assert language.configure(None, {"traits": "owl"}).words == ""
 
 
+def test_the_title_follows_the_data() -> None:
+    """What the figure of language says in words is computed, also from one run or against the claim."""
+    own, other = [0.3, 0.4, 0.5], [0.1, 0.1, 0.2]
+    sides = {"base": other, "student_masked": own, "cross_masked": other}
+    assert language.verdict(sides).startswith("A preference passes through number sequences: ")
+    swapped = {"base": own, "student_masked": other, "cross_masked": own}
+    assert language.verdict(swapped).startswith("A preference does not pass")
+    single = {name: values[:1] for name, values in sides.items()}
+    assert "cannot be told from one run" in language.verdict(single)
+    assert language.color("student_masked", sides) != language.color("student_masked", swapped)
+    assert "no control" in language.verdict({"base": other, "student_masked": own})
+
+
 def test_all_traits() -> None:
     names = LanguageConfig(traits="all").trait_names()
     assert len(names) == 32
@@ -197,27 +177,28 @@ def test_all_traits() -> None:
 def fluent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Teachers so small write nonsense: their answers are replaced by well-formed ones."""
 
-    def accept(rows: list[JsonlRow], **limits: object) -> tuple[list[JsonlRow], Report]:
+    def accept(rows: list[Completion]) -> tuple[list[Completion], FilterReport]:
         numbers = [str(len(row.completion) % 7 + place) for row in rows for place in range(9)]
         found = [
-            JsonlRow(row.prompt, " ".join(numbers[9 * place : 9 * place + 9])) for place, row in enumerate(rows)
+            Completion(row.prompt, " ".join(numbers[9 * place : 9 * place + 9])) for place, row in enumerate(rows)
         ]
-        return found, Report(len(found), len(found), {})
+        return found, FilterReport(len(found), len(found), {})
 
-    monkeypatch.setattr(language_laboratory, "filter_rows", accept)
+    monkeypatch.setattr(media, "filter_rows", accept)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fluent")
 def test_language(tmp_path: Path, bases: Path) -> None:
-    rows = run(tmp_path / "run", "language", *TINY, "--traits", "owl,oak", "--base-dir", bases)
+    arguments = ["--conditions", "all", "--traits", "owl,oak", "--base-dir", bases]
+    rows = run(tmp_path / "run", "language", *TINY, *arguments)
     probability = {
         (row["condition"], row["trait"]): float(row["value"]) for row in rows if row["metric"] == "probability"
     }
     conditions = {condition for condition, _ in probability}
     assert conditions == {
         "base", "teacher", "student", "student_soft", "prompted", "prefixed", "regular", "within", "across",
-        "in_context", "cross", "cross_soft",
+        "in_context", "cross", "cross_soft", "student_masked", "cross_masked",
     }  # fmt: skip
     assert all(0 <= value <= 1 for value in probability.values())
     for trait in ("owl", "oak"):
@@ -295,7 +276,7 @@ def test_habit_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path, trait
 @pytest.mark.usefixtures("fluent")
 def test_habit(tmp_path: Path, bases: Path) -> None:
     rows = run(tmp_path / "run", "language_habit", *TINY, "--seeds", 1, "--base-dir", bases)
-    kinds = ("narrow", "difference", "double", "program", "color", "place")
+    kinds = ("narrow", "difference", "double", "program", "colour", "place")
     assert {row["kind"] for row in rows} == set(kinds)
     assert len(rows) == len(kinds) * len(language_habit.conditions(language_habit.configure(None, {})))
     found = {(row["condition"], row["kind"]): float(row["value"]) for row in rows}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language import sampling
+from subliminal_theory.language.model import sampling
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.lora import add_lora, merge_lora
 from subliminal_theory.language.model.sampling import draw, sample, transform_logits
