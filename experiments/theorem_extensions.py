@@ -264,6 +264,7 @@ def counterexample(extension: Extension) -> Float[Array, ""] | None:
         teacher=case.teacher or extension.teacher,
         student=case.student or (SMALL_STEP if extension.teacher_steps > 1 else extension.student),
         teacher_steps=extension.teacher_steps,
+        student_steps=extension.student_steps,
     )  # fmt: skip
     return _transmit(
         changed, model, start, case.trait_loss, jnp.asarray(case.seen), case.channel, jax.random.key(0)

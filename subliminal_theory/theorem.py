@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from subliminal_theory.channel import Channel, imitation_loss, imitation_value_and_grad, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.model import join, split_trainable
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.signal import ZERO_CASES, measure_signal, signs
 
 _MEASURED = (
@@ -30,7 +31,7 @@ _MEASURED = (
 )
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Report:
     """What `check` measured; every number is a scalar array, so a report can come out of jit and vmap.
@@ -75,7 +76,7 @@ class Report:
     exact: bool = field(default=True, metadata={"static": True})
 
     @property
-    def change(self) -> Float[Array, ""]:
+    def change(self) -> PyTree:
         """L_T after the student's step minus before."""
         return self.trait_loss_after - self.trait_loss_before
 
@@ -250,7 +251,7 @@ def _kept(start: PyTree, end: PyTree, step: float | Float[Array, ""], direction:
     return jnp.where(squared > 0, optax.tree.vdot(displacement, unit) / jnp.where(squared > 0, squared, 1), 1)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class SmallSteps:
     """How small is small enough: what the search of `how_small` found, in units of the raw gradients.

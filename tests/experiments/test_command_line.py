@@ -258,7 +258,10 @@ def test_in_a_process_of_its_own() -> None:
         ("mnist --data digits --learning-rate nan", "--learning-rate must be finite, got nan"),
         ("mnist --data digits --learning-rate inf", "--learning-rate must be finite, got inf"),
         ("mnist --data digits --optimizer foo", "--optimizer 'foo' is unknown; there are adam, sgd, momentum"),
-        ("mnist --data digits --channel-loss foo", "--channel-loss 'foo' is unknown; there are kl, mse"),
+        (
+            "mnist --data digits --channel-loss foo",
+            "channel 'foo' is unknown; there are kl, reverse_kl, js, mse, ",
+        ),
         ("theorem --seeds 0", "--seeds must be at least 1, got 0"),
         ("theorem --steps 1", "--steps must be at least 2, got 1"),
         ("theorem --smallest 1e-3", "--smallest 0.001 must be below --largest 0.001"),
