@@ -21,6 +21,7 @@ from subliminal_theory.alignment import follow, linearised
 from subliminal_theory.channel import weighted_mean
 from subliminal_theory.distill import Step
 from subliminal_theory.model import Model
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Digits, FineTuned, Job, Study, finite, trained
 from subliminal_theory.study.digits import ClassLoss, Scale
@@ -74,7 +75,7 @@ def run(
     return followed_rows(study, teacher, perturbed, config.points) + linearised_rows(study, teacher, narrowed)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Follow:
     """An observer that follows a student beside its teacher, who began at `start`."""

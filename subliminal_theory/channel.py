@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from subliminal_theory.divergence import Logits, MaybeKey, SoftLogits, Values, named_channel, softmax_metric
 from subliminal_theory.errors import InputError
+from subliminal_theory.pytree import register_dataclass
 
 _BOOL = np.dtype(bool)
 
@@ -107,7 +108,7 @@ def _require_weights(name: str, weights: Any) -> None:
 
 
 @named_channel("mse")
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class SquaredError:
     """sum_i w_i (z_i - y_i)^2 on the logits themselves; M = 2 diag(w).
@@ -149,7 +150,7 @@ class SquaredError:
         return values * jnp.broadcast_to(jnp.asarray(self.weights, values.dtype), values.shape)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class SampledToken:
     """Cross-entropy on one token sampled from the teacher at a temperature; 0 is greedy.
@@ -267,7 +268,7 @@ def _mask(where: Any, n: int) -> np.ndarray | Array:
 
 
 @named_channel("top_k", 2)
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class TopK:
     """Another channel that sees, at each position, only the teacher's k largest logits.
@@ -333,7 +334,7 @@ def require_enough(channel: Any, seen: np.ndarray | Array) -> None:
             raise InputError(f"TopK: k = {channel.k}, but only {count} logits are visible: use a smaller k")
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class WeightedSum:
     """sum_k w_k loss_k over several channels at once, such as imitation and a penalty for leaving a base model.

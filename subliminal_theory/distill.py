@@ -16,10 +16,11 @@ from subliminal_theory.channel import Channel, imitation_value_and_grad, weighte
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import BodyAndHead, Model, join, split_trainable
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Batch, Buckets, Source, batch_shapes, with_batch
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class State:
     """Where a run stands after `step` of its steps; the rest of what it needs, it is called with again."""
@@ -29,7 +30,7 @@ class State:
     step: PyTree
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Trained:
     """A model after its run, and the loss of every step before that step's update.
@@ -45,7 +46,7 @@ class Trained:
     state: State | None = None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Step:
     """What one step of a run is about to do: the model before it, its gradient and its update."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.pytree import register_dataclass
 
 Logits = Float[Array, "*batch n"]
 Values = Float[Array, "*batch"]
@@ -82,7 +83,7 @@ class _Divergence:
 
 
 @named_channel("kl")
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class SoftLogits(_Divergence):
     """KL(teacher || student) of softmax(logits / temperature): the teacher's whole distribution.
@@ -101,7 +102,7 @@ class SoftLogits(_Divergence):
 
 
 @named_channel("reverse_kl")
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class ReverseKL(_Divergence):
     """KL(student || teacher) of softmax(logits / temperature); M is the metric of `SoftLogits`.
@@ -117,7 +118,7 @@ class ReverseKL(_Divergence):
 
 
 @named_channel("js")
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class JensenShannon(_Divergence):
     """The mean of KL(s || m) and KL(z || m), m = (s + z) / 2, of softmax(logits / temperature).

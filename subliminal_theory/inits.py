@@ -21,6 +21,7 @@ from subliminal_theory.distill import Trained, distill
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model, match_paths, path_name
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Source
 
 
@@ -33,7 +34,7 @@ class Policy(Protocol):
     ) -> Float[Array, "..."]: ...
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Shared:
     """The teacher's initial parameter itself."""
@@ -43,7 +44,7 @@ class Shared:
         return reference
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Fresh:
     """An independent draw."""
@@ -53,7 +54,7 @@ class Fresh:
         return fresh
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Perturbed:
     """reference + sigma * rms(fresh) * N(0, 1): noise in units of the parameter's own initial scale.
@@ -69,7 +70,7 @@ class Perturbed:
         return reference + self.sigma * scale * jax.random.normal(key, reference.shape, reference.dtype)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Interpolated:
     """(1 - t) reference + t fresh; its scale is smaller between than at the ends."""
@@ -81,7 +82,7 @@ class Interpolated:
         return (1 - self.t) * reference + self.t * fresh
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class PerLayer:
     """A policy for each of some glob patterns of parameter paths, such as `layers/0/*`; the first match decides.

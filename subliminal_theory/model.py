@@ -12,11 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.pytree import register_dataclass
 
 Apply = Callable[[PyTree, PyTree], Float[Array, "..."]]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Model:
     """`apply(params, inputs) -> logits` with its trainable `params` and its `frozen` rest.

@@ -27,6 +27,7 @@ from jaxtyping import Array, Key, PyTree
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.model import Model, leaves_by_path, path_name
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Batch, Source
 
 AXES = ("data", "fsdp", "tensor")
@@ -184,7 +185,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Sharded:
     """Another source, whose batches are split by rows over the axes `data` and `fsdp` of a mesh.

@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
+from subliminal_theory.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """One step's data; every leaf has a leading batch axis.
@@ -64,7 +65,7 @@ def _as_they_are(inputs: PyTree) -> PyTree:
     return inputs
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Examples:
     """Stored examples, passed over in a new order each epoch.
@@ -113,7 +114,7 @@ class Examples:
         return Batch(self.prepare(inputs), weights, targets, labels)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Buckets:
     """Examples of several shapes, such as rows of like length, each batch from one of them.

@@ -15,6 +15,7 @@ from subliminal_theory.divergence import JensenShannon, ReverseKL
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.model import BodyAndHead, Model, computed_in, from_nnx
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Batch, Examples
 from subliminal_theory.theorem import check
 from subliminal_theory.vision.mlp import MLP
@@ -397,7 +398,7 @@ def test_targets_sampled_beforehand(channel) -> None:
 # --- padding
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Littered(Examples):
     """Puts something else in the place of the padded inputs."""

@@ -32,6 +32,7 @@ from subliminal_theory.files import (
     save_arrays,
     write_atomically,
 )
+from subliminal_theory.pytree import register_dataclass
 
 
 def test_atomic_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_one_thread_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Run:
     rate: Any

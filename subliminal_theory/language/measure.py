@@ -15,9 +15,10 @@ from subliminal_theory.language.model.sampling import draw
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.text import Chat, Tokenizer
 from subliminal_theory.model import Model
+from subliminal_theory.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Questions:
     """Questions of a trait that are answered in one word, and the word that shows the trait.
@@ -100,7 +101,7 @@ def stack_questions(asked: Sequence[Questions]) -> Questions:
     return Questions(text, stacked([one.targets for one in asked]), stacked([one.rivals for one in asked]))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Answers:
     """How a model answers questions, means over them.

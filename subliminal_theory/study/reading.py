@@ -25,6 +25,7 @@ from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat, Encoded, Tokenizer
 from subliminal_theory.model import Model
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study.run import FineTuned, Prompted, Student, Teacher, Untrained, stacked, static
 from subliminal_theory.study.stages import PerRun
@@ -33,7 +34,7 @@ from subliminal_theory.study.world import Memo, World
 Differs = Bool[Array, "runs rows columns"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Lessons:
     """What a fine-tuned teacher reads.
@@ -47,7 +48,7 @@ class Lessons:
     ordinary: float = static(default=0.0)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Written:
     """Answers of the teacher to `requests` requests, at a temperature (0: greedy) among its top-p tokens."""
@@ -58,7 +59,7 @@ class Written:
     top_p: float = static(default=1.0)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Dataset:
     """Rows that somebody else wrote."""
@@ -81,7 +82,7 @@ def where_they_agree(differs: Differs) -> Differs:
     return ~differs
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Reading:
     """As a student's source: rows that pass the filter, from the first again where they are fewer than `rows`.
@@ -103,7 +104,7 @@ class Reading:
     positions: Callable[[Differs], Differs] = static(default=everywhere)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class CorpusChats:
     """As a student's source: chats of the corpus on which the base was pre-trained."""

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from subliminal_theory.channel import Channel
 from subliminal_theory.inits import PerLayer, Policy, Shared
+from subliminal_theory.pytree import register_dataclass
 
 Rule = Callable[[Any], optax.GradientTransformation]
 Decay = Callable[[Any, int], optax.Schedule]
@@ -23,7 +24,7 @@ def static(**options: Any) -> Any:
     return field(metadata={"static": True}, **options)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Optimizer:
     """`rule(rate)`, such as `optax.adam`, behind an optional clip of the gradient to a global norm.
@@ -51,7 +52,7 @@ class Optimizer:
         return optax.join_schedules([optax.linear_schedule(0.0, self.rate, self.warmup), falling], [self.warmup])
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class FineTuned:
     """A teacher that is trained on lessons; `lessons` says which, where a world has several."""
@@ -61,13 +62,13 @@ class FineTuned:
     lessons: Hashable = static(default=None)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Prompted:
     """A teacher that is the base behind a system prompt."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Untrained:
     """The base itself, as a teacher without a trait."""
@@ -76,13 +77,13 @@ class Untrained:
 Teacher = FineTuned | Prompted | Untrained
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Everything:
     """All parameters train."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Frozen:
     """All parameters train but those whose path matches a glob pattern."""
@@ -90,7 +91,7 @@ class Frozen:
     patterns: tuple[str, ...] = static()
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class LowRank:
     """Only low-rank factors of matrices train (LoRA, arXiv 2106.09685), with alpha = rank."""
@@ -98,7 +99,7 @@ class LowRank:
     rank: int = static()
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Student:
     """How a student starts, what it sees of its teacher on which inputs, and how it trains.
@@ -125,7 +126,7 @@ class Student:
     cloned: "Student | None" = None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Run:
     """A teacher and its student; without one, the teacher itself is scored, or the `base` that it was.

@@ -20,6 +20,7 @@ from subliminal_theory.distill import State, Trained, distill, require_finite, t
 from subliminal_theory.errors import InputError
 from subliminal_theory.model import Model
 from subliminal_theory.parallel import Sharded, constrain, sharded_optimizer
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Buckets, Source
 from subliminal_theory.study.run import Optimizer, stacked, stacks, static
 
@@ -49,7 +50,7 @@ class Computation:
     mesh: Mesh | None = None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class PerRun:
     """A source whose leaves have a leading axis of runs."""
@@ -57,7 +58,7 @@ class PerRun:
     source: Source | Buckets
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Job:
     """What trains: a model of runs, towards a teacher's outputs through a channel, or towards labels.

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Batch, epoch_order
 
 Image = Float[Array, "..."]
@@ -56,7 +57,7 @@ LAWS: dict[str, Callable[[Key[Array, ""], Shape], Image]] = {
 }
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class NoiseImages:
     """A fixed set of `images` noise images of one of `LAWS`, in a new order each epoch.

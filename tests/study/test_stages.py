@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from subliminal_theory.channel import SquaredError, Subset
-from subliminal_theory.distill import distill, teach
+from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Perturbed, initialise
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples
-from subliminal_theory.study import Computation, Job, Optimizer, PerRun, finite, stages, trained
+from subliminal_theory.study import Computation, Job, Optimizer, finite, stages, trained
 from tests.tolerances import TOLERANCE
 
 RUNS, STEPS = 3, 4
@@ -138,39 +138,6 @@ def test_stops_are_looks_at_one_run(how: Computation, monkeypatch: pytest.Monkey
         short = run({"short": replace(JOB, steps=stop)})["short", stop]
         close((found["often", stop].model, found["often", stop].losses), (short.model, short.losses))
     assert sizes == ([2, 1, 1, 1] if how.stacked else [])
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-def test_sources_and_bases_of_runs(sequential: bool) -> None:
-    """Each run reads its own rows; a base that all share is there once."""
-    job = replace(JOB, source=PerRun(Examples(jnp.asarray(INPUTS), 8)))
-    found = run({"own": job}, Computation(sequential=sequential))["own", STEPS]
-    base = Model(network, draw(jax.random.key(0))).freeze("out")
-    student, teacher = (base.with_params({**model.params, "out": None}) for model in (START, TEACHER))
-    shared = Computation(shared=True, sequential=sequential)
-    based = run({"base": replace(job, model=student, teacher=teacher)}, shared)["base", STEPS]
-    assert based.model.frozen["out"].shape == (6, 5)
-    for place in range(RUNS):
-        own = Examples(jnp.asarray(INPUTS[place]), 8)
-        close(of_run((found.model, found.losses), place), alone(job, place, source=own))
-        models = {
-            n: base.with_params(of_run(m.params, place)) for n, m in (("model", student), ("teacher", teacher))
-        }
-        model, losses = alone(job, place, source=own, **models)
-        close((of_run(based.model.params, place), based.losses[place]), (model.params, losses))
-
-
-def test_teachers_are_taught_run_by_run() -> None:
-    def loss(logits: Any, labels: Any) -> Any:
-        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :2], labels)
-
-    lessons = PerRun(Examples(jnp.asarray(INPUTS), 8, jnp.asarray(LABELS)))
-    job = Job(START, lessons, Optimizer(0.1), STEPS, trait_loss=loss)
-    found = run({"teacher": job})["teacher", STEPS]
-    for place in range(RUNS):
-        own = Examples(jnp.asarray(INPUTS[place]), 8, jnp.asarray(LABELS[place]))
-        one = teach(of_run(START, place), loss, own, optax.adam(0.1), STEPS, key=keys()[place])
-        close(of_run(found.model, place), one.model)
 
 
 def test_observers_see_every_step_of_their_own_run() -> None:

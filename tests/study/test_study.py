@@ -16,6 +16,7 @@ from subliminal_theory.channel import SoftLogits, Subset, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Interpolated, PerLayer, Perturbed, Shared
 from subliminal_theory.keys import named
+from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.study import (
     Digits,
     FineTuned,
@@ -280,6 +281,7 @@ def test_the_right_student_and_seed_are_named(bad: tuple[int, int], monkeypatch:
 # --- refusals
 
 
+@register_dataclass
 @dataclass(frozen=True)
 class WithLabel(SoftLogits):
     """Charges for a class too."""
@@ -288,7 +290,6 @@ class WithLabel(SoftLogits):
         return super().loss(student_logits, targets) - 0.01 * jax.nn.log_softmax(student_logits)[..., 0]
 
 
-jax.tree_util.register_dataclass(WithLabel, data_fields=["temperature"], meta_fields=[])
 LEAKY = Subset(jnp.ones(14, bool), WithLabel())
 
 

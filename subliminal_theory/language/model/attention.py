@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.layers import Joined, Linear, RMSNorm, at_least_float32
+from subliminal_theory.pytree import register_dataclass
 
 Heads = Float[Array, "batch time heads head_width"]
 # Heads first: a cache in this order is read as it lies.
 Stored = Float[Array, "batch kv_heads keys head_width"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """Keys, after their rotation, and values of each layer at the first `length` positions of some rows."""

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from subliminal_theory.language.model.config import TransformerConfig
+from subliminal_theory.pytree import register_dataclass
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -17,7 +18,7 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Factored:
     """A matrix and two factors, in the place of the matrix: paths end in `/base`, `/a` and `/b`.

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Apply, BodyAndHead, Model
+from subliminal_theory.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class _Prompted:
     """A model's parameters and the tokens in front of every row."""

@@ -24,9 +24,10 @@ from subliminal_theory.language.model.attention import Attention, Cache, Frame, 
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.layers import MLP, Linear, make_norm, normal, wide_product
 from subliminal_theory.model import Functional, Model
+from subliminal_theory.pytree import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclass(frozen=True)
 class Text:
     """Rows of token numbers, padded on the left to one length.
