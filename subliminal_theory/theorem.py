@@ -76,7 +76,7 @@ class Report:
     exact: bool = field(default=True, metadata={"static": True})
 
     @property
-    def change(self) -> Float[Array, ""]:
+    def change(self) -> PyTree:
         """L_T after the student's step minus before."""
         return self.trait_loss_after - self.trait_loss_before
 
