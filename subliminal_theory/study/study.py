@@ -149,8 +149,11 @@ class Study:
     def _distil(
         self, teacher: Teacher, students: Mapping[K, Student], tame: Collection[K]
     ) -> Iterator[tuple[K, Finished]]:
-        self._starts(students)  # refused, if they must be, before a teacher is taught, and not kept meanwhile
-        taught, starts = self.teacher(teacher), self._starts(students)
+        self._starts(students)  # is refused before a teacher is taught, and then not there
+        taught = self.teacher(teacher)
+        for student in students.values():
+            self._source(student, teacher)  # nor while rows are written
+        starts = self._starts(students)
         for name, student in students.items():
             self.audit(student, starts[name], teacher)
         for name, result in self._trained(students, starts, teacher, cloning=False):

@@ -35,18 +35,18 @@ def write_text(folder: Path, template: str = TEMPLATE) -> int:
     return backend.get_vocab_size()
 
 
-def write_checkpoint(folder: Path, template: str = TEMPLATE, rows: int | None = None) -> Path:
+def write_checkpoint(folder: Path, template: str = TEMPLATE, rows: int | None = None, layers: int = 2) -> Path:
     """All files; `rows` are those of the embedding, if not one for each token."""
     folder.mkdir()
     tokens = write_text(folder, template)
     settings = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": rows or tokens, "hidden_size": 16,
-        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
+        "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2,
+        "max_position_embeddings": 512, "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings))
     shapes = {"model.embed_tokens.weight": [rows or tokens, 16], "model.norm.weight": [16]}
-    for layer in range(2):
+    for layer in range(layers):
         at = f"model.layers.{layer}"
         shapes |= {f"{at}.input_layernorm.weight": [16], f"{at}.post_attention_layernorm.weight": [16]}
         shapes |= {f"{at}.self_attn.{name}_proj.weight": [16, 16] for name in "qkvo"}
