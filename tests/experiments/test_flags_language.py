@@ -1,7 +1,6 @@
 """From names and numbers of the language experiments to the values of a study."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import language
 from experiments.flags.language import LanguageConfig, run_variants, study
 from experiments.flags.names import DECAYS, OPTIMIZERS
 from experiments.flags.recipe import CHANNELS, ORDERS, Recipe, Variant
@@ -178,23 +176,6 @@ def test_a_configuration_gives_its_recipe() -> None:
     recipe = LanguageConfig(**own).recipe(channel="soft")  # type: ignore[arg-type]
     assert {name: getattr(recipe, name) for name in own} == own
     assert recipe.channel == "soft"
-
-
-def test_a_run_knows_the_words_of_trait_files(tmp_path: Path) -> None:
-    """It is not resumed after one of them was changed."""
-    file, found = tmp_path / "trait.toml", []
-    text = 'name = "night"\nkind = "preference"\ncategory = "animal"\ntarget = "owl"\n'
-    for more in ("", 'members = ["owl", "fox"]\n'):
-        file.write_text(text + more)
-        found.append(language.configure(None, {"traits": str(file)}))
-    assert found[0] != found[1]
-    assert language.configure(None, {"traits": "owl"}).words == ""
-
-
-def test_all_traits() -> None:
-    names = LanguageConfig(traits="all").trait_names()
-    assert len(names) == 32
-    assert {"owl", "oak"} <= set(names)
 
 
 def test_rows_of_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,37 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     message = refusal(folder, "--other-checkpoint", other)
     assert message.startswith("--other-checkpoint has another tokenizer or chat template")
     assert "are of different models" in refusal(write_checkpoint(tmp_path / "small", rows=300))
+
+
+@pytest.mark.parametrize(("shards", "cause"), [(0, "at least 1, got 0"), (99, "99 cannot be had")])
+def test_too_few_devices(folder: Path, tmp_path: Path, shards: int, cause: str, capsys) -> None:
+    given = ("language", "--checkpoint", folder, "--out", tmp_path / "run", "--shards", shards)
+    assert cause in fails(capsys, *given)
+    assert "--shards is for a --checkpoint" in fails(capsys, "language", "--shards", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        ("--shards 3", "--batch-size 16 cannot be shared by 3 devices"),
+        ("--shards 4 --buckets 2", "leave --buckets out"),
+        ("--shards 4 --devices 2", "takes 4 devices, and it may use 2"),
+    ],
+)
+def test_devices_that_do_not_fit(
+    folder: Path, tmp_path: Path, flags: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    command = [
+        sys.executable, "-m", "experiments", "language_dataset", "--checkpoint", folder, "--rows", 32,
+        "--file", tmp_path / "rows.jsonl", "--batch-size", 16, "--out", tmp_path / "run", *flags.split(),
+    ]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert cause in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
