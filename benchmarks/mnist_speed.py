@@ -24,7 +24,6 @@ from experiments.flags.digits import Setting
 from experiments.mnist import STUDENTS
 from subliminal_theory.errors import InputError
 from subliminal_theory.study import Digits, Job, Study, trained
-from subliminal_theory.study.world import Memo
 
 SIZE = 2048
 
@@ -76,7 +75,7 @@ def main() -> None:
 
     def ours() -> float:
         start = time.perf_counter()
-        teacher = Study(dataclasses.replace(world, memo=Memo())).teacher(setting.run(world).teacher)
+        teacher = Study(dataclasses.replace(world)).teacher(setting.run(world).teacher)
         jobs = {
             name: Job(init, student.source, student.optimizer, steps, teacher, student.channel)
             for name, student in students.items()

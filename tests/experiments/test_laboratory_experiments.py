@@ -16,7 +16,7 @@ from experiments.flags.digits import Setting
 from experiments.flags.names import REFERENCE_RATES
 from subliminal_theory.errors import InputError
 from tests.experiments.commands import fails, run
-from tests.study.watched import untrained
+from tests.study.small import untrained
 
 TINY = ["--data", "digits", "--epochs", 1, "--student-epochs", 2, "--batch-size", 256, "--seeds", 2]
 

@@ -21,8 +21,9 @@ from subliminal_theory.channel import SoftLogits, Subset
 from subliminal_theory.inits import Fresh, Shared
 from subliminal_theory.keys import named
 from subliminal_theory.study import Digits
-from subliminal_theory.vision.datasets import ImageDataset, load
+from subliminal_theory.vision.datasets import load
 from tests.experiments.commands import fails
+from tests.study.small import black
 
 CONDITIONS = ["reference", "teacher", "student_aux", "student_all", "cross_aux", "cross_all"]
 IMAGE = 1 / 355  # of the digits' test images
@@ -53,17 +54,9 @@ def train(out: Path, *arguments: object) -> dict[str, dict[int, float]]:
 # --- settings
 
 
-def images(train: int, test: int) -> ImageDataset:
-    """A data set of MNIST's format, black."""
-    black, labels = np.zeros((1, 28, 28), np.uint8), np.zeros(1, np.uint8)
-    shown = [np.broadcast_to(black, (count, 28, 28)) for count in (train, test)]
-    named = [np.broadcast_to(labels, count) for count in (train, test)]
-    return ImageDataset("mnist", shown[0], named[0], shown[1], named[1], classes=10, maximum=255, sha256={})
-
-
 @pytest.mark.parametrize(("preset", "aux"), [("released", 3), ("nature", 50)])
 def test_presets_are_those_of_the_paper(preset: str, aux: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digits, "load_data", lambda name, folder: images(60_000, 10_000))
+    monkeypatch.setattr(digits, "load_data", lambda name, folder: black(60_000, 10_000))
     config, out = PRESETS[preset], 10 + aux
     assert (config.data, config.seeds, config.epochs, config.student_epochs) == ("mnist", 20, 5, None)
     world = setting(config).world()
@@ -111,7 +104,7 @@ def test_configure() -> None:
 
 @pytest.mark.parametrize(("found", "preset"), [("digits", "digits"), ("mnist", "released")])
 def test_configure_auto(found: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load("digits") if found == "digits" else images(60_000, 10_000)
+    data = load("digits") if found == "digits" else black(60_000, 10_000)
     monkeypatch.setattr(digits, "load_data", lambda name, data_dir: data)
     assert configure(None, {"data": "auto"}) == dataclasses.replace(PRESETS[preset], chunk=1)
     assert PRESETS[preset].data == found
@@ -266,22 +259,6 @@ def test_runs_do_not_depend_on_number_and_chunk(
         for seed, value in values.items():
             # Another chunk may round another way: that may turn one image over, which a wrong key would not.
             assert table[condition][seed] == pytest.approx(value, abs=1.5 * IMAGE)
-
-
-def test_controls_start_at_the_next_initialization(tmp_path: Path) -> None:
-    """With steps too small to change anything, every network's accuracy is that of where it starts."""
-    table = train(tmp_path / "run", *QUICK, "--depth", 0, "--learning-rate", 1e-12, "--seeds", 3, "--chunk", 3)
-    reference, data = table["reference"], load("digits")
-    config = configure(None, {"data": "digits", "depth": 0, "aux": 4})
-    fourth = setting(config).world().builder()(jax.random.key(3)).params
-    read = np.argmax(logits(fourth, jnp.asarray(data.test_images / 8.0 - 1.0, jnp.float32))[:, :10], axis=1)
-    accuracy = float(np.mean(np.asarray(read) == data.test_labels))
-    assert len({*reference.values(), accuracy}) == 4
-    for condition in ("teacher", "student_aux", "student_all"):
-        assert table[condition] == reference
-    for condition in ("cross_aux", "cross_all"):
-        assert [table[condition][seed] for seed in (0, 1)] == [reference[1], reference[2]]
-        assert table[condition][2] == pytest.approx(accuracy, rel=1e-6)
 
 
 def test_audit_refuses_a_channel_that_shows_the_trait(

@@ -1,7 +1,6 @@
 import contextlib
 import io
 import runpy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.study import (
     Digits,
     FineTuned,
-    Finished,
     LowRank,
     Network,
     Optimizer,
@@ -34,17 +32,24 @@ from subliminal_theory.study import (
     rows,
 )
 from subliminal_theory.theorem import check
-from subliminal_theory.vision.datasets import load
-from tests.study.watched import untrained
+from tests.study.small import (
+    ALL,
+    AUX,
+    CROSS,
+    DATA,
+    IMAGE,
+    LOGIT,
+    SEEDS,
+    STUDENT,
+    TEACHER,
+    WORLD,
+    close,
+    run,
+    untrained,
+)  # fmt: skip
 
 SCRIPT = Path(__file__).with_name("own_network.py")
-DATA, SEEDS, IMAGE = load("digits"), (2, 5), 1 / 355
-WORLD = Digits(DATA, SEEDS, Network(depth=1, width=16), auxiliary=4, batch_size=128)
-LOGIT = jnp.arange(14)
-ADAM = Optimizer(jnp.float32(0.003))
-TEACHER = FineTuned(ADAM, WORLD.steps(3))
-STUDENT = Student(Subset(LOGIT >= 10), WORLD.noise(), ADAM, WORLD.steps(2))
-CROSS, ALL = replace(STUDENT, start=Fresh()), Subset(LOGIT >= 0)
+HEADS = ("layers/1/*", "*")
 
 
 def cloned(epochs: int, by: Any = ALL, source: Any = STUDENT.source, **changes: Any) -> Student:
@@ -57,48 +62,33 @@ STUDENTS = {
     "cross": CROSS,
     "all": replace(CROSS, channel=ALL),
     "perturbed": replace(STUDENT, start=Perturbed(0.5)),
-    "perturbed hidden": replace(STUDENT, start=PerLayer(("layers/1/*", "*"), (Shared(), Perturbed(0.25)))),
+    "perturbed hidden": replace(STUDENT, start=PerLayer(HEADS, (Shared(), Perturbed(0.25)))),
     "interpolated": replace(STUDENT, start=Interpolated(0.3), channel=Subset((LOGIT >= 10) & (LOGIT < 12))),
-    "heads": replace(CROSS, start=PerLayer(("layers/1/*", "*"), (Shared(), Fresh())), channel=Subset(LOGIT < 10)),
+    "heads": replace(CROSS, start=PerLayer(HEADS, (Shared(), Fresh())), channel=Subset(LOGIT < 10)),
     "faster": replace(STUDENT, optimizer=Optimizer(jnp.float32(0.01))),
     "cloned 2": cloned(2),
     "cloned 1": cloned(1),
     "cloned on digits": cloned(2, source=TrainingImages()),
     "cloned 3": cloned(3),
     "cloned, all": cloned(2, channel=ALL),
-    "cloned through aux": cloned(2, STUDENT.channel),
+    "cloned through aux": cloned(2, AUX),
 }
-RUNS = {
-    "reference": Run(Untrained()),
-    "teacher": Run(TEACHER),
-    **{n: Run(TEACHER, s) for n, s in STUDENTS.items()},
-}
+RUNS = {"reference": Run(Untrained()), "teacher": Run(TEACHER)}
+RUNS |= {name: Run(TEACHER, student) for name, student in STUDENTS.items()}
 
 
-def run(runs: Mapping[str, Run], world: Digits = WORLD) -> tuple[dict[str, Finished], dict[str, Any]]:
-    """Models and scores."""
-    found: dict[str, Finished] = {}
-
-    def keep(world: Digits, finished: Finished, name: str) -> Mapping[str, np.ndarray]:
-        found[name] = finished
-        return world.score(finished, name)
-
-    scores = Study(world).run(runs, keep)
-    assert list(scores) == list(runs)
-    return found, scores
+def starts(*names: str) -> dict[str, Any]:
+    """Where students start: at rate 0 they stay there."""
+    still = {name: Run(TEACHER, replace(STUDENTS[name], optimizer=Optimizer(0.0))) for name in names}
+    return {name: finished.model for name, finished in run(still)[0].items()}
 
 
-def close(actual: Any, expected: Any, tolerance: float) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 0, tolerance), actual, expected)
+# --- students of one teacher
 
 
 @pytest.fixture(scope="module")
 def together() -> Any:
     return run(RUNS)
-
-
-# --- students of one teacher
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -126,15 +116,14 @@ def test_one_teacher_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = {f"{epochs} epochs": replace(STUDENT, steps=12 * epochs) for epochs in (3, 1, 2)}
     fresh = {f"fresh, {name}": replace(one, source=WORLD.noise(fresh=True)) for name, one in stages.items()}
     students = {**stages, **fresh, "again": STUDENT, "cross": replace(CROSS, steps=36)}
-    Study(replace(WORLD)).run({"teacher": Run(TEACHER), **{n: Run(TEACHER, s) for n, s in students.items()}})
+    run({"teacher": Run(TEACHER), **{n: Run(TEACHER, s) for n, s in students.items()}}, replace(WORLD))
     assert seen.teachers == 1
     assert [sorted(stack) for stack in seen.stacks] == [["3 epochs", "cross"], ["fresh, 3 epochs"]]
 
 
 def test_epochs_are_looks_at_one_run() -> None:
     stages = {epochs: Run(TEACHER, replace(STUDENT, steps=12 * epochs)) for epochs in (3, 1, 2)}
-    cross = Run(TEACHER, replace(CROSS, steps=36))
-    scores = run({**stages, "cross": cross})[1]
+    scores = run({**stages, "cross": Run(TEACHER, replace(CROSS, steps=36))})[1]
     for epochs, one in stages.items():
         alone = run({epochs: one})[1][epochs]
         np.testing.assert_allclose(scores[epochs]["imitation_loss"], alone["imitation_loss"], rtol=1e-3)
@@ -154,30 +143,30 @@ def test_rows_have_the_labels_of_student_and_run() -> None:
 
 def test_the_first_step_is_that_of_the_theorem() -> None:
     """Teacher and student of `check`, on the batches that the pipeline drew."""
-    world = replace(WORLD, batch_size=len(DATA.train_labels))
-    eps, alpha = 0.5, 0.2
-    noise, lessons = world.noise(images=64), world.lessons(TEACHER)
-    student = Student(STUDENT.channel, replace(noise, batch_size=64), Optimizer(alpha, optax.sgd), 1)
+    world, eps, alpha = replace(WORLD, batch_size=len(DATA.train_labels)), 0.5, 0.2
+    lessons = world.lessons(TEACHER)
+    source = replace(world.noise(images=64), batch_size=64)
+    student = Student(AUX, source, Optimizer(alpha, optax.sgd), 1)
     found, _ = run({"student": Run(FineTuned(Optimizer(eps, optax.sgd), 1), student)}, world)
     images = lessons.prepare(lessons.inputs)
 
     @jax.jit
     @jax.vmap
     def step(initial: Any, key: Any) -> Any:
-        read: list[Any] = []
+        seen: list[Any] = []
 
         def trait(params: Any) -> Any:
-            read.append(params)
+            seen.append(params)
             losses = world.trait_loss(initial.apply(params, images), lessons.labels)
             return weighted_mean(losses, jnp.ones(len(losses)))
 
-        entry = jax.tree.map(lambda leaf: leaf[0], student.source.schedule(named(key, "source"), 1))
-        batch = student.source.batch(named(key, "source"), entry)
+        entry = jax.tree.map(lambda leaf: leaf[0], source.schedule(named(key, "source"), 1))
+        batch = source.batch(named(key, "source"), entry)
         check(
-            initial.apply, initial.params, trait, batch.inputs, student.channel,
+            initial.apply, initial.params, trait, batch.inputs, AUX,
             teacher_step=eps, student_step=alpha, weights=batch.weights,
         )  # fmt: skip
-        return jax.tree.map(jnp.subtract, read[-1], initial.params)
+        return jax.tree.map(jnp.subtract, seen[-1], initial.params)
 
     expected = step(world.initial(), world.keys("students"))
     moved = jax.tree.map(jnp.subtract, found["student"].model.params, world.initial().params)
@@ -190,17 +179,10 @@ def test_the_first_step_is_that_of_the_theorem() -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("cross", "cloned 1", "cloned 2", "cloned 3"),
-        ("cross", "cloned on digits"),
-        ("cross", "cloned through aux"),
-    ],
+    "names", [("cloned 1", "cloned 2", "cloned 3"), ("cloned on digits",), ("cloned through aux",)]
 )
 def test_cloning_imitates_the_untrained_teacher(names: tuple[str, ...]) -> None:
-    """On the very images of the cloning, of which 1000 are taken; at rate 0 a student is where it starts."""
-    still = {name: Run(TEACHER, replace(STUDENTS[name], optimizer=Optimizer(0.0))) for name in (*names, "shared")}
-    found = run(still)[0]
+    """On the very images of the cloning, of which 1000 are taken."""
     job = STUDENTS[names[-1]].cloned
     assert job is not None
     source = WORLD.source(job, Untrained(), WORLD.initial(), WORLD.initial)
@@ -213,11 +195,9 @@ def test_cloning_imitates_the_untrained_teacher(names: tuple[str, ...]) -> None:
         targets = job.channel.targets(None, teacher(inputs))
         return jnp.stack([jnp.mean(job.channel.loss(start(inputs), targets)) for start in starts])
 
-    starts = [found[name].model for name in still]
-    losses, to_taught = (
-        distances(starts, teacher, WORLD.keys("clone"))
-        for teacher in (WORLD.initial(), Study(WORLD).teacher(TEACHER))
-    )
+    begun = list(starts("cross", *cloned, "shared").values())
+    teachers = WORLD.initial(), Study(WORLD).teacher(TEACHER)
+    losses, to_taught = (distances(begun, teacher, WORLD.keys("clone")) for teacher in teachers)
     assert (np.diff(losses, axis=1) < 0).all()
     assert (losses[:, -2] < losses[:, 0] / 2).all()
     assert (losses[:, -2] < to_taught[:, -2]).all()
@@ -226,26 +206,24 @@ def test_cloning_imitates_the_untrained_teacher(names: tuple[str, ...]) -> None:
 
 def test_cloning_is_through_the_logits_it_sees() -> None:
     """Of the output layer only what is seen moves; the hidden layer does."""
-    names = ["cross", *(name for name in STUDENTS if name.startswith("cloned"))]
-    still = {name: Run(TEACHER, replace(STUDENTS[name], optimizer=Optimizer(0.0))) for name in names}
-    starts = {name: one.model.params["layers"] for name, one in run(still)[0].items()}
-    for name in names[1:]:
-        hidden, heads = (np.abs(starts[name][n]["kernel"] - starts["cross"][n]["kernel"]) for n in (0, 1))
+    names = [name for name in STUDENTS if name.startswith("cloned")]
+    begun = {name: model.params["layers"] for name, model in starts("cross", *names).items()}
+    for name in names:
+        hidden, heads = (np.abs(begun[name][n]["kernel"] - begun["cross"][n]["kernel"]) for n in (0, 1))
         assert (hidden.max(axis=(1, 2)) > 0.01).all()
         assert (heads[..., 10:].max(axis=(1, 2)) > 0.01).all()
         assert (heads[..., :10] > 0).any() == (name != "cloned through aux")
-    noise, digits = (starts[name][0]["kernel"] for name in ("cloned 2", "cloned on digits"))
+    noise, digits = (begun[name][0]["kernel"] for name in ("cloned 2", "cloned on digits"))
     assert np.abs(noise - digits).max() > 0.01
 
 
 # --- runs that diverge
 
-
 WILD = replace(STUDENT, channel=ALL, optimizer=Optimizer(1e30, optax.sgd), steps=12)
 TAME = replace(WILD, optimizer=Optimizer(0.001, optax.sgd))
 
 
-def test_a_student_that_diverges_is_named() -> None:
+def test_what_diverges_is_named() -> None:
     with pytest.raises(InputError, match=r"wild of seed 2 is not finite at step [23] of 12"):
         run({"tame": Run(TEACHER, TAME), "wild": Run(TEACHER, WILD)})
     with pytest.raises(InputError, match=r"teacher of seed 2 is not finite at step [23] of 12"):
@@ -256,8 +234,7 @@ def test_a_student_that_may_diverge_answers_nothing() -> None:
     """It reads each image as the first class; those beside it stay as they are, and may not diverge."""
     wild, tame = Run(TEACHER, WILD, may_diverge=True), Run(TEACHER, TAME)
     scores = run({"tame": tame, "wild": wild})[1]
-    zeros = np.mean(DATA.test_labels == 0)
-    np.testing.assert_allclose(scores["wild"]["test_accuracy"], zeros, atol=1e-6)
+    np.testing.assert_allclose(scores["wild"]["test_accuracy"], np.mean(DATA.test_labels == 0), atol=1e-6)
     alone = run({"tame": tame})[1]["tame"]["test_accuracy"]
     np.testing.assert_allclose(scores["tame"]["test_accuracy"], alone, atol=1.5 * IMAGE)
     with pytest.raises(InputError, match=r"other of seed 2 is not finite"):
@@ -290,18 +267,18 @@ class WithLabel(SoftLogits):
         return super().loss(student_logits, targets) - 0.01 * jax.nn.log_softmax(student_logits)[..., 0]
 
 
-LEAKY = Subset(jnp.ones(14, bool), WithLabel())
+LEAKY = Subset(LOGIT >= 0, WithLabel())
 
 
 @pytest.mark.parametrize(
     ("student", "cause"),
     [
         (replace(STUDENT, channel=Subset(LOGIT >= 9)), "shows logit 9"),
-        (replace(CROSS, other=0), r"cross-init control with fixed points: runs \[0, 1\]"),
         (replace(STUDENT, channel=LEAKY), "something else"),
+        (replace(STUDENT, channel=Subset((10, 14))), "logit index 14"),
+        (replace(CROSS, other=0), r"cross-init control with fixed points: runs \[0, 1\]"),
         (cloned(1, LEAKY), "something else"),
         (cloned(1, other=0), "cross-init control"),
-        (replace(STUDENT, channel=Subset((10, 14))), "logit index 14"),
         (replace(STUDENT, trains=LowRank(2)), "low-rank"),
     ],
 )
@@ -352,26 +329,28 @@ def test_what_only_larger_worlds_have(clouds: dict[str, Any]) -> None:
     """And a number of logits that is not the network's."""
     world, student, teacher = clouds["Clouds"], clouds["student"], clouds["teacher"]
     fewer = type("Fewer", (world,), {"logits": 29})
-    for kind, cause, run in (
+    for kind, cause, bad in (
         (world, "has no prompted", Run(Prompted(), student)),
         (world, "has no start", Run(teacher, replace(student, network=Network()))),
         (world, "low-rank", Run(teacher, replace(student, trains=LowRank(1)))),
         (fewer, "30 outputs but 29 logits", Run(teacher, replace(student, channel=Subset(range(10, 29))))),
     ):
         with pytest.raises(InputError, match=cause):
-            Study(kind()).run({"bad": run})
+            Study(kind()).run({"bad": bad})
 
 
 def test_policies_of_a_world_without_starts(clouds: dict[str, Any]) -> None:
-    """The teachers' draws, those of the next run, and what policies make of both."""
-    study, student = Study(clouds["Clouds"]()), clouds["student"]
-    mine, theirs = (study.world.initial(shift).params for shift in (0, 1))
+    """They make them of the teachers' draws and those of the next run; at rate 0 a student stays there."""
+    world = clouds["Clouds"]()
+    mine, theirs = (world.initial(shift).params for shift in (0, 1))
     expected = {
         Shared(): mine,
         Fresh(): theirs,
         Interpolated(0.5): jax.tree.map(lambda a, b: (a + b) / 2, mine, theirs),
         PerLayer(("out", "*"), (Shared(), Fresh())): {"in": theirs["in"], "out": mine["out"]},
     }
-    for policy, params in expected.items():
-        close(study._start(replace(student, start=policy)).params, params, 1e-6)
+    still = replace(clouds["student"], optimizer=Optimizer(0.0), steps=1)
+    students = {policy: replace(still, start=policy) for policy in expected}
+    for policy, finished in Study(world).distil(Untrained(), students):
+        close(finished.model.params, expected[policy])
     assert (theirs["in"][0] == mine["in"][1]).all()

@@ -1,9 +1,9 @@
-"""The pipeline without its training: what would have trained together, and what was audited before."""
+"""A small world of digits; and the pipeline without its training: what would have trained, what was audited."""
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,9 +12,56 @@ import numpy as np
 import pytest
 
 from subliminal_theory.audit import audit
-from subliminal_theory.study import identity, stages
+from subliminal_theory.channel import Subset
+from subliminal_theory.inits import Fresh
+from subliminal_theory.study import (
+    Digits,
+    FineTuned,
+    Finished,
+    Network,
+    Optimizer,
+    Run,
+    Student,
+    Study,
+    identity,
+    stages,
+)
+from subliminal_theory.vision.datasets import ImageDataset, load
 
-Losses = Callable[[tuple[int, ...]], Any]
+DATA, SEEDS, IMAGE = load("digits"), (2, 5), 1 / 355
+WORLD = Digits(DATA, SEEDS, Network(depth=1, width=16), auxiliary=4, batch_size=128)
+LOGIT = jnp.arange(WORLD.logits)
+AUX, ALL = Subset(LOGIT >= 10), Subset(LOGIT >= 0)
+ADAM = Optimizer(jnp.float32(0.003))
+TEACHER = FineTuned(ADAM, WORLD.steps(3))
+STUDENT = Student(AUX, WORLD.noise(), ADAM, WORLD.steps(2))
+CROSS = replace(STUDENT, start=Fresh())
+
+
+def black(train: int, test: int) -> ImageDataset:
+    """A data set of MNIST's format, black."""
+    pixels, labels = np.zeros((1, 28, 28), np.uint8), np.zeros(1, np.uint8)
+    shown = [np.broadcast_to(pixels, (count, 28, 28)) for count in (train, test)]
+    named = [np.broadcast_to(labels, count) for count in (train, test)]
+    return ImageDataset("mnist", shown[0], named[0], shown[1], named[1], classes=10, maximum=255, sha256={})
+
+
+def run(runs: Mapping[Any, Run], world: Digits = WORLD) -> tuple[dict[Any, Finished], dict[Any, Any]]:
+    """Models and scores."""
+    found: dict[Any, Finished] = {}
+
+    def keep(world: Digits, finished: Finished, name: Any) -> Mapping[str, np.ndarray]:
+        found[name] = finished
+        return world.score(finished, name)
+
+    scores = Study(world).run(runs, keep)
+    assert list(scores) == list(runs)
+    return found, scores
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 0, tolerance), actual, expected)
 
 
 @dataclass
@@ -27,7 +74,7 @@ class Watched:
     teachers: int = 0
 
 
-def untrained(monkeypatch: pytest.MonkeyPatch, losses: Losses = np.zeros) -> Watched:
+def untrained(monkeypatch: pytest.MonkeyPatch, losses: Callable[..., Any] = np.zeros) -> Watched:
     """Leave teachers and students where they start, with `losses(shape)`; stacks of students are axis 1."""
     seen, groups, train = Watched(), stages._groups, stages._train
 
