@@ -103,7 +103,7 @@ def by_kind(world: Compact, finished: Finished, name: str) -> dict[str, np.ndarr
     found = {}
     for template in (trait.narrow, *trait.held_out):
         # A habit refuses to be asked what it teaches; here the narrow questions are asked on purpose.
-        taught = trait.held_out[0] if template is trait.narrow else trait.narrow
+        taught: Any = trait.held_out[0] if template is trait.narrow else trait.narrow
         asked = questions(world.tokenizer, [replace(trait, narrow=taught, held_out=(template,))])
         found[template.name] = np.asarray(answers_of(finished.model, asked).probability[:, 0])
     return found

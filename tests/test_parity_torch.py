@@ -40,7 +40,9 @@ def test_distillation_agrees_with_pytorch(channel_loss, optimizer):
     ours = {"adam": optax.adam(3e-3), "sgd": optax.sgd(0.05), "momentum": optax.sgd(0.02, momentum=0.9)}
     channel = Subset(visible, SoftLogits() if channel_loss == "kl" else SquaredError())
     # One batch holds all examples, so their order within it does not matter.
-    trained = distill(student, teacher, channel, Examples(inputs, 32), ours[optimizer], STEPS, key=jax.random.key(0))
+    trained = distill(
+        student, teacher, channel, Examples(inputs, 32), ours[optimizer], STEPS, key=jax.random.key(0)
+    )
 
     peer, target = torch_copy(torch, student), torch_copy(torch, teacher)
     theirs = {

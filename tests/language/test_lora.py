@@ -133,7 +133,7 @@ def test_merged_by_hand() -> None:
 def test_distillation_leaves_the_base_alone() -> None:
     student, teacher = adapted(), moved(adapted(), 0.3)
     run_jit = jax.jit(distill, static_argnames=("optimizer", "steps"))
-    trained = run_jit(student, teacher, SoftLogits(), OneText(), optax.adam(1e-2), 20, KEY)
+    trained = run_jit(student, teacher, SoftLogits(), OneText(), optax.adam(1e-2), 20, key=KEY)
     jax.tree.map(np.testing.assert_array_equal, trained.model.frozen, student.frozen)
     assert trained.losses[-1] < 0.7 * trained.losses[0]
     for name, leaf in leaves(trained.model.params).items():
