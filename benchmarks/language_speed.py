@@ -1,6 +1,6 @@
 """Tokens per second of the language model against `transformers` on PyTorch, and the machine's limit.
 
-    python benchmarks/language_speed.py --torch-python PATH_OF_A_PYTHON_WITH_TORCH_AND_TRANSFORMERS [--shape 25m]
+    python -m benchmarks.language_speed --torch-python PATH_OF_A_PYTHON_WITH_TORCH_AND_TRANSFORMERS [--shape 25m]
 
 Shapes are the compact model's, with a student's rows, and a Llama of 26 million parameters. Rounds alternate
 between the matrix products of a training step, this project and `language_torch.py`, so that a shared machine's

@@ -1,6 +1,6 @@
 """Seeds per second of the six-condition experiment against PyTorch, and against the machine's own limit.
 
-    python benchmarks/mnist_speed.py --torch-python PATH_OF_A_PYTHON_WITH_TORCH
+    python -m benchmarks.mnist_speed --torch-python PATH_OF_A_PYTHON_WITH_TORCH
 
 Rounds alternate between a large matrix product, this project and `mnist_torch.py`, so that a shared machine's
 moods hit all three; ratios are medians over rounds. Times are for the stated number of steps of every phase (one

@@ -1,6 +1,6 @@
 """What stacking saves: the curve over m against running the six-condition experiment once for each m.
 
-    python benchmarks/mnist_sweep.py
+    python -m benchmarks.mnist_sweep
 
 Both with the same epochs, alternating in one process; seconds are of the second call, so without compilation.
 Beside the ratio: how the cost of a sweep grows with its cells (1 is linear), and peak memory before and after.
