@@ -1,14 +1,15 @@
-"""The memory and time that training a checkpoint's model takes on N devices; no weights are read.
+"""What `language --checkpoint FOLDER` will take on N devices, in memory and time; no weights are read.
 
-An estimate from config.json for computing in bfloat16, with Adam on float32 master weights or low-rank factors. Of
-the meshes of `subliminal_theory.parallel` it takes the first that fits, `fsdp` before `tensor`.
-Libraries, fragmentation and communication come on top.
+An estimate from config.json. Parameters are kept and trained in float32, with Adam behind a clip of gradients, and
+blocks compute their activations again for gradients. In memory are the base, a fine-tuned teacher as long as its
+students, and one student; the step of each is told. Devices have a share of every matrix and their own rows, but
+all lessons of a teacher. Libraries, fragmentation, communication and teachers that write come on top.
 """
 
 import argparse
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,15 +22,19 @@ from subliminal_theory.language.hub.families import Family, read_family
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.model import path_name
 from subliminal_theory.parallel import AXES, spec_of
+from subliminal_theory.study.checkpoint import CHUNK, MANY
 
 from .app.contract import Parser
+from .flags.language import COMPUTE
+from .flags.recipe import TEACHERS
 
 GIB = 2**30
 # Dense bfloat16 operations a second in the data sheet of an H100 SXM, and the share of them that is assumed.
 PEAK, SHARE = 989e12, 0.45
 MOST_DEVICES, ADVISED_RANK = 1024, 16  # that an advice names
 CHANNELS = ("soft", "sampled")
-ACTIVATIONS = ("kept", "recomputed")
+PROMPTED = "--teacher prompted --channel sampled"
+LESSONS, LESSON, ANSWER = 24, 48, 4  # of a preference: rows, and about so many tokens of each and of its answer
 
 
 @dataclass(frozen=True)
@@ -50,21 +55,16 @@ class Group:
         """Whether low-rank training gives them factors: the matrices of the blocks."""
         return self.name.startswith("layers/") and len(self.shape) == 2
 
-    def split(self, mesh: AbstractMesh) -> float:
+    def share(self, devices: int) -> float:
         """Numbers on each device."""
-        ways = 1
-        for axes in spec_of(self.name, self.shape, mesh):
-            ways *= math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-        return self.size / ways
+        split = spec_of(self.name, self.shape, AbstractMesh((1, devices, 1), AXES))
+        return self.size / (devices if any(split) else 1)
 
     def factors(self, rank: int) -> tuple["Group", "Group"]:
         """A [inputs, rank] and B [rank, outputs] of each matrix."""
         inputs, outputs = self.shape
-        a, b = (
-            Group(f"{self.name}/a", (inputs, rank), self.count),
-            Group(f"{self.name}/b", (rank, outputs), self.count),
-        )
-        return a, b
+        a = Group(f"{self.name}/a", (inputs, rank), self.count)
+        return a, Group(f"{self.name}/b", (rank, outputs), self.count)
 
 
 def groups_of(family: Family) -> list[Group]:
@@ -83,9 +83,10 @@ class Job:
     Attributes:
         config, groups: of the model.
         rows, length: of a step's batch, in rows and in tokens of each.
-        rank: of low-rank factors on all matrices of the blocks; 0 trains everything.
+        rank: of a student's low-rank factors on all matrices of the blocks; 0 trains everything.
         soft: whether the teacher computes beside the student, else its tokens were sampled before.
-        recomputed: whether a block's activations are computed again in the backward pass, else kept.
+        taught: whether the teacher is fine-tuned, else it is the base itself.
+        compute: the dtype of the computation, one of COMPUTE.
         chunk: positions on a device whose logits are there at once; all if None.
     """
 
@@ -95,7 +96,8 @@ class Job:
     length: int
     rank: int = 0
     soft: bool = True
-    recomputed: bool = False
+    taught: bool = True
+    compute: str = "float32"
     chunk: int | None = None
 
     @property
@@ -109,207 +111,180 @@ class Job:
         return sum(group.size for group in self.groups)
 
     @property
+    def matrices(self) -> list[Group]:
+        """Those of the blocks, which low-rank training gives factors."""
+        return [group for group in self.groups if group.adapted]
+
+    @property
     def most_rank(self) -> int:
         """The smallest side of a matrix that gets factors."""
-        return min(min(group.shape) for group in self.groups if group.adapted)
+        return min(min(group.shape) for group in self.matrices)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the computation."""
+        return 2 if self.compute == "bfloat16" else 4
 
 
-def make_job(
-    family: Family, tokens: tuple[int, int], rank: int, soft: bool, recomputed: bool, chunk: int | None
-) -> Job:
-    """A job, checked.
+def make_job(family: Family, tokens: tuple[int, int], **settings: object) -> Job:
+    """A job, checked; a large vocabulary is read in chunks unless `chunk` is given.
 
     Raises:
         InputError: rows longer than the context, or a rank that the smallest matrix does not have.
     """
     rows, length = tokens
-    groups = tuple(groups_of(family))
     if length > family.config.context:
         raise InputError(f"--tokens: rows of {length} exceed the model's context of {family.config.context}")
-    job = Job(family.config, groups, rows, length, rank, soft, recomputed, chunk)
-    if not 0 <= rank <= job.most_rank:
-        raise InputError(f"--rank must be from 0 (train everything) to {job.most_rank}, got {rank}")
+    if settings.get("chunk") is None:
+        settings["chunk"] = CHUNK if family.config.vocabulary > MANY else None
+    job = Job(family.config, tuple(groups_of(family)), rows, length, **settings)  # type: ignore[arg-type]
+    if not 0 <= job.rank <= job.most_rank:
+        raise InputError(f"--rank must be from 0 (train everything) to {job.most_rank}, got {job.rank}")
     return job
 
 
 # --- memory
 
 
-def block_bytes(config: TransformerConfig, length: int, tensor: int = 1, number: int = 2) -> float:
+def block_bytes(config: TransformerConfig, length: int, number: int = 2) -> float:
     """Bytes a token that one block keeps for its backward pass, numbers of `number` bytes.
 
-    number * (5 width + (2 queries + 2 keys + m mlp_width) / tensor) + (8 + number) heads length / tensor: the
-    residual stream and the norms' outputs, queries, keys, values and what they mix, m = 5 (gated) or 3 of the MLP,
-    and three tables of attention's shares, two of them in float32. Norms behind add 2 widths, a cap of the scores
-    four tables. In float32 on a CPU the compiler keeps 0.95 to 1.13 of it, in models of six shapes.
+    number * (5 width + 2 queries + 2 keys + m mlp_width) + (8 + number) heads length: the residual stream and the
+    norms' outputs, queries, keys, values and what they mix, m = 5 (gated) or 3 of the MLP, and three tables of
+    attention's shares, two of them in float32. Norms behind add 2 widths, a cap of the scores four tables. In
+    float32 on a CPU the compiler keeps 0.95 to 1.13 of it, in models of six shapes.
     """
     queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
     hidden = (5 if config.gated else 3) * config.mlp_width
-    linear = (7 if config.post_norm else 5) * config.width + (2 * queries + 2 * keys + hidden) / tensor
+    linear = (7 if config.post_norm else 5) * config.width + 2 * queries + 2 * keys + hidden
     table = 8 + number + (0 if config.attention_cap is None else 16)
-    return number * linear + table * config.heads * length / tensor
+    return number * linear + table * config.heads * length
 
 
-def activation_bytes(job: Job, mesh: AbstractMesh, recomputed: bool, number: int = 2) -> float:
-    """Bytes of activations on a device when the backward pass begins.
-
-    All of `block_bytes` for each block, or of one block besides the residual stream before each.
-    """
-    tokens = job.tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
-    one, stream = block_bytes(job.config, job.length, mesh.shape["tensor"], number), number * job.config.width
-    layers = job.config.layers
-    return tokens * (layers * stream + one if recomputed else layers * one + stream)
+def activation_bytes(job: Job, devices: int) -> float:
+    """Bytes on a device when the backward pass begins: the residual stream before each block, and one block's."""
+    stream, config = job.width * job.config.width, job.config
+    return job.tokens / devices * (config.layers * stream + block_bytes(config, job.length, job.width))
 
 
-def logit_bytes(job: Job, mesh: AbstractMesh) -> float:
+def logit_bytes(job: Job, devices: int) -> float:
     """Bytes of float32 logits on a device, which has two tables of them at once, or five with a teacher's.
 
     So many does the compiler make for a CPU; for accelerators it may join some.
     """
-    tokens = job.tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
-    at_once = min(tokens, job.chunk or tokens)
-    return at_once * job.config.vocabulary / mesh.shape["tensor"] * 4 * (5 if job.soft else 2)
+    tokens = job.tokens / devices
+    return min(tokens, job.chunk or tokens) * job.config.vocabulary * 4 * (5 if job.soft else 2)
 
 
-def gathered_bytes(job: Job, mesh: AbstractMesh) -> float:
-    """Bytes of bfloat16 matrices that a device has put together from the shares of others.
-
-    Kept for the backward pass with the activations, else those of one block or one table at a time.
-    """
-    if mesh.shape["fsdp"] == 1:
+def gathered_bytes(job: Job, devices: int) -> float:
+    """Bytes of what a device has put together from the shares of others: one block or one table at a time."""
+    if devices == 1:
         return 0.0
-    whole = make_abstract(1, 1, mesh.shape["tensor"])
-    sizes = {group: group.split(whole) for group in job.groups}
-    block = sum(size / job.config.layers for group, size in sizes.items() if group.adapted)
-    table = max(size for group, size in sizes.items() if not group.adapted)
-    return 2 * (max(block, table) if job.recomputed else sum(sizes.values()))
+    block = sum(group.size for group in job.matrices) / job.config.layers
+    return job.width * max(block, *(group.size for group in job.groups if not group.adapted))
 
 
-def make_abstract(*sizes: int) -> AbstractMesh:
-    """A mesh without devices."""
-    return AbstractMesh(sizes, AXES)
+def memory(job: Job, devices: int) -> dict[str, dict[str, float]]:
+    """Bytes on a device by what they hold, in the step of a fine-tuned teacher and in that of a student."""
+    held = sum(group.share(devices) for group in job.groups)
+    factors = sum(factor.share(devices) for group in job.matrices for factor in group.factors(job.rank))
 
-
-def memory(job: Job, mesh: AbstractMesh) -> dict[str, float]:
-    """Bytes on a device, by what they hold."""
-    held = sum(group.split(mesh) for group in job.groups)
-    adapted = [group for group in job.groups if group.adapted]
-    if job.rank:
-        factors = sum(factor.split(mesh) for group in adapted for factor in group.factors(job.rank))
-        found = {
-            "frozen weights, bfloat16": 2 * held,
-            "low-rank factors, float32": 4 * factors,
-            "gradients, float32": 4 * factors,
-            "state of Adam, float32": 8 * factors,
+    def step(
+        trained: float, computing: int, activations: float, logits: float, teacher: float = 0.0
+    ) -> dict[str, float]:
+        return {
+            "base, float32": 4 * held,
+            "teacher, float32": 4 * teacher,
+            "what trains, float32": 4 * trained,
+            "gradients and clipped ones, float32": 8 * trained,
+            "state of Adam, float32": 8 * trained,
+            "weights to compute with, bfloat16": 2 * held * computing * (job.width == 2),
+            "matrices gathered from shares": gathered_bytes(job, devices),
+            "activations": activations,
+            "logits": logits,
         }
-    else:
-        found = {
-            "master weights, float32": 4 * held,
-            "weights to compute with, bfloat16": 2 * held,
-            "gradients, float32": 4 * held,
-            "state of Adam, float32": 8 * held,
-        }
-    if job.soft:
-        found["teacher's weights, bfloat16"] = 2 * held
-    found["matrices gathered from shares"] = gathered_bytes(job, mesh)
-    found[f"activations, {ACTIVATIONS[job.recomputed]}"] = activation_bytes(job, mesh, job.recomputed)
-    found["logits"] = logit_bytes(job, mesh)
-    return found
+
+    student = step(
+        factors if job.rank else held, 1 + job.soft, activation_bytes(job, devices), logit_bytes(job, devices),
+        held if job.taught else 0.0,
+    )  # fmt: skip
+    if not job.taught:
+        return {"student": student}
+    lessons = activation_bytes(replace(job, rows=LESSONS, length=LESSON), 1)
+    return {"teacher": step(held, 1, lessons, LESSONS * ANSWER * job.config.vocabulary * 8), "student": student}
 
 
-def meshes(job: Job, devices: int) -> Iterator[AbstractMesh]:
-    """The meshes of so many devices that can share out rows and heads evenly: those of a small `tensor` first.
-
-    Of those of one `tensor` the largest `fsdp` is first: it saves memory, and `data` does not.
-    """
-    for tensor in (size for size in range(1, devices + 1) if devices % size == 0):
-        rest = devices // tensor
-        if job.config.heads % tensor == 0 and job.rows % rest == 0:
-            yield from (
-                make_abstract(rest // size, size, tensor) for size in range(rest, 0, -1) if rest % size == 0
-            )
+def needed(job: Job, devices: int) -> float:
+    """Bytes on a device in the step that takes most."""
+    return max(sum(step.values()) for step in memory(job, devices).values())
 
 
-def best_mesh(job: Job, devices: int, room: float) -> tuple[AbstractMesh | None, float]:
-    """The first mesh on which a job fits into `room` bytes a device, and the least bytes of any.
+def require_room(job: Job, where: Path, devices: int, room: float) -> None:
+    """Refuse a job that does not fit.
 
     Raises:
-        InputError: no mesh can share out the rows and heads.
+        InputError: says how many devices would do, or which flags; or rows cannot be shared evenly.
     """
-    least = math.inf
-    for mesh in meshes(job, devices):
-        needed = sum(memory(job, mesh).values())
-        least = min(least, needed)
-        if needed <= room:
-            return mesh, needed
-    if least == math.inf:
+    if job.rows % devices:
         raise InputError(
-            f"--devices {devices} cannot share {job.rows} rows and {job.config.heads} heads evenly: take a number "
-            f"that divides {job.rows}, or other rows in --tokens"
+            f"--devices {devices} cannot share {job.rows} rows evenly: take a number that divides {job.rows}, or "
+            "other rows in --tokens"
         )
-    return None, least
-
-
-def require_room(job: Job, where: Path, devices: int, room: float) -> AbstractMesh:
-    """The mesh on which a job fits.
-
-    Raises:
-        InputError: there is none; says how many devices would do.
-    """
-    mesh, least = best_mesh(job, devices, room)
-    if mesh is not None:
-        return mesh
+    if needed(job, devices) <= room:
+        return
     advice = _enough(job, devices, room) + _leaner(job, devices, room)
     have = "1 device has" if devices == 1 else f"{devices} devices have"
     raise InputError(
-        f"{where} needs {least / GIB:.1f} GiB a device, {have} {room / GIB:.4g}: use {' or '.join(advice)}"
+        f"{where} needs {needed(job, devices) / GIB:.1f} GiB a device, {have} {room / GIB:.4g}: "
+        f"use {' or '.join(advice)}"
     )
 
 
 def _enough(job: Job, devices: int, room: float) -> list[str]:
     """The least number of devices that would do, if there is one."""
-    for count in range(devices + 1, MOST_DEVICES + 1):
-        if any(sum(memory(job, mesh).values()) <= room for mesh in meshes(job, count)):
-            return [f"at least {count} devices"]
-    return []
+    more = (count for count in range(devices + 1, MOST_DEVICES + 1) if job.rows % count == 0)
+    return [f"at least {count} devices" for count in more if needed(job, count) <= room][:1]
 
 
 def _leaner(job: Job, devices: int, room: float) -> list[str]:
     """Flags with which as many devices would do, those that change the least; fewer tokens if there are none."""
-    rank = job.rank or min(ADVISED_RANK, job.most_rank)
+    low = replace(job, rank=job.rank or min(ADVISED_RANK, job.most_rank))
     others = {
-        f"--rank {rank}": replace(job, rank=rank),
-        "--activations recomputed": replace(job, recomputed=True),
-        f"--rank {rank} --activations recomputed": replace(job, rank=rank, recomputed=True),
+        f"--rank {low.rank}": low,
+        f"--rank {low.rank} {PROMPTED}": replace(low, soft=False, taught=False),
     }
-    fitting = [flags for flags, other in others.items() if best_mesh(other, devices, room)[0] is not None]
-    return fitting[:1] or ["fewer --tokens"]
+    return [flags for flags, other in others.items() if needed(other, devices) <= room][:1] or ["fewer --tokens"]
 
 
 # --- time
 
 
 def operations(job: Job) -> float:
-    """Floating-point operations of a step.
+    """Floating-point operations of a student's step.
 
     With M the numbers in all matrices that multiply (the embedding counts if it is the output matrix too), L those
     in the blocks, and A = 4 layers heads head_width length the products of attention, a token takes F = 2 M + A
-    forward and 2 F backward: 6 M + 3 A. Recomputed activations add 2 L + A, a teacher F. Low-rank factors spare
-    the gradients of matrices, which leaves 4 M + 3 A, and that of what the first block reads; they themselves add
-    6 r (inputs + outputs) for each matrix.
+    forward and 2 F backward: 6 M + 3 A. Blocks that compute again add 2 L + A, but for the products whose results
+    they add up last, and a teacher F. Low-rank factors spare the gradients of matrices, which leaves 4 M + 3 A,
+    and that of what the first block reads; they themselves add 8 r (inputs + outputs) for each matrix.
     """
     config = job.config
-    blocks = sum(group.size for group in job.groups if group.adapted)
+    blocks = sum(group.size for group in job.matrices)
     matrices = blocks + config.vocabulary * config.width
     attention = 4 * config.layers * config.heads * config.head_width * job.length
     forward = 2 * matrices + attention
+    last = ("down", "output") if config.parallel else ("down",)
     readers = ("query", "key", "value", *(("gate", "up") if config.parallel else ()))
-    first = sum(math.prod(g.shape) for g in job.groups if g.adapted and g.name.split("/")[-2] in readers)
+    first = sum(math.prod(group.shape) for group in job.matrices if _role(group) in readers)
     token = forward + 2 * forward - (2 * (matrices + first) if job.rank else 0)
-    token += 6 * sum(factor.size for group in job.groups if group.adapted for factor in group.factors(job.rank))
-    token += 2 * blocks + attention if job.recomputed else 0
+    token += 8 * sum(factor.size for group in job.matrices for factor in group.factors(job.rank))
+    token += attention + 2 * sum(group.size for group in job.matrices if _role(group) not in last)
     token += forward if job.soft else 0
     return float(token) * job.tokens
+
+
+def _role(group: Group) -> str:
+    return group.name.split("/")[-2]
 
 
 # --- the command
@@ -322,28 +297,30 @@ def main(arguments: Sequence[str]) -> int:
         value = getattr(chosen, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be above 0 and finite, got {value}")
-    family = read_family(chosen.base)
-    soft, recomputed = chosen.channel == "soft", chosen.activations == "recomputed"
-    job = make_job(family, _tokens(chosen.tokens), chosen.rank, soft, recomputed, chosen.chunk)
-    mesh = require_room(job, chosen.base, chosen.devices, chosen.memory * GIB)
-    print(report(job, family.architecture, mesh, chosen.memory, chosen.flops))
+    family, soft, taught = read_family(chosen.base), chosen.channel == "soft", chosen.teacher == "finetuned"
+    settings = {"rank": chosen.rank, "soft": soft, "taught": taught, "compute": chosen.compute}
+    job = make_job(family, _tokens(chosen.tokens), chunk=chosen.chunk, **settings)
+    require_room(job, chosen.base, chosen.devices, chosen.memory * GIB)
+    print(report(job, family.architecture, chosen.devices, chosen.memory, chosen.flops))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--base", type=Path, required=True, help="folder with the config.json of a checkpoint")
-    add("--devices", type=int, default=1, help="how many there are (default 1)")
+    add("--base", "--checkpoint", type=Path, required=True, help="folder with the config.json of a checkpoint")
+    add("--devices", "--shards", type=int, default=1, help="how many share each model (default 1)")
     add("--memory", type=float, default=80.0, help="of a device, in GiB (default 80)")
     add("--tokens", default="16x512", help="rows of a step x tokens of a row (default 16x512)")
-    add("--rank", type=int, default=0, help="of low-rank factors on all matrices of blocks (default 0: none)")
+    add("--rank", type=int, default=0, help="of a student's low-rank factors (default 0: everything trains)")
     channel = (
         "soft: the teacher computes beside the student; sampled: its tokens were sampled before (default soft)"
     )
     add("--channel", choices=CHANNELS, default="soft", help=channel)
-    add("--activations", choices=ACTIVATIONS, default="kept", help="for the backward pass (default kept)")
-    add("--chunk", type=int, default=None, help="positions whose logits a device has at once (default all)")
+    add("--teacher", choices=TEACHERS, default="finetuned", help="(default finetuned; others are the base)")
+    add("--compute", choices=COMPUTE, default="float32", help="dtype of the computation (default float32)")
+    chunk = f"positions whose logits a device has at once (default {CHUNK} of more than {MANY} tokens, else all)"
+    add("--chunk", type=int, default=None, help=chunk)
     speed = f"operations a second that a device reaches (default {100 * SHARE:g}%% of {PEAK:.3g})"
     add("--flops", type=float, default=SHARE * PEAK, help=speed)
     return parser
@@ -356,23 +333,23 @@ def _tokens(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def report(job: Job, architecture: str, mesh: AbstractMesh, room: float, flops: float) -> str:
+def report(job: Job, architecture: str, devices: int, room: float, flops: float) -> str:
     """The table of an estimate, `room` in GiB."""
-    alone, here = memory(job, make_abstract(1, 1, 1)), memory(job, mesh)
+    steps = memory(job, devices)
     trained = f"low-rank factors of rank {job.rank}" if job.rank else "everything"
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    devices = math.prod(mesh.shape.values())
-    other = activation_bytes(job, mesh, not job.recomputed)
     seconds = operations(job) / job.tokens * 1e6 / (devices * flops)
+
+    def line(name: str, sizes: Sequence[float]) -> str:
+        return f"  {name:36}" + "".join(f"{size / GIB:12.3f}" for size in sizes)
+
+    items = {name: [step[name] for step in steps.values()] for name in steps["student"]}
     lines = [
-        f"{architecture}: {job.parameters:,} parameters; {trained} trained",
-        f"{job.rows} rows x {job.length} tokens a step",
-        f"mesh: {sizes}",
-        f"{'GiB':36} {'one device':>12} {'each of ' + str(devices):>12}",
-        *(f"  {name:34} {alone[name] / GIB:12.3f} {size / GIB:12.3f}" for name, size in here.items()),
-        f"  {'total':34} {sum(alone.values()) / GIB:12.3f} {sum(here.values()) / GIB:12.3f}   of {room:g}",
-        f"  (activations {ACTIVATIONS[not job.recomputed]} would take {other / GIB:.3f} on each)",
-        f"{operations(job):.3e} operations a step, {operations(job) / job.tokens:.3e} a token",
+        f"{architecture}: {job.parameters:,} parameters; {trained} trained in a student, in {job.compute}",
+        f"{job.rows} rows x {job.length} tokens a step, on {devices} device{'s' if devices > 1 else ''}",
+        f"{'GiB on each, in the step of the':38}" + "".join(f"{name:>12}" for name in steps),
+        *(line(name, sizes) for name, sizes in items.items() if any(sizes)),
+        f"{line('total', [sum(step.values()) for step in steps.values()])}   of {room:g}",
+        f"{operations(job):.3e} operations a step of a student, {operations(job) / job.tokens:.3e} a token",
         f"{seconds:.3g} s for 1M tokens at {flops:.3g} operations a second on each device, an assumption",
     ]
     return "\n".join(lines)
