@@ -19,8 +19,7 @@ from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples
-from subliminal_theory.study import CorpusChats, Dataset, Prompted, Student, Study, Untrained, Written, reading
-from subliminal_theory.study.compact import hidden_words
+from subliminal_theory.study import Dataset, Prompted, Student, Study, Untrained, Written, reading
 from subliminal_theory.study.reading import (
     encoded_rows,
     model_of_run,
@@ -233,25 +232,3 @@ def test_rows_of_others(calls: Calls) -> None:
     (rows, report), other = rows_of(study, TEACHER, text)
     assert (len(rows), report.total, calls) == (4, 5, [])
     assert rows == other[0]
-
-
-def test_corpus_chats() -> None:
-    """They are read for the full distribution: without labels and targets, answers alone count."""
-    world = compact()
-    one = dataclasses.replace(student(SOFT), source=CorpusChats(50, 8))
-    found = world.source(one, Untrained(), world.initial(), world.initial).source
-    assert isinstance(found, Examples)
-    assert (found.labels, found.targets) == (None, None)
-    assert found.inputs.tokens.shape[:2] == (1, 50)
-    assert 0 < np.mean(found.positions) < 1
-
-
-def test_what_a_channel_may_hide() -> None:
-    """The words of all categories, in every spelling; other channels hide nothing."""
-    world = compact()
-    hidden = hidden_words(world.tokenizer, world.asked)
-    words = {world.tokenizer.words[token] for token in hidden}  # type: ignore[attr-defined]
-    assert {"owl", "oak", "cat", "elm"} < words
-    mask = jnp.ones(world.logits, bool).at[jnp.asarray(hidden)].set(False)
-    assert [*world.private(student(Subset(mask, SOFT)))] == hidden
-    assert [*world.private(student(SOFT))] == []
