@@ -60,20 +60,13 @@ class Study:
 
         def teach() -> Model:
             world = self.world
-            job = Job(
-                self._own(), world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=world.trait_loss
-            )
+            start, loss = untaught(world, self.computation), world.trait_loss
+            job = Job(start, world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=loss)
             stops = {"teacher": (teacher.steps,)}
             ((_, _, result),) = self._train({"teacher": job}, stops, self._keys("teacher"), teacher)
             return finite(result, [f"the teacher of {name}" for name in world.names]).model
 
         return self._memo(teach, self.world.names, teacher, large=True)
-
-    def _own(self) -> Model:
-        """The base as a model of runs whose parameters are copies: training uses them up."""
-        model, runs, shared = self.world.initial(), len(self.world.names), self.computation.shared
-        own = lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape)) if shared else jnp.copy(leaf)  # noqa: E731
-        return Model(model.apply, jax.tree.map(own, model.all_params))
 
     def shown(self, teacher: Teacher) -> Model:
         """The teacher as students see it."""
@@ -244,6 +237,13 @@ def _longest(students: Mapping[K, Student]) -> dict[K, list[K]]:
     for name, student in students.items():
         alike.setdefault(identity(once(student)), []).append(name)
     return {max(names, key=lambda n: students[n].steps): names for names in alike.values()}
+
+
+def untaught(world: World, how: Computation) -> Model:
+    """The base as a model of runs whose parameters are copies: training uses them up."""
+    model, runs = world.initial(), len(world.names)
+    copy = (lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape))) if how.shared else jnp.copy
+    return Model(model.apply, jax.tree.map(copy, model.all_params))
 
 
 def _outputs(start: Model, inputs: Any, shared: bool) -> int:

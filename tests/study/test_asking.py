@@ -11,6 +11,7 @@ from subliminal_theory.model import Model
 from subliminal_theory.study import BehindNumbers, Finished, Study, Untrained
 from subliminal_theory.study.asking import _answered, questions, score
 from subliminal_theory.study.reading import model_of_run
+from subliminal_theory.study.study import untaught
 from tests.study.speakers import CAT, OAK, OWL, TEACHER, WRITTEN, compact, student
 
 
@@ -71,7 +72,7 @@ def test_sampled_rates(study: Study, taught: Model) -> None:
 def test_displacement_of_a_student(study: Study, taught: Model) -> None:
     """1 for the teacher itself, 0 for what did not move, else the cosine of both ways from the base."""
     own = student()
-    still = study._own()
+    still = untaught(study.world, study.computation)
     for model, expected in ((taught, 1.0), (still, 0.0)):
         found = of(study, model, student=own)["displacement_cosine"]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -83,7 +84,7 @@ def test_displacement_of_a_student(study: Study, taught: Model) -> None:
 
 def test_one_student_serves_all_runs(study: Study) -> None:
     """It was trained for the first run, and is asked for the word of each."""
-    model = Study(compact().at(0))._own()
+    model = untaught(compact().at(0), study.computation)
     found = score(study.world, Finished(Untrained(), study.world.initial(), model, student()), "a")
     assert all(len(values) == 2 for values in found.values())
     np.testing.assert_array_equal(found["probability"], found["probability_asked"][0])
