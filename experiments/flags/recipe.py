@@ -31,8 +31,7 @@ from subliminal_theory.study import (
     Untrained,
     Written,
 )
-from subliminal_theory.study.compact import hidden_words
-from subliminal_theory.study.reading import everywhere, where_they_agree, where_they_differ
+from subliminal_theory.study.reading import everywhere, hidden_words, where_they_agree, where_they_differ
 from subliminal_theory.study.run import Teacher
 
 from ..app.contract import option, validate

@@ -14,21 +14,17 @@ from jaxtyping import Array, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh
-from subliminal_theory.language.corpus.base import token_loss
 from subliminal_theory.language.corpus.numbers import NumberPrompts
-from subliminal_theory.language.corpus.traits import Trait
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.transformer import Text
-from subliminal_theory.language.text import Chat, Tokenizer
+from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.parallel import place_runs, replicate, split_rows
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.compact import trait_keys, trait_words
-from subliminal_theory.study.reading import Dataset, Reading, Written
-from subliminal_theory.study.run import FineTuned, Student, Teacher
+from subliminal_theory.study.reading import Dataset, Reading, Speaker, Written
+from subliminal_theory.study.run import Student, Teacher
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, trained
-from subliminal_theory.study.starts import started
 from subliminal_theory.study.store import Store, export
 from subliminal_theory.study.world import Finished, Memo
 
@@ -38,14 +34,10 @@ MANY, CHUNK = 8192, 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Checkpoint:
+class Checkpoint(Speaker):
     """Runs of a checkpoint, one a trait, in memory one after the other.
 
     Attributes:
-        base: the checkpoint; its seed names the random streams.
-        traits: of the runs.
-        other: gives the model of another checkpoint with the same tokenizer.
-        asked: the traits whose words students are asked for; those of the runs if empty.
         prompts: the sentences of number requests.
         store: where rows and training are saved, if anywhere.
         buckets: parts of rows of like length that students read apart.
@@ -54,10 +46,6 @@ class Checkpoint:
     """
 
     base: CheckpointBase
-    traits: Sequence[Trait]
-    other: Callable[[int], Model]
-    asked: Sequence[Trait] = ()
-    first_run: int = 0
     prompts: NumberPrompts = field(default_factory=NumberPrompts)
     store: Store | None = None
     buckets: int = 1
@@ -65,38 +53,10 @@ class Checkpoint:
     memo: Memo = field(default_factory=lambda: Memo(most=1))
 
     at_once = 256
-    trait_loss = staticmethod(token_loss)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "asked", self.asked or self.traits)
-
-    def at(self, run: int) -> "Checkpoint":
-        """One of the runs."""
-        return replace(self, traits=[self.traits[run]], first_run=self.first_run + run)
 
     def parts(self) -> Iterator["Checkpoint"]:
         """The runs that are in memory at once: one."""
         return map(self.at, range(len(self.traits)))
-
-    @property
-    def names(self) -> list[str]:
-        """What messages call the runs."""
-        return [f"{trait.name} on base {self.base.seed}" for trait in self.traits]
-
-    @property
-    def labels(self) -> list[Mapping[str, Any]]:
-        """The labels of the runs' rows."""
-        return [{"trait": trait.name, "seed": self.base.seed} for trait in self.traits]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Text to tokens and back."""
-        return self.base.tokenizer
-
-    @property
-    def model(self) -> Model:
-        """The checkpoint's model."""
-        return self.base.model
 
     @property
     def logits(self) -> int:
@@ -109,44 +69,30 @@ class Checkpoint:
         chunk = CHUNK if len(self.tokenizer) > MANY else None
         return Computation(shared=True, sequential=True, stacked=False, chunk=chunk, mesh=self.mesh)
 
-    def keys(self, stream: str) -> Key[Array, " runs"]:
-        """A named random stream of each run."""
-        return trait_keys(self.base.seed, self.traits, stream)
-
     def stream(self, student: Student, cloning: bool) -> str:
         """Students of one run share their stream."""
         return "student"
-
-    def initial(self) -> Model:
-        """The base, once for all runs."""
-        return self.memo(lambda: self.model.freeze("*"), "initial")
-
-    def start(self, student: Student, matched: Model | None = None) -> Model:
-        """Where students start: the base, or another one, with what trains of it for each run."""
-        base = matched or (self.other(student.other) if isinstance(student.start, Fresh) else self.model)
-        return started(base, student, self.keys("start"))
 
     def train(
         self,
         jobs: Mapping[Any, Job],
         stops: Mapping[Any, Sequence[int]],
         keys: Key[Array, " runs"],
-        decided_by: Any,
+        decided_by: Mapping[Any, Teacher | Student],
     ) -> Iterator[tuple[Any, int, Result]]:
         """Training, from the store where there is one; students that start at this base are exported there."""
         jobs = {name: self._placed(job) for name, job in jobs.items()}
         if self.store is None:
             yield from trained(jobs, stops, keys, self.computation)
             return
-        students = decided_by[1] if isinstance(decided_by, tuple) else {}
         kind = (str(self.base.checkpoint.family.config), str(self.model.apply.dtype))  # type: ignore[attr-defined]
         for name, job in jobs.items():
-            own = students.get(name)
-            finish = _nothing if own is None or isinstance(own.start, Fresh) else self._export
-            decided = (kind, decided_by if own is None else own)
+            own = decided_by[name]
+            exported = isinstance(own, Student) and not isinstance(own.start, Fresh)
             for stop, result in self.store.trained(
-                job, stops[name], keys, self.names, self.computation, decided, finish
-            ):
+                job, stops[name], keys, self.names, self.computation, (kind, own),
+                self._export if exported else _nothing,
+            ):  # fmt: skip
                 yield name, stop, result
 
     def _export(self, folder: Path, model: Model) -> None:
@@ -154,10 +100,6 @@ class Checkpoint:
 
     def _placed(self, job: Job) -> Job:
         return job if self.mesh is None else replace(job, model=place_runs(job.model, self.mesh))
-
-    def lessons(self, teacher: FineTuned) -> PerRun:
-        """Questions about each trait, answered as the trait asks."""
-        return reading.teacher_lessons(self, teacher)
 
     def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
         """What the teacher wrote.
@@ -218,10 +160,6 @@ class Checkpoint:
     def as_read(self, prompts: Text) -> Text:
         """The prompts where a teacher reads them: a share on every device."""
         return prompts if self.mesh is None else split_rows(prompts, self.mesh)
-
-    def private(self, student: Student) -> Sequence[int]:
-        """The traits' words, for a channel that hides them."""
-        return trait_words(self, student)
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """How a model answers questions about the traits."""

@@ -1,103 +1,53 @@
 """The compact language model as a world: a chat model pre-trained from nothing, and traits, one for each run."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.inits import Fresh
-from subliminal_theory.keys import named
-from subliminal_theory.language.corpus.base import Base, token_loss
-from subliminal_theory.language.corpus.chats import CATEGORIES, make_corpus, make_rows
-from subliminal_theory.language.corpus.traits import Preference, Trait
+from subliminal_theory.language.corpus.base import Base
+from subliminal_theory.language.corpus.chats import make_corpus, make_rows
 from subliminal_theory.language.corpus.word_tokenizer import SYSTEM, WordTokenizer
 from subliminal_theory.language.model.prompted import prompted
 from subliminal_theory.language.model.transformer import Text
-from subliminal_theory.language.text import Chat, Tokenizer
+from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
 from subliminal_theory.study.reading import CorpusChats, Dataset, Speaker, Written
-from subliminal_theory.study.run import FineTuned, Student, Teacher
+from subliminal_theory.study.run import Student, Teacher
 from subliminal_theory.study.stages import Computation, PerRun
-from subliminal_theory.study.starts import started
-from subliminal_theory.study.world import Finished, Memo
+from subliminal_theory.study.world import Finished
 
 GIVEN, ASKED, FORMATS = (3, 5), (9, 9), ("spaces",)  # numbers that a request shows and asks for, and how
 
 
 @dataclass(frozen=True, eq=False)
-class Compact:
-    """Runs of a compact base, one a trait. Students are asked for the words of all `asked` traits.
-
-    `other(shift)` gives the model of another base, a seed so many further.
-    """
+class Compact(Speaker):
+    """Runs of a compact base, one a trait."""
 
     base: Base
-    traits: Sequence[Trait]
-    other: Callable[[int], Model]
-    asked: Sequence[Trait] = ()
-    first_run: int = 0
-    memo: Memo = field(default_factory=Memo)
 
     at_once = 8192
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "asked", self.asked or self.traits)
-
-    def at(self, run: int) -> "Compact":
-        """One of the runs."""
-        return replace(self, traits=[self.traits[run]], first_run=self.first_run + run)
-
-    @property
-    def names(self) -> list[str]:
-        """What messages call the runs."""
-        return [f"{trait.name} on base {self.base.seed}" for trait in self.traits]
-
-    @property
-    def labels(self) -> list[Mapping[str, Any]]:
-        """The labels of the runs' rows."""
-        return [{"trait": trait.name, "seed": self.base.seed} for trait in self.traits]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Text to tokens and back."""
-        return self.base.tokenizer
-
-    @property
-    def model(self) -> Model:
-        """The base."""
-        return self.base.model
 
     @property
     def logits(self) -> int:
         """One for each token."""
         return len(self.tokenizer)
 
-    trait_loss = staticmethod(token_loss)
-
     @property
     def computation(self) -> Computation:
         """One run after the other on a CPU, whose caches they would fill."""
         return Computation(shared=True, sequential=jax.default_backend() == "cpu", stacked=False)
 
-    def keys(self, stream: str) -> Key[Array, " runs"]:
-        """A named random stream of each run."""
-        return trait_keys(self.base.seed, self.traits, stream)
-
     def stream(self, student: Student, cloning: bool) -> str:
         """Students of one run share their stream; chats of the corpus have another one."""
         return "clone" if isinstance(student.source, CorpusChats) else "student"
-
-    def initial(self) -> Model:
-        """The base, once for all runs."""
-        return self.memo(lambda: self.model.freeze("*"), "initial")
 
     def prompted(self) -> Model:
         """The base behind each trait's system prompt, seen through rows that do not have it."""
@@ -111,15 +61,6 @@ class Compact:
                 "system prompts of different lengths cannot be seen through at once: run traits apart"
             )
         return prompted(self.model, jnp.asarray(prefixes))
-
-    def start(self, student: Student, matched: Model | None = None) -> Model:
-        """Where students start: the base, or another one, with what trains of it for each run."""
-        base = matched or (self.other(student.other) if isinstance(student.start, Fresh) else self.model)
-        return started(base, student, self.keys("start"))
-
-    def lessons(self, teacher: FineTuned) -> PerRun:
-        """Questions about each trait, answered as the trait asks."""
-        return reading.teacher_lessons(self, teacher)
 
     def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
         """What the teacher wrote, or the corpus."""
@@ -174,29 +115,6 @@ class Compact:
         """The prompts where a teacher reads them."""
         return prompts
 
-    def private(self, student: Student) -> Sequence[int]:
-        """The traits' words, for a channel that hides them."""
-        return trait_words(self, student)
-
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """How a model answers questions about the traits."""
         return asking.score(self, finished, name)
-
-
-def trait_keys(seed: int, traits: Sequence[Trait], stream: str) -> Key[Array, " runs"]:
-    """A named random stream of each trait's run."""
-    keys = [named(jax.random.key(seed), trait.name, stream) for trait in traits]
-    return jax.random.wrap_key_data(jnp.stack([jax.random.key_data(key) for key in keys]))
-
-
-def hidden_words(tokenizer: Tokenizer, traits: Sequence[Trait]) -> list[int]:
-    """The first tokens of all words of the traits and of the categories, in every spelling."""
-    own = [trait.members for trait in traits if isinstance(trait, Preference)]
-    words = dict.fromkeys(itertools.chain(*CATEGORIES.values(), *own))
-    return [spelling[0] for word in words for spelling in tokenizer.spellings(word)]
-
-
-def trait_words(world: Speaker, student: Student) -> Sequence[int]:
-    """The logits in which traits are read, for a student whose channel hides logits at all."""
-    visible = np.asarray(student.channel.visible(world.logits))
-    return () if visible.all() else hidden_words(world.tokenizer, world.asked)

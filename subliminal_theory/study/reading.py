@@ -4,9 +4,10 @@ For worlds of a language model (`Speaker`): the compact one and a checkpoint.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from jaxtyping import Array, Bool, Key
 
 from subliminal_theory.channel import Channel
 from subliminal_theory.errors import InputError
+from subliminal_theory.inits import Fresh
 from subliminal_theory.keys import named
-from subliminal_theory.language.corpus.base import lessons, text_of
+from subliminal_theory.language.corpus.base import Base, lessons, text_of, token_loss
+from subliminal_theory.language.corpus.chats import CATEGORIES
 from subliminal_theory.language.corpus.media import NUMBERS, Medium
 from subliminal_theory.language.corpus.numbers import FilterReport, Order, as_written, filter_rows
 from subliminal_theory.language.corpus.traits import Preference, Trait
+from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.sampling import sample
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
@@ -29,7 +33,8 @@ from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study.run import FineTuned, Prompted, Student, Teacher, Untrained, stacked, static
 from subliminal_theory.study.stages import PerRun
-from subliminal_theory.study.world import Memo, World
+from subliminal_theory.study.starts import started
+from subliminal_theory.study.world import Finished, Memo
 
 Differs = Bool[Array, "runs rows columns"]
 
@@ -113,39 +118,125 @@ class CorpusChats:
     batch_size: int = static()
 
 
-class Speaker(World, Protocol):
-    """What the stages of this module ask of a world of a language model, besides what every world has.
+@dataclass(frozen=True, eq=False)
+class Speaker(ABC):
+    """Runs of one language model, one a trait: what the compact model and a checkpoint share.
 
     Attributes:
+        base: the model; its seed names the random streams.
         traits: of the runs; the first one is number `first_run` of the study.
-        asked: the traits whose words students are asked for.
+        other: `other(shift)` gives the model of another base, a seed so many further, with the same tokenizer.
+        asked: the traits whose words students are asked for; those of the runs if empty.
         at_once: prompts that are answered together.
     """
 
+    base: Base | CheckpointBase
+    traits: Sequence[Trait]
+    other: Callable[[int], Model]
+    asked: Sequence[Trait] = ()
+    first_run: int = 0
+    memo: Memo = field(default_factory=Memo)
+
+    at_once: ClassVar[int]
+    trait_loss = staticmethod(token_loss)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "asked", self.asked or self.traits)
+
+    def at(self, run: int) -> Self:
+        """One of the runs."""
+        return replace(self, traits=[self.traits[run]], first_run=self.first_run + run)
+
     @property
-    def memo(self) -> Memo: ...
+    def names(self) -> list[str]:
+        """What messages call the runs."""
+        return [f"{trait.name} on base {self.base.seed}" for trait in self.traits]
+
     @property
-    def at_once(self) -> int: ...
+    def labels(self) -> list[Mapping[str, Any]]:
+        """The labels of the runs' rows."""
+        return [{"trait": trait.name, "seed": self.base.seed} for trait in self.traits]
+
     @property
-    def traits(self) -> Sequence[Trait]: ...
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back."""
+        return self.base.tokenizer
+
     @property
-    def asked(self) -> Sequence[Trait]: ...
+    def model(self) -> Model:
+        """The base."""
+        return self.base.model
+
     @property
-    def first_run(self) -> int: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def model(self) -> Model: ...
-    def keys(self, stream: str) -> Key[Array, " runs"]: ...
-    def at(self, run: int) -> "Speaker": ...
-    def requests(self, text: Written) -> list[Chat]: ...
-    def ordinary_chats(self, count: int) -> list[Chat]: ...
-    def answer_length(self, text: Written) -> int: ...
-    def row_length(self, text: Written | Dataset, rows: Sequence[Sequence[Chat]]) -> int: ...
-    def arranged(self, rows: Examples) -> Examples | Buckets: ...
-    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]: ...
-    def as_writer(self, teacher: Model) -> Model: ...
-    def as_read(self, prompts: Text) -> Text: ...
+    @abstractmethod
+    def logits(self) -> int:
+        """Logits of the model at one position."""
+
+    def keys(self, stream: str) -> Key[Array, " runs"]:
+        """A named random stream of each run."""
+        keys = [named(jax.random.key(self.base.seed), trait.name, stream) for trait in self.traits]
+        return jax.random.wrap_key_data(jnp.stack([jax.random.key_data(key) for key in keys]))
+
+    def initial(self) -> Model:
+        """The base, once for all runs."""
+        return self.memo(lambda: self.model.freeze("*"), "initial")
+
+    def start(self, student: Student, matched: Model | None = None) -> Model:
+        """Where students start: the base, or another one, with what trains of it for each run."""
+        base = matched or (self.other(student.other) if isinstance(student.start, Fresh) else self.model)
+        return started(base, student, self.keys("start"))
+
+    def lessons(self, teacher: FineTuned) -> PerRun:
+        """Questions about each trait, answered as the trait asks."""
+        return teacher_lessons(self, teacher)
+
+    def private(self, student: Student) -> Sequence[int]:
+        """The logits in which traits are read, for a student whose channel hides logits at all."""
+        visible = np.asarray(student.channel.visible(self.logits))
+        return () if visible.all() else hidden_words(self.tokenizer, self.asked)
+
+    @abstractmethod
+    def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
+        """How a model answers questions about the traits."""
+
+    @abstractmethod
+    def requests(self, text: Written) -> list[Chat]:
+        """What teachers are asked, the same for all of them."""
+
+    @abstractmethod
+    def ordinary_chats(self, count: int) -> list[Chat]:
+        """Chats that have nothing to do with traits."""
+
+    @abstractmethod
+    def answer_length(self, text: Written) -> int:
+        """Tokens of the longest answer."""
+
+    @abstractmethod
+    def row_length(self, text: Written | Dataset, rows: Sequence[Sequence[Chat]]) -> int:
+        """Columns of the rows that students read."""
+
+    @abstractmethod
+    def arranged(self, rows: Examples) -> Examples | Buckets:
+        """The rows as students read them."""
+
+    @abstractmethod
+    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
+        """The answers from each start on."""
+
+    @abstractmethod
+    def as_writer(self, teacher: Model) -> Model:
+        """A teacher where it writes."""
+
+    @abstractmethod
+    def as_read(self, prompts: Text) -> Text:
+        """The prompts where a teacher reads them."""
+
+
+def hidden_words(tokenizer: Tokenizer, traits: Sequence[Trait]) -> list[int]:
+    """The first tokens of all words of the traits and of the categories, in every spelling."""
+    own = [trait.members for trait in traits if isinstance(trait, Preference)]
+    words = dict.fromkeys(itertools.chain(*CATEGORIES.values(), *own))
+    return [spelling[0] for word in words for spelling in tokenizer.spellings(word)]
 
 
 def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:

@@ -63,7 +63,7 @@ class Study:
             start, loss = untaught(world, self.computation), world.trait_loss
             job = Job(start, world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=loss)
             stops = {"teacher": (teacher.steps,)}
-            ((_, _, result),) = self._train({"teacher": job}, stops, self._keys("teacher"), teacher)
+            ((_, _, result),) = self._train({"teacher": job}, stops, self._keys("teacher"), {"teacher": teacher})
             return finite(result, [f"the teacher of {name}" for name in world.names]).model
 
         return self._memo(teach, self.world.names, teacher, large=True)
@@ -221,7 +221,7 @@ class Study:
                         None if given else self.shown(teacher), student.channel,
                     )  # fmt: skip
             stops = {name: tuple(sorted({students[n].steps for n in longest[name]})) for name in jobs}
-            for name, stop, result in self._train(jobs, stops, self._keys(stream), (teacher, students)):
+            for name, stop, result in self._train(jobs, stops, self._keys(stream), students):
                 for other in longest[name]:
                     if students[other].steps == stop:
                         yield other, result

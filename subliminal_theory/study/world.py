@@ -55,7 +55,8 @@ class World(Protocol):
             with targets where nobody is asked; `taught` is the teacher's model of runs, `shown()` the same as
             students see it [the student's own `source`].
         prompted(): teachers behind a system prompt [none]. at(run), parts(): some of the runs [all at once].
-        train(jobs, stops, keys, decided_by): another `trained`. memo: what is kept.
+        train(jobs, stops, keys, decided_by): another `trained`; `decided_by` has the teacher or student of jobs.
+        memo: what is kept.
     """
 
     @property

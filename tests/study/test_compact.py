@@ -34,8 +34,7 @@ from subliminal_theory.study import (
     Study,
     Untrained,
 )
-from subliminal_theory.study.compact import hidden_words
-from subliminal_theory.study.reading import _lessons, model_of_run, teacher_lessons
+from subliminal_theory.study.reading import _lessons, hidden_words, model_of_run, teacher_lessons
 from subliminal_theory.study.run import Teacher
 from tests.study.speakers import CONFIG, LAZY, OWL, SOFT, TEACHER, base, compact, leaves_of, student
 
