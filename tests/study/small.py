@@ -102,6 +102,9 @@ def untrained(monkeypatch: pytest.MonkeyPatch, losses: Callable[..., Any] = np.z
         audit(**arguments)
         seen.audited.add(_run(arguments["channel"], arguments["student_init"]))
 
+    # What is not trained must not stay in the memory that all tests share.
+    monkeypatch.setattr(WORLD.memo, "_made", {})
+    monkeypatch.setattr(WORLD.memo, "_large", {})
     monkeypatch.setattr(stages, "_train", stay)
     monkeypatch.setattr(stages, "_groups", grouped)
     for name, module in list(sys.modules.items()):
