@@ -151,7 +151,12 @@ def test_names_of_experiments(capsys: Capture) -> None:
     output, errors = capsys.readouterr()
     assert not errors
     assert output.split() == [name for name, module in EXPERIMENTS.items() if hasattr(module, "plan")]
-    assert {name for name in EXPERIMENTS if name not in output.split()} == {"language_rows", "plan", "summary"}
+    assert {name for name in EXPERIMENTS if name not in output.split()} == {
+        "language_rows",
+        "plan",
+        "redraw",
+        "summary",
+    }
 
 
 def test_figures_have_their_commands(capsys: Capture) -> None:

@@ -1,6 +1,8 @@
 """The experiments about the theorem at a small setting, and the summary page over their runs."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ from experiments import theorem, theorem_extensions
 from experiments.app import command as command_line
 from experiments.architectures import BUILDERS, IMAGE, OUTPUTS, build
 from subliminal_theory.runs import Results
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("network", BUILDERS)
@@ -77,3 +81,21 @@ def test_summary_page(tmp_path, capsys):
     assert command_line.main(["summary", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("error: no finished run below")
     assert command_line.main(["summary"]) == 2
+
+
+def test_a_figure_is_drawn_again(tmp_path, capsys):
+    """From the files of a committed run, which holds no parts."""
+    run = shutil.copytree(ROOT / "figures" / "mnist_digits", tmp_path / "run")
+    before = (run / "figure.png").read_bytes()
+    for kind in ("png", "pdf"):
+        (run / f"figure.{kind}").unlink()
+    assert command_line.main(["redraw", str(run)]) == 0
+    assert (run / "figure.png").read_bytes()[:8] == before[:8]
+    assert (run / "figure.pdf").exists()
+    capsys.readouterr()
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert command_line.main(["redraw", str(run), str(folder)]) == 2
+        assert "config.json is missing" in capsys.readouterr().err
+    (run / "results.csv").write_text("condition,seed\n")
+    assert command_line.main(["redraw", str(run)]) == 2
+    assert str(run) in capsys.readouterr().err
