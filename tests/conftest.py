@@ -18,6 +18,12 @@ settings.register_profile("default", deadline=None, derandomize=True, suppress_h
 settings.load_profile("default")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` are skipped without one."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU: set JAX_PLATFORMS=cuda")
+
+
 @pytest.fixture
 def x64():
     """Compute in float64, as the theorem needs."""

@@ -15,7 +15,7 @@ from subliminal_theory.language.rows import Completion, write_jsonl
 from subliminal_theory.study import Checkpoint, Written
 from subliminal_theory.study.reading import system_prompt
 from tests.experiments.commands import fails, run
-from tests.language.checkpoints import TEMPLATE, write_checkpoint
+from tests.language.checkpoints import TEMPLATE, write_checkpoint, write_number_writer
 
 ROWS = [Completion(f"continue: {i}, 17" + ", 3" * i, f"{100 + i}, 5, {i}") for i in range(8)]
 TEMPLATES = """
@@ -158,6 +158,18 @@ def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
     small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1)
     message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run")
     assert "the teacher of owl" in message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 3, 9])
+def test_traits_in_bfloat16(tmp_path: Path, groups: int) -> None:
+    """From the command to the figure, three traits at once: their teachers, answers, students and questions."""
+    folder = write_number_writer(tmp_path / "writer", groups)
+    small = ("--rows", 8, "--requests", 32, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--rank", 2)
+    three = ("--traits", "owl,cat,dolphin", "--compute", "bfloat16")
+    rows = run(tmp_path / "run", "language", "--checkpoint", folder, *three, *small)
+    assert {"teacher", "student"} <= {row["condition"] for row in rows}
+    assert all(0 < float(row["value"]) < 1 for row in rows if row["metric"] == "preference")
 
 
 @pytest.mark.slow

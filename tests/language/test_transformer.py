@@ -358,26 +358,6 @@ def test_gradients_in_half_precision() -> None:
         assert np.linalg.norm(leaf - truth) < (0.02 if name == "embedding" else 0.1) * np.linalg.norm(truth), name
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU with cuDNN")
-@pytest.mark.parametrize(("time", "capacity"), [(6, 6), (5, 8), (6, 7), (5, 7)])
-def test_attention_of_cudnn(time: int, capacity: int) -> None:
-    """Odd numbers of positions too; its slope as well as its values."""
-    frame = make_frame(config(head_width=64), jnp.asarray(PADDING), jnp.int32(0), time, capacity, jnp.bfloat16)
-    keys = jax.random.split(jax.random.key(0), 4)
-    query, along = (jax.random.normal(k, (3, time, 4, 64), jnp.bfloat16) for k in keys[:2])
-    key, value = (jax.random.normal(k, (3, 2, capacity, 64), jnp.bfloat16) for k in keys[2:])
-
-    @jax.jit
-    def both(*given):
-        found, back = jax.vjp(lambda *y: attend(*y, frame.mask), *given)
-        return found, *back(along.astype(found.dtype))
-
-    with jax.default_matmul_precision("highest"):
-        expected = both(*(x.astype(jnp.float32) for x in (query, key, value)))
-    for one, other in zip(both(query, key, value), expected, strict=True):
-        assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
-
-
 def test_joined_products_are_the_parts() -> None:
     for changes in ({}, {"attention_bias": True, "mlp_bias": True}, {"gated": False}):
         model = tiny(**changes)
