@@ -199,9 +199,16 @@ def test_old_spellings(name: str, tmp_path: Path) -> None:
     [
         (
             "llama",
-            {"architectures": None},
+            {"architectures": None, "model_type": None},
             r"names no architecture: add architectures, one of Gemma2ForCausalLM, ",
         ),
+        ("llama", {"architectures": None, "model_type": "bert"}, "names no architecture: "),
+        (
+            "llama",
+            {"model_type": "mistral"},
+            "model_type 'mistral' is not that of LlamaForCausalLM, 'llama': take",
+        ),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequ.* supported"),
         ("llama", {"architectures": ["A", "B"]}, "names no architecture: "),
         ("llama", {"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported; there are Gemma2"),
         ("llama", {"hidden_size": None}, "lacks hidden_size: take the config.json that belongs to the weights"),
@@ -220,11 +227,38 @@ def test_old_spellings(name: str, tmp_path: Path) -> None:
             "rotary scaling 'yarn' is not ",
         ),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rotary parameters lacks factor"),
-        ("llama", {"rope_parameters": {"attention_factor": 0.5}}, "setting attention_factor 0.5 is not supported"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "partial_rotary_factor 0.5 is not supported, only 1",
+        ),
+        ("neox", {"rotary_pct": 0.25, "partial_rotary_factor": 0.5}, "factor 0.5 is not the share of a head 0.25"),
+        ("neox", {"rope_theta": 7.0}, "rope_theta 7.0 is not the base 100.0: delete the wrong one"),
+        (
+            "mistral",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "only 'full_attention' in all layers",
+        ),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is off: give its len"),
+        ("gemma2", {"sliding_window": None}, "layers have windows, but sliding_window is off: give its length"),
+        (
+            "gemma3",
+            {"layer_types": None, "_sliding_window_pattern": 2},
+            "_sliding_window_pattern 2 is not sliding_window_pattern 6: delete the wrong one",
+        ),
+        ("llama", {"is_causal": False}, "is_causal False is not supported, only True"),
+        (
+            "llama",
+            {"per_layer_config": {"0": {"head_dim": 4}}},
+            "setting per_layer_config .* is not supported: lay",
+        ),
+        ("llama", {"pruned_heads": {"0": [1]}}, "setting pruned_heads .* is not supported: layers without some"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported, only False"),
+        ("gpt2", {"hidden_size": 48}, "n_embd 32 is not hidden_size 48: delete the wrong one"),
         ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "type 'linear_attention' are not supp"),
-        ("gemma2", {"use_bidirectional_attention": True}, "setting use_bidirectional_attention True is not supp"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False is not supported, only True"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "setting scale_attn_by_inverse_layer_idx True is not"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not supp"),
     ],
 )
 def test_settings_that_are_not_handled(name: str, changes: dict, message: str, tmp_path: Path) -> None:
@@ -246,3 +280,67 @@ def test_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"config\.json holds no JSON object: download or write it again$"):
         read_family(tmp_path)
+
+
+def test_settings_of_others_are_let_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What trainers and converters leave changes nothing; names that nobody knows are told in one line, once."""
+    plain = read_family(folder_of("llama", tmp_path / "plain")).config
+    left = {
+        "is_llama_config": True, "rope_interleaved": False, "unsloth_fixed": True, "unsloth_version": "2026.4.2",
+        "transformers.js_config": {"kv_cache_dtype": {}}, "neftune_noise_alpha": 5.0, "max_length": 512,
+        "auto_map": {"AutoConfig": "configuration_x.X"}, "_num_labels": 1, "quantization_config": None,
+        "tokenizer_class": "X", "layer_types": ["full_attention"] * 2, "_attn_implementation": "sdpa",
+    }  # fmt: skip
+    assert read_family(folder_of("llama", tmp_path / "known", **left)).config == plain
+    assert caplog.messages == []
+    folder = folder_of("llama", tmp_path / "more", **left, trainer={"a": 1}, no_effect=3, off=0)
+    assert (read_family(folder).config, read_family(folder).config) == (plain, plain)
+    assert caplog.messages == [
+        f"{folder / 'config.json'}: not read, as they are no settings of this architecture: no_effect, trainer"
+    ]
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["LlamaModel"]])
+def test_the_type_stands_in_for_the_architecture(architectures: Any, tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path, architectures=architectures, model_type="llama")
+    assert read_family(folder).architecture == "LlamaForCausalLM"
+
+
+def test_defaults_of_the_family(tmp_path: Path) -> None:
+    """Where a file is silent; null switches off."""
+    golden = {name: dict(GOLDEN[name]["config"]) for name in ("gemma2", "mistral", "gemma3", "qwen3")}
+    for config in golden.values():
+        for name in (
+            "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "head_dim",
+            "num_key_value_heads", "max_position_embeddings",
+        ):  # fmt: skip
+            config.pop(name, None)
+    golden["gemma3"] |= {"num_hidden_layers": 6, "layer_types": None}
+    golden["mistral"]["num_attention_heads"] = 16
+    golden["qwen3"]["num_attention_heads"] = 32
+    read = {}
+    for name, config in golden.items():
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read[name] = read_family(tmp_path).config
+    caps = {name: (config.attention_cap, config.logit_cap) for name, config in read.items()}
+    none = (None, None)
+    assert caps == {"gemma2": (50.0, 30.0), "mistral": none, "gemma3": none, "qwen3": none}
+    windows = {name: config.window for name, config in read.items()}
+    assert windows == {"gemma2": 4096, "mistral": 4096, "gemma3": 4096, "qwen3": None}
+    assert read["gemma3"].windowed == (True,) * 5 + (False,)
+    widths = {name: (config.kv_heads, config.head_width) for name, config in read.items()}
+    assert widths == {"gemma2": (4, 256), "mistral": (8, 2), "gemma3": (4, 256), "qwen3": (32, 128)}
+    contexts = {name: config.context for name, config in read.items()}
+    assert contexts == {"gemma2": 8192, "mistral": 131_072, "gemma3": 131_072, "qwen3": 32_768}
+    (tmp_path / "config.json").write_text(json.dumps({**golden["mistral"], "sliding_window": None}))
+    assert read_family(tmp_path).config.window is None
+
+
+def test_numbers_without_scales_are_refused(tmp_path: Path) -> None:
+    """Integers are quantized weights: without their scales they are not the model."""
+    folder = folder_of("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for dtype in (np.int8, np.uint8, np.int32, bool):
+        retell(folder, {name: tensor.astype(dtype) for name, tensor in tensors.items()})
+        with pytest.raises(InputError, match=r"model\.embed_tokens\.weight is u?(int\d+|bool), not floating"):
+            load_checkpoint(folder)

@@ -1,30 +1,72 @@
 """A config.json of Hugging Face, read setting by setting into the fields of a `TransformerConfig`.
 
-Only settings that this project computes are read; any other one that is not off is refused by its name.
+A setting that decides the function is read by its family or refused by its name. Any other one is let pass: the
+modeling code of `transformers` does not read it either, whoever left it there. Names that are not known to be of
+that kind are logged, in one line for a file.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from subliminal_theory.errors import InputError
 
-# Settings of training, of text and of libraries: they do not change the function.
+_log = logging.getLogger(__name__)
+
+# Settings that change the function of every causal model where they are not off, and why they are refused.
+_REFUSED = {
+    "quantization_config": "the weights are quantized; save them as floating-point numbers first",
+    "compression_config": "the weights are compressed; save them as floating-point numbers first",
+    "per_layer_config": "layers of different shapes are not computed",
+    "pruned_heads": "layers without some of their heads are not computed",
+}
+# Settings that change nothing in the function of a causal model, by who reads them. They pass in silence.
 _HARMLESS = {
-    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
-    "attention_dropout", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-    "pretraining_tp", "_name_or_path", "return_dict", "chunk_size_feed_forward", "id2label", "label2id",
-    "summary_type", "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout",
-    "task_specific_params", "n_ctx", "cache_implementation", "is_decoder", "unsloth_fixed",
-    "_attn_implementation_autoset", "attn_implementation",
+    # which class reads the file, and what wrote it
+    "architectures", "model_type", "auto_map", "transformers_version", "_name_or_path", "name_or_path",
+    "_commit_hash", "unsloth_fixed", "unsloth_version", "transformers.js_config", "tokenizer_class",
+    "is_llama_config", "custom_pipelines", "peft_version", "license",
+    # formats in which weights are stored or computed, and how fast
+    "torch_dtype", "dtype", "use_cache", "cache_implementation", "pretraining_tp", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_experts_implementation", "_flash_attn_2_enabled", "_use_flash_attention_2", "use_flash_attn", "torchscript",
+    "use_bfloat16", "gradient_checkpointing", "use_reentrant", "chunk_size_feed_forward", "tensor_parallel_size",
+    "reorder_and_upcast_attn", "base_model_tp_plan", "return_dict", "output_hidden_states", "output_attentions",
+    "tie_last_hidden_states", "use_return_dict", "is_encoder_decoder", "is_decoder", "tie_encoder_decoder",
+    "cross_attention_hidden_size", "gguf_file",
+    # training: initialization, dropout, noise
+    "initializer_range", "attention_dropout", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop",
+    "attn_pdrop", "neftune_noise_alpha", "embd_layer_norm_std", "layer_norm_init", "initializer_cutoff_factor",
+    # how positions were laid out before the weights were converted, and layers that are marked for no use
+    "rope_interleaved", "n_ctx", "sliding_window_size", "model_max_length", "max_sequence_length", "seq_length",
+    # tokens and text
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+    "prefix", "vocab_file",
+    # heads of other tasks
+    "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task", "summary_type",
+    "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout", "summary_activation",
+    "task_specific_params", "token_classification_bias",
+    # how text is drawn, which belongs to generation_config.json
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "penalty_alpha", "num_assistant_tokens", "num_assistant_tokens_schedule",
 }  # fmt: skip
+# The spellings of `transformers`, of which several are one function.
 _ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
 }  # fmt: skip
+_KINDS = {"sliding_attention": True, "full_attention": False, "attention": False}
 
 
 class Settings:
-    """The settings of a file, taken out one by one; `finish` refuses what is left and says anything.
+    """The settings of a file, taken out one by one; `finish` judges what is left.
 
     Attributes:
         given: the settings that are left.
@@ -41,6 +83,10 @@ class Settings:
         """A setting, or the default where it is missing or null."""
         value = self.given.pop(name, None)
         return default if value is None else value
+
+    def take_or_none(self, name: str, default: Any) -> Any:
+        """A setting that null switches off; the default where it is missing."""
+        return self.given.pop(name, default)
 
     def need(self, name: str) -> Any:
         """A setting that must be there."""
@@ -61,11 +107,24 @@ class Settings:
         if found != value:
             raise InputError(f"{self.where}: {name} {found!r} is not supported, only {value!r}")
 
-    def finish(self, harmless: set[str] = _HARMLESS) -> None:
-        """Refuse what is left, unless it is harmless or off."""
-        for name, value in self.given.items():
-            if name not in harmless and value not in (None, False, 0, "", [], {}):
-                raise InputError(f"{self.where}: setting {name} {value!r} is not supported")
+    def require_agreement(self, name: str, value: Any, other: str) -> None:
+        """Refuse a second spelling of a setting that says something else than the first, `other`."""
+        found = self.take(name, value)
+        if found != value:
+            raise InputError(f"{self.where}: {name} {found!r} is not {other} {value!r}: delete the wrong one")
+
+    def finish(self) -> None:
+        """Refuse what is left if it changes the function; log names of which nothing is known."""
+        self.require("is_causal", True)
+        left = {name: value for name, value in self.given.items() if not _off(value)}
+        for name, why in _REFUSED.items():
+            if name in left:
+                raise InputError(f"{self.where}: setting {name} {left[name]!r} is not supported: {why}")
+        if {"full_attention"} == set(left.get("layer_types", ())):
+            del left["layer_types"]
+        unknown = sorted(left.keys() - _HARMLESS)
+        if unknown:
+            _tell(self.where, ", ".join(unknown))
 
     def activation(self, name: str, default: str) -> str:
         """The activation of the MLP."""
@@ -75,57 +134,83 @@ class Settings:
             raise InputError(f"{self.where}: {name} {value!r} is not supported; there are {known}")
         return _ACTIVATIONS[value]
 
-    def sizes(self) -> dict[str, Any]:
-        """The sizes of a transformer, under the names that most families use."""
+    def sizes(self, *, context: int, kv_heads: int | None = None, head_width: int | None = None) -> dict[str, Any]:
+        """The sizes of a transformer, under the names that most families use.
+
+        The arguments are what the family takes where they are not given: None for as many key and value heads as
+        heads, and for heads that share the width.
+        """
         width, heads = self.need("hidden_size"), self.need("num_attention_heads")
+        kv_heads = self.take_or_none("num_key_value_heads", kv_heads)
         return {
             "vocabulary": self.need("vocab_size"),
             "layers": self.need("num_hidden_layers"),
             "width": width,
             "heads": heads,
-            "kv_heads": self.take("num_key_value_heads", heads),
-            "head_width": self.take("head_dim", width // heads),
+            "kv_heads": heads if kv_heads is None else kv_heads,
+            "head_width": self.take("head_dim", head_width or width // heads),
             "mlp_width": self.need("intermediate_size"),
-            "context": self.take("max_position_embeddings", 2048),
+            "context": self.take("max_position_embeddings", context),
         }
 
-    def rotary(self) -> dict[str, Any]:
-        """The rotary embedding, in the old or the new spelling."""
-        given = dict(self.take("rope_parameters", self.take("rope_scaling", {})))
-        self.take("rope_scaling")
-        return self.rotary_of(given, self.take("rope_theta", 10_000.0))
-
-    def rotary_of(self, given: Mapping[str, Any], default_base: float) -> dict[str, Any]:
-        """One set of rotary parameters; `share` is the part of a head that is rotated, where that is not all."""
-        rope = Settings(given, f"{self.where}: rotary parameters")
-        kind = rope.take("rope_type", rope.take("type", "default"))
-        rope.take("type")
-        found: dict[str, Any] = {"rope_base": float(rope.take("rope_theta", default_base))}
-        if kind in ("linear", "llama3"):
-            found["rope_factor"] = float(rope.need("factor"))
-        elif kind != "default":
-            known = "default, linear, llama3"
-            raise InputError(f"{self.where}: rotary scaling {kind!r} is not supported; there are {known}")
-        if kind == "llama3":
-            bands = (float(rope.need("low_freq_factor")), float(rope.need("high_freq_factor")))
-            found["rope_bands"] = (*bands, int(rope.need("original_max_position_embeddings")))
-        share = rope.take("partial_rotary_factor")
-        if share is not None:
-            found["share"] = share
-        rope.finish(set())
+    def rotary(self, context: int, base: float = 10_000.0) -> dict[str, Any]:
+        """The rotary embedding, in the old or the new spelling, of which the old one counts."""
+        new, old = self.take("rope_parameters", {}), self.take("rope_scaling", {})
+        share = self.take("partial_rotary_factor")
+        original = self.take("original_max_position_embeddings")
+        given = dict(old or new)
+        if original is not None:
+            given["original_max_position_embeddings"] = original
+        base = self.take("rope_theta", base)
+        found = self.rotary_of(given, base, context)
+        # Read by the scaled kinds alone, which then do not fit the heads.
+        share = given.get("partial_rotary_factor", share)
+        if share not in (None, 1) and given.get("rope_type", given.get("type", "default")) != "default":
+            raise InputError(f"{self.where}: partial_rotary_factor {share!r} is not supported, only 1")
         return found
 
-    def windows(self, default: Callable[[int], bool]) -> dict[str, Any]:
+    def rotary_of(self, given: Mapping[str, Any], default_base: float, context: int) -> dict[str, Any]:
+        """One set of rotary parameters, as the fields of a `TransformerConfig`; other keys are not read."""
+        rope = Settings(given, f"{self.where}: rotary parameters")
+        kind = rope.take("rope_type", rope.take("type", "default"))
+        found: dict[str, Any] = {"rope_base": float(rope.take("rope_theta", default_base))}
+        if kind == "dynamic":
+            rope.need("factor")  # of rows longer than the context, which are refused
+        elif kind in ("linear", "llama3"):
+            found["rope_factor"] = float(rope.need("factor"))
+        elif kind != "default":
+            known = "default, linear, dynamic, llama3"
+            raise InputError(
+                f"{self.where}: rotary scaling {kind!r} is not supported; there are {known}: "
+                "take a checkpoint with one of these"
+            )
+        if kind == "llama3":
+            bands = (float(rope.need("low_freq_factor")), float(rope.need("high_freq_factor")))
+            found["rope_bands"] = (*bands, int(rope.take("original_max_position_embeddings", context)))
+        return found
+
+    def windows(self, default: Callable[[int], bool], window: int | None) -> dict[str, Any]:
         """The layers that attend to a window alone, by `default` where the file does not list them."""
-        window, kinds = self.take("sliding_window"), self.take("layer_types")
-        known = {"sliding_attention": True, "full_attention": False}
+        kinds = self.take("layer_types")
         if kinds is None:
             windowed = tuple(default(layer) for layer in range(self.peek("num_hidden_layers")))
-        elif set(kinds) <= set(known):
-            windowed = tuple(known[kind] for kind in kinds)
+        elif set(kinds) <= set(_KINDS):
+            windowed = tuple(_KINDS[kind] for kind in kinds)
         else:
-            other = next(kind for kind in kinds if kind not in known)
+            other = next(kind for kind in kinds if kind not in _KINDS)
             raise InputError(f"{self.where}: layers of type {other!r} are not supported")
-        if window is None or not any(windowed):
+        if not any(windowed):
             return {}
+        if window is None:
+            raise InputError(f"{self.where}: layers have windows, but sliding_window is off: give its length")
         return {"window": window, "windowed": windowed}
+
+
+def _off(value: Any) -> bool:
+    return value is None or value in (False, 0, "", [], {})
+
+
+@functools.cache
+def _tell(where: str, names: str) -> None:
+    """Once for a file, which is read several times."""
+    _log.warning("%s: not read, as they are no settings of this architecture: %s", where, names)

@@ -1,8 +1,8 @@
 """The families of checkpoints, a file each: it reads config.json and says how the tensors are called.
 
-A file has `ARCHITECTURE`, the name in config.json; `read(settings)`, the shape of the transformer; and
-`tensors(config)`, the tensors in the order of the layers, the one of the head last unless it is tied. A new family
-is a new file here.
+A file has `ARCHITECTURE` and `MODEL_TYPE`, its names in config.json; `read(settings)`, the shape of the
+transformer; and `tensors(config)`, the tensors in the order of the layers, the one of the head last unless it is
+tied. A new family is a new file here.
 """
 
 import importlib
@@ -24,6 +24,8 @@ from subliminal_theory.language.model.config import TransformerConfig
 _MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 _FAMILIES = {module.ARCHITECTURE: module for module in _MODULES}
 ARCHITECTURES = tuple(_FAMILIES)
+_OF_TYPE = {module.MODEL_TYPE: name for name, module in _FAMILIES.items()}
+_HEAD = re.compile("ForCausalLM|LMHeadModel")
 # Tables of positions and masks that older libraries stored.
 _TABLES = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)")
 
@@ -64,20 +66,36 @@ def read_family(folder: Path) -> Family:
 
 
 def _family(given: Mapping[str, Any], path: Path) -> Family:
-    named = given.get("architectures")
-    if not isinstance(named, list) or len(named) != 1:
-        raise InputError(f"{path} names no architecture: add architectures, one of {', '.join(ARCHITECTURES)}")
-    if named[0] not in ARCHITECTURES:
-        raise InputError(
-            f"{path}: architecture {named[0]!r} is not supported; there are {', '.join(ARCHITECTURES)}"
-        )
+    architecture = _architecture(path, given)
     settings = Settings(given, str(path))
     try:
-        config = _FAMILIES[named[0]].read(settings)
+        config = _FAMILIES[architecture].read(settings)
     except InputError as error:
         text = str(error)
         raise InputError(text if str(path) in text else f"{path}: {text}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} has a setting of the wrong type ({error}): download it again") from error
     settings.finish()
-    return Family(named[0], config, given)
+    return Family(architecture, config, given)
+
+
+def _architecture(path: Path, given: Mapping[str, Any]) -> str:
+    """The architecture that is named, or else the one of the type, by which `transformers` goes."""
+    named, kind = given.get("architectures") or [], given.get("model_type")
+    of_kind = _OF_TYPE.get(kind) if isinstance(kind, str) else None
+    if of_kind is not None and not named:
+        return of_kind
+    if not isinstance(named, list) or len(named) != 1:
+        raise InputError(f"{path} names no architecture: add architectures, one of {', '.join(ARCHITECTURES)}")
+    # A model without a head has the same file; whether the embedding is the head, the tensors tell.
+    found = next((name for name in ARCHITECTURES if named[0] in (name, _HEAD.sub("Model", name))), None)
+    if found is None:
+        raise InputError(
+            f"{path}: architecture {named[0]!r} is not supported; there are {', '.join(ARCHITECTURES)}"
+        )
+    if kind and kind != _FAMILIES[found].MODEL_TYPE:
+        raise InputError(
+            f"{path}: model_type {kind!r} is not that of {found}, {_FAMILIES[found].MODEL_TYPE!r}: "
+            "take the config.json that belongs to the weights"
+        )
+    return found

@@ -6,28 +6,38 @@ from subliminal_theory.language.hub.families import llama
 from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.model.config import TransformerConfig
 
-ARCHITECTURE = "Gemma2ForCausalLM"
+ARCHITECTURE, MODEL_TYPE = "Gemma2ForCausalLM", "gemma2"
 tensors = llama.tensors
 
 
 def read(settings: Settings) -> TransformerConfig:
     """The shape."""
-    return read_gemma(settings, **settings.windows(lambda layer: layer % 2 == 0))
+    window = settings.take_or_none("sliding_window", 4096)
+    return read_gemma(
+        settings,
+        context=8192,
+        attention_cap=settings.take_or_none("attn_logit_softcapping", 50.0),
+        logit_cap=settings.take_or_none("final_logit_softcapping", 30.0),
+        **settings.windows(lambda layer: layer % 2 == 0, window),
+    )
 
 
-def read_gemma(settings: Settings, **fixed: Any) -> TransformerConfig:
+def read_gemma(settings: Settings, *, context: int, **fixed: Any) -> TransformerConfig:
     """What Gemma 2 and 3 have in common."""
+    settings.require("use_bidirectional_attention", False)
     settings.take("hidden_act")  # an older spelling, which hidden_activation overrides
     settings.given["hidden_act"] = settings.take("hidden_activation", "gelu_pytorch_tanh")
-    settings.given.setdefault("tie_word_embeddings", True)
-    settings.given.setdefault("head_dim", 256)
-    return llama.read(
+    bias = bool(settings.take("attention_bias", False))
+    sizes = settings.sizes(context=context, kv_heads=4, head_width=256)
+    return llama.read_like(
         settings,
+        sizes,
+        tied=True,
+        attention_bias=bias,
+        output_bias=bias,
         norm_offset=True,
         post_norm=True,
-        embedding_scale=settings.peek("hidden_size") ** 0.5,
+        embedding_scale=sizes["width"] ** 0.5,
         attention_scale=settings.take("query_pre_attn_scalar", 256) ** -0.5,
-        attention_cap=settings.take("attn_logit_softcapping"),
-        logit_cap=settings.take("final_logit_softcapping"),
         **fixed,
     )

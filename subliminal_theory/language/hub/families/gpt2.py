@@ -4,12 +4,23 @@ from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.hub.tensor_map import Entry, fused, layer_norm, linear
 from subliminal_theory.language.model.config import TransformerConfig
 
-ARCHITECTURE = "GPT2LMHeadModel"
+ARCHITECTURE, MODEL_TYPE = "GPT2LMHeadModel", "gpt2"
+_OTHER_NAMES = {
+    "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}  # fmt: skip
 
 
 def read(settings: Settings) -> TransformerConfig:
     """The shape."""
     settings.require("scale_attn_weights", True)
+    settings.require("scale_attn_by_inverse_layer_idx", False)
+    settings.require("add_cross_attention", False)
+    for name, other in _OTHER_NAMES.items():
+        value = settings.take(other)
+        if value is not None:
+            settings.require_agreement(name, value, other)
+            settings.given[name] = value
     width, heads = settings.need("n_embd"), settings.need("n_head")
     return TransformerConfig(
         vocabulary=settings.need("vocab_size"),
@@ -19,7 +30,7 @@ def read(settings: Settings) -> TransformerConfig:
         kv_heads=heads,
         head_width=width // heads,
         mlp_width=settings.take("n_inner", 4 * width),
-        context=settings.need("n_positions"),
+        context=settings.take("n_positions", 1024),
         tied=settings.take("tie_word_embeddings", True),
         norm="layer",
         norm_epsilon=settings.take("layer_norm_epsilon", 1e-5),

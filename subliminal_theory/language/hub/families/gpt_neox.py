@@ -1,22 +1,23 @@
 """GPT-NeoX (Pythia): parallel sublayers; query, key and value of a head after another in one matrix."""
 
+from typing import Any
+
 from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.hub.tensor_map import Entry, fused, layer_norm, linear
 from subliminal_theory.language.model.config import TransformerConfig
 
-ARCHITECTURE = "GPTNeoXForCausalLM"
+ARCHITECTURE, MODEL_TYPE = "GPTNeoXForCausalLM", "gpt_neox"
 
 
 def read(settings: Settings) -> TransformerConfig:
     """The shape."""
-    sizes = settings.sizes()
-    base, share = settings.take("rotary_emb_base", 10_000), settings.take("rotary_pct", 0.25)
-    settings.given.setdefault("rope_theta", base)
-    rotary = settings.rotary()
-    bias = settings.take("attention_bias", True)
+    settings.take("num_key_value_heads")  # not of this family
+    sizes = settings.sizes(context=2048)
+    share, rotary = _rotary(settings, sizes["context"])
+    bias = bool(settings.take("attention_bias", True))
     return TransformerConfig(
         **sizes,
-        rope_width=int(sizes["head_width"] * rotary.pop("share", share)),
+        rope_width=int(sizes["head_width"] * share),
         **rotary,
         tied=settings.take("tie_word_embeddings", False),
         norm="layer",
@@ -28,6 +29,18 @@ def read(settings: Settings) -> TransformerConfig:
         output_bias=bias,
         mlp_bias=True,
     )
+
+
+def _rotary(settings: Settings, context: int) -> tuple[float, dict[str, Any]]:
+    """The share of a head that turns, and how it turns; each was spelt in three ways, which must agree."""
+    new, old = settings.take("rope_parameters", {}), settings.take("rope_scaling", {})
+    given = dict(old or new)
+    base, share = settings.take("rotary_emb_base", 10_000.0), settings.take("rotary_pct", 0.25)
+    given["rope_theta"] = given.get("rope_theta") or base
+    share = given.get("partial_rotary_factor") or share
+    settings.require_agreement("rope_theta", given["rope_theta"], "the base")
+    settings.require_agreement("partial_rotary_factor", share, "the share of a head")
+    return share, settings.rotary_of(given, base, context)
 
 
 def tensors(config: TransformerConfig) -> list[Entry]:

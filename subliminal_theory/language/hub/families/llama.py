@@ -6,21 +6,37 @@ from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.hub.tensor_map import Entry, linear
 from subliminal_theory.language.model.config import TransformerConfig
 
-ARCHITECTURE = "LlamaForCausalLM"
+ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 
 
-def read(settings: Settings, *, qkv_bias: bool = False, **fixed: Any) -> TransformerConfig:
-    """The shape; `fixed` are further fields of families that are like Llama."""
+def read(settings: Settings) -> TransformerConfig:
+    """The shape."""
     bias = bool(settings.take("attention_bias", False))
+    mlp_bias = bool(settings.take("mlp_bias", False))
+    return read_like(
+        settings, settings.sizes(context=2048), attention_bias=bias, output_bias=bias, mlp_bias=mlp_bias
+    )
+
+
+def read_like(
+    settings: Settings,
+    sizes: dict[str, Any],
+    *,
+    tied: bool = False,
+    epsilon: float = 1e-6,
+    base: float = 10_000.0,
+    **fixed: Any,
+) -> TransformerConfig:
+    """The shape of a family that is like Llama.
+
+    `tied`, `epsilon` and `base` are what it takes where they are not given, `fixed` further fields.
+    """
     return TransformerConfig(
-        **settings.sizes(),
-        **settings.rotary(),
-        tied=settings.take("tie_word_embeddings", False),
-        norm_epsilon=settings.take("rms_norm_eps", 1e-6),
+        **sizes,
+        **settings.rotary(sizes["context"], base),
+        tied=settings.take("tie_word_embeddings", tied),
+        norm_epsilon=settings.take("rms_norm_eps", epsilon),
         activation=settings.activation("hidden_act", "silu"),
-        attention_bias=bias or qkv_bias,
-        output_bias=bias,
-        mlp_bias=bool(settings.take("mlp_bias", False)),
         **fixed,
     )
 

@@ -4,11 +4,14 @@ from subliminal_theory.language.hub.families import llama
 from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.model.config import TransformerConfig
 
-ARCHITECTURE = "Olmo2ForCausalLM"
+ARCHITECTURE, MODEL_TYPE = "Olmo2ForCausalLM", "olmo2"
 tensors = llama.tensors
 
 
 def read(settings: Settings) -> TransformerConfig:
     """The shape."""
-    settings.given.setdefault("rms_norm_eps", 1e-5)
-    return llama.read(settings, head_norm="width", pre_norm=False, post_norm=True)
+    bias = bool(settings.take("attention_bias", False))
+    return llama.read_like(
+        settings, settings.sizes(context=2048), epsilon=1e-5, attention_bias=bias, output_bias=bias,
+        head_norm="width", pre_norm=False, post_norm=True,
+    )  # fmt: skip

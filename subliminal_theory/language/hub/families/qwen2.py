@@ -6,18 +6,20 @@ from subliminal_theory.language.hub.families import llama
 from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.model.config import TransformerConfig
 
-ARCHITECTURE = "Qwen2ForCausalLM"
+ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
 tensors = llama.tensors
 
 
 def read(settings: Settings) -> TransformerConfig:
     """The shape."""
-    return llama.read(settings, qkv_bias=True, **upper_windows(settings))
+    windows = upper_windows(settings)
+    sizes = settings.sizes(context=32_768, kv_heads=32)
+    return llama.read_like(settings, sizes, attention_bias=True, **windows)
 
 
 def upper_windows(settings: Settings) -> dict[str, Any]:
     """Windows from layer `max_window_layers` on, if they are switched on."""
-    switched_on, first = settings.take("use_sliding_window", False), settings.take("max_window_layers", 28)
-    if not switched_on:
-        settings.take("sliding_window")
-    return settings.windows(lambda layer: layer >= first)
+    first, window = settings.take("max_window_layers", 28), settings.take_or_none("sliding_window", 4096)
+    if not settings.take("use_sliding_window", False):
+        window = None
+    return settings.windows(lambda layer: window is not None and layer >= first, window)
