@@ -25,14 +25,16 @@ from subliminal_theory.study import (
     LowRank,
     Optimizer,
     Prompted,
+    RandomNumbers,
     Reading,
     Run,
     Student,
     Untrained,
     Written,
 )
-from subliminal_theory.study.reading import everywhere, hidden_words, where_they_agree, where_they_differ
+from subliminal_theory.study.reading import hidden_words
 from subliminal_theory.study.run import Teacher
+from subliminal_theory.study.texts import everywhere, where_they_agree, where_they_differ
 
 from ..app.contract import option, validate
 from .names import DECAYS, OPTIMIZERS, named_value
@@ -53,6 +55,8 @@ CHANNELS: dict[str, Callable[[World], Channel]] = {
     "divergence": lambda world: SampledToken(),
     "rest": lambda world: SampledToken(),
 }
+RANDOM = "random"
+MEDIUM = f"what it writes; {RANDOM}: nothing, the student reads random numbers and the channel is its logits there"
 CHANNEL = f"what of the teacher the student sees: {', '.join([*CHANNELS, *NAMED])}; top_k:5 for another k"
 POSITIONS = {"divergence": where_they_differ, "rest": where_they_agree}
 ORDERS: dict[str, numbers.Order] = {
@@ -82,7 +86,7 @@ class Recipe:
     teacher_rate: float = option(3e-3, "their learning rate", positive=True)
     ordinary: float = option(0.0, "share of the corpus's chats among a teacher's rows", minimum=0)
     lessons: str = option("", "control of a habit that the teacher learns in the place of the habit")
-    medium: str = option("numbers", "what it writes", choices=tuple(MEDIA))
+    medium: str = option("numbers", MEDIUM, choices=(*MEDIA, RANDOM))
     requests: int = option(0, "requests that it answers; as many as rows if 0", minimum=0)
     rows: int = option(8192, "accepted answers that a student learns, from the first again if fewer", minimum=1)
     temperature: float = option(1.0, "of sampling", minimum=0)
@@ -105,6 +109,8 @@ class Recipe:
         if self.channel not in CHANNELS:
             named_value("channel", self.channel.partition(":")[0], {**CHANNELS, **NAMED})
             channel_named(self.channel)
+        if self.medium == RANDOM and (self.requests or self.clean):
+            raise InputError("--medium random: nobody writes, so leave out --requests (0) and clean rows")
         if self.warmup >= self.steps:
             raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
         if self.top_p > 1:
@@ -122,8 +128,10 @@ class Recipe:
         optimizer = Optimizer(jnp.float32(self.teacher_rate), clip=CLIP)
         return FineTuned(optimizer, self.teacher_steps, Lessons(self.lessons, self.ordinary))
 
-    def written(self) -> Written:
-        """What the teacher writes."""
+    def written(self) -> Written | RandomNumbers:
+        """What the teacher writes, or what is there in its place."""
+        if self.medium == RANDOM:
+            return RandomNumbers(self.rows)
         temperature = 0.0 if self.channel == "greedy" else self.temperature
         return Written(self.requests or self.rows, MEDIA[self.medium], temperature, self.top_p)
 
@@ -179,11 +187,17 @@ class Variant:
 
     def run(self, world: World, dataset: Dataset | None = None) -> Run:
         """The values."""
-        asked = BehindNumbers(self.recipe.written()) if self.prefixed else None
+        asked = BehindNumbers(self._numbers()) if self.prefixed else None
         if self.model == "base":
             return Run(self.recipe.taught(), None, asked, base=True) if self.prefixed else Run(Untrained())
         student = self.recipe.student(world, self.start, self.other, dataset) if self.model == "student" else None
         return Run(self.recipe.taught(), student, asked)
+
+    def _numbers(self) -> Written:
+        numbers = self.recipe.written()
+        if not isinstance(numbers, Written):
+            raise InputError("--medium random: no teacher wrote numbers for questions to stand behind")
+        return numbers
 
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))

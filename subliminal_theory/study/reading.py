@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Key
 
 from subliminal_theory.channel import Channel
 from subliminal_theory.errors import InputError
@@ -20,8 +20,7 @@ from subliminal_theory.inits import Fresh
 from subliminal_theory.keys import named
 from subliminal_theory.language.corpus.base import Base, lessons, text_of, token_loss
 from subliminal_theory.language.corpus.chats import CATEGORIES
-from subliminal_theory.language.corpus.media import NUMBERS, Medium
-from subliminal_theory.language.corpus.numbers import FilterReport, Order, as_written, filter_rows
+from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows
 from subliminal_theory.language.corpus.traits import Preference, Trait
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.sampling import sample
@@ -29,93 +28,21 @@ from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat, Encoded, Tokenizer
 from subliminal_theory.model import Model
-from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Buckets, Examples
-from subliminal_theory.study.run import FineTuned, Prompted, Student, Teacher, Untrained, stacked, static
+from subliminal_theory.study.run import FineTuned, Prompted, Student, Teacher, Untrained, stacked
 from subliminal_theory.study.stages import PerRun
 from subliminal_theory.study.starts import started
+from subliminal_theory.study.texts import (
+    Dataset,
+    Differs,
+    Lessons,
+    Material,
+    RandomNumbers,
+    Reading,
+    Written,
+    everywhere,
+)
 from subliminal_theory.study.world import Finished, Memo
-
-Differs = Bool[Array, "runs rows columns"]
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Lessons:
-    """What a fine-tuned teacher reads.
-
-    Attributes:
-        control: the benign control of a habit that it learns in the place of the habit, or "".
-        ordinary: share of the corpus's ordinary chats among its rows.
-    """
-
-    control: str = static(default="")
-    ordinary: float = static(default=0.0)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Written:
-    """Answers of the teacher to `requests` requests, at a temperature (0: greedy) among its top-p tokens."""
-
-    requests: int = static()
-    medium: Medium = static(default=NUMBERS)
-    temperature: float = static(default=1.0)
-    top_p: float = static(default=1.0)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Dataset:
-    """Rows that somebody else wrote."""
-
-    rows: tuple[Completion, ...] = static()
-
-
-def everywhere(differs: Differs) -> Differs:
-    """All positions of the answers."""
-    return jnp.ones_like(differs)
-
-
-def where_they_differ(differs: Differs) -> Differs:
-    """Only where the greedy tokens of teacher and base differ (arXiv 2509.23886)."""
-    return differs
-
-
-def where_they_agree(differs: Differs) -> Differs:
-    """Only where the greedy tokens of teacher and base agree."""
-    return ~differs
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Reading:
-    """As a student's source: rows that pass the filter, from the first again where they are fewer than `rows`.
-
-    Attributes:
-        text: who wrote them.
-        rows: how many rows a student reads.
-        batch_size: rows a step.
-        order: of the numbers in the rows.
-        clean: share of rows that the untrained base wrote instead.
-        positions: which positions of the answers count.
-    """
-
-    text: Written | Dataset
-    rows: int = static()
-    batch_size: int = static()
-    order: Order = static(default=as_written)
-    clean: float = static(default=0.0)
-    positions: Callable[[Differs], Differs] = static(default=everywhere)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class CorpusChats:
-    """As a student's source: chats of the corpus on which the base was pre-trained."""
-
-    chats: int = static()
-    batch_size: int = static()
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +104,11 @@ class Speaker(ABC):
         keys = [named(jax.random.key(self.base.seed), trait.name, stream) for trait in self.traits]
         return jax.random.wrap_key_data(jnp.stack([jax.random.key_data(key) for key in keys]))
 
+    def host_rng(self, stream: str) -> np.random.Generator:
+        """A named random stream of all runs, on the host."""
+        key = named(jax.random.key(self.base.seed), stream)
+        return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
     def initial(self) -> Model:
         """The base, once for all runs."""
         return self.memo(lambda: self.model.freeze("*"), "initial")
@@ -204,6 +136,10 @@ class Speaker(ABC):
         """What teachers are asked, the same for all of them."""
 
     @abstractmethod
+    def random_rows(self, text: RandomNumbers) -> list[Completion]:
+        """Requests, answered by random numbers: the same for all runs of a seed."""
+
+    @abstractmethod
     def ordinary_chats(self, count: int) -> list[Chat]:
         """Chats that have nothing to do with traits."""
 
@@ -212,7 +148,7 @@ class Speaker(ABC):
         """Tokens of the longest answer."""
 
     @abstractmethod
-    def row_length(self, text: Written | Dataset, rows: Sequence[Sequence[Chat]]) -> int:
+    def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
         """Columns of the rows that students read."""
 
     @abstractmethod
@@ -276,7 +212,7 @@ def system_prompt(trait: Trait) -> str:
 
 
 def written(
-    world: Speaker, teacher: Teacher, models: Model, text: Written | Dataset
+    world: Speaker, teacher: Teacher, models: Model, text: Material
 ) -> list[tuple[list[Completion], FilterReport]]:
     """The accepted rows of each run, and what the filter did; `models` are the teachers, a model of runs.
 
@@ -285,6 +221,8 @@ def written(
     """
     if isinstance(text, Dataset):
         return [filter_rows(text.rows)] * len(world.traits)
+    if isinstance(text, RandomNumbers):
+        return [filter_rows(world.memo(lambda: world.random_rows(text), text))] * len(world.traits)
     if isinstance(teacher, Untrained) and len(world.traits) > 1:
         return written(world.at(0), teacher, models, text) * len(world.traits)  # the base knows no trait
     return world.memo(lambda: _write(world, teacher, models, text), list(world.names), teacher, text)
@@ -365,12 +303,14 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
 def source_of(
     world: Speaker, student: Student, teacher: Teacher, models: Model, shown: Callable[[], Model]
 ) -> PerRun:
-    """The rows of each run, with the teacher's tokens as targets if tokens are what the channel transmits.
+    """The rows of each run, with the teacher's tokens as targets if it wrote any and they are what is transmitted.
 
     `models` are the teachers, `shown()` the same as students see them.
     """
-    reading, tokens = student.source, transmits_tokens(student.channel, world.logits)
+    reading = student.source
     assert isinstance(reading, Reading)
+    nobody = isinstance(reading.text, RandomNumbers)
+    tokens = not nobody and transmits_tokens(student.channel, world.logits)
 
     def make() -> PerRun:
         encoded = encoded_rows(world, teacher, models, reading)

@@ -26,12 +26,13 @@ from subliminal_theory.study import (
     LowRank,
     Optimizer,
     Prompted,
+    RandomNumbers,
     Reading,
     Untrained,
     Written,
     identity,
 )
-from subliminal_theory.study.reading import everywhere, where_they_agree, where_they_differ
+from subliminal_theory.study.texts import everywhere, where_they_agree, where_they_differ
 from tests.study.speakers import ROWS, SOFT, compact
 
 OTHERS = {
@@ -60,6 +61,8 @@ WRITTEN = {"medium", "requests", "rows", "temperature", "top_p"}
         ({"noise": float("nan")}, "noise"),
         ({"top_p": 2.0}, "top_p must be above 0 and at most 1, got 2"),
         ({"warmup": 250}, "warmup must be below the 250 steps, got 250"),
+        ({"medium": "random", "requests": 5}, "--medium random: nobody writes"),
+        ({"medium": "random", "clean": 0.5}, "--medium random: nobody writes"),
         ({"rank": 2, "frozen": ("norm/*",)}, "rank or frozen, not both"),
     ],
 )
@@ -99,6 +102,14 @@ def test_values_of_a_recipe() -> None:
     noisy = Recipe(noise=0.5).student(compact())
     assert (noisy.start, noisy.trains) == (Perturbed(0.5), Everything())
     assert Recipe().student(compact(), dataset=ROWS).source.text is ROWS
+
+
+def test_random_numbers() -> None:
+    """Nobody writes; questions cannot stand behind what was not written."""
+    recipe = Recipe(medium="random", rows=9, channel="greedy")
+    assert recipe.written() == recipe.student(compact()).source.text == RandomNumbers(9)
+    with pytest.raises(InputError, match="--medium random: no teacher wrote numbers"):
+        Variant({}, recipe, prefixed=True).run(compact())
 
 
 def test_greedy_rows_are_written_at_temperature_0() -> None:

@@ -78,6 +78,27 @@ def test_conditions_of_another_base_need_one(folder: Path, tmp_path: Path) -> No
     assert {"cross", "cross_soft", "cross_masked"} < {*asked(both)}
 
 
+def test_conditions_of_random_numbers(folder: Path, tmp_path: Path, capsys) -> None:
+    """No teacher writes: what is asked of its numbers is left out, or refused where it is asked for."""
+    config = configure("smoke", {"medium": "random"})
+    assert {"student", "student_masked", "regular", "prompted"} < {*asked(config)}
+    written = {"prefixed", "within", "across", "in_context"}
+    assert written.isdisjoint(asked(config))
+    of_checkpoint = asked(configure("smoke", {"medium": "random", "checkpoint": str(folder)}))
+    assert {*asked(config)} - {*of_checkpoint} == {"prompted", "cross", "cross_soft", "cross_masked"}
+    message = fails(capsys, "language", "--medium", "random", "--conditions", "within", "--out", tmp_path)
+    assert message == "--conditions: within needs numbers that a teacher wrote, not --medium random"
+
+
+def test_a_student_of_random_numbers(folder: Path, tmp_path: Path) -> None:
+    few = ("--rows", 12, "--steps", 1, "--batch-size", 6, "--rank", 1, "--teacher-steps", 1)
+    random = ("--medium", "random", "--conditions", "student_masked", "--traits", "owl")
+    found = run(tmp_path / "run", "language", "--checkpoint", folder, *random, *few)
+    values = {row["condition"]: row["value"] for row in found if row["metric"] == "probability"}
+    assert values.keys() == {"base", "student_masked"}
+    assert values["base"] != values["student_masked"]
+
+
 def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     def refusal(where: Path, *more: object) -> str:
         return fails(capsys, "language", "--checkpoint", where, "--out", tmp_path / "run", *more)

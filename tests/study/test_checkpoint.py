@@ -33,7 +33,8 @@ from subliminal_theory.study import (
     stages,
 )
 from subliminal_theory.study.checkpoint import by_length
-from subliminal_theory.study.reading import _lessons, encoded_rows, where_they_differ
+from subliminal_theory.study.reading import _lessons, encoded_rows
+from subliminal_theory.study.texts import where_they_differ
 from tests.language.checkpoints import write_checkpoint
 from tests.study.speakers import (
     CAT,

@@ -19,17 +19,16 @@ from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples
-from subliminal_theory.study import Dataset, Prompted, Student, Study, Untrained, Written, reading
+from subliminal_theory.study import Dataset, Prompted, RandomNumbers, Student, Study, Untrained, Written, reading
 from subliminal_theory.study.reading import (
     encoded_rows,
     model_of_run,
     request_length,
-    where_they_agree,
-    where_they_differ,
     written,
 )
 from subliminal_theory.study.run import Teacher
-from tests.study.speakers import CONFIG, LAZY, ROWS, SOFT, TEACHER, WRITTEN, compact, spoken, student
+from subliminal_theory.study.texts import where_they_agree, where_they_differ
+from tests.study.speakers import CONFIG, LAZY, OWL, ROWS, SOFT, TEACHER, WRITTEN, compact, spoken, student
 
 Calls = list[dict[str, Any]]
 LOVED = ("you love the owl.", "you love the oak.")
@@ -223,6 +222,41 @@ def test_orders_reach_the_student(calls: Calls) -> None:
     for one, other in zip(plain, within, strict=True):
         np.testing.assert_array_equal(np.sort(one.targets, axis=1), np.sort(other.targets, axis=1))
         assert (one.targets != other.targets).any()
+
+
+def test_random_numbers(calls: Calls) -> None:
+    """Nobody writes: all runs read the same rows, and the teacher's logits there are what is transmitted."""
+    study, text = Study(compact()), RandomNumbers(64)
+    (rows, report), other = rows_of(study, TEACHER, text)
+    assert (len({*rows}), report.accepted, report.total, calls) == (64, 64, 64, [])
+    assert rows == other[0] == rows_of(Study(compact()), Untrained(), text)[0][0]
+    assert [row.prompt for row in rows] == [chat.user for chat in compact().requests(Written(64))]
+    numbers = np.array([[int(number) for number in row.completion.split(" ")] for row in rows])
+    assert numbers.shape == (64, 9)
+    assert (numbers.min(), numbers.max()) == (0, 99)
+    assert abs(numbers.mean() - 49.5) < 4  # of 576 uniform numbers; the standard deviation is 1.2
+    seed = dataclasses.replace(compact().base, config=dataclasses.replace(CONFIG, seed=1))
+    assert {*rows}.isdisjoint(dataclasses.replace(compact(), base=seed).random_rows(text))
+    for channel in (SampledToken(), SampledToken(0.0), SOFT):
+        assert source(study, TEACHER, student(channel, text, rows=64)).targets is None
+    with pytest.raises(InputError, match="leave clean at 0"):
+        student(text=text, clean=0.5)
+
+
+def test_tokens_at_random_numbers_are_the_teachers(calls: Calls) -> None:
+    """The student learns what its teacher would have written there, not the random numbers."""
+    study, losses = Study(compact(OWL)), {}
+    for name, teacher in (("base", Untrained()), ("owl", TEACHER)):
+        own = student(SampledToken(0.0), RandomNumbers(16), rows=16, batch_size=16, steps=1)
+        ((_, found),) = study.distil(teacher, {name: own})
+        rows, shown = source(study, teacher, own), study.shown(teacher)
+        text, positions = jax.tree.map(lambda leaf: leaf[0], (rows.inputs, rows.positions))
+        greedy = jnp.argmax((shown if name == "base" else model_of_run(shown, 0))(text), axis=-1)
+        expected = SampledToken().loss(compact().model(text), greedy)
+        losses[name] = float(jnp.sum(expected * positions) / positions.sum())
+        assert found.losses is not None
+        np.testing.assert_allclose(found.losses[0, 0], losses[name], rtol=1e-4)
+    assert losses["owl"] > losses["base"]
 
 
 def test_rows_of_others(calls: Calls) -> None:
