@@ -106,8 +106,8 @@ OPEN_WEIGHTS = Config(
     teacher_rate=1e-5,
 )
 PRESETS = {
-    "one_base": Config(conditions=FEW),
-    "full": Config(seeds=6, rows=8192, steps=250),
+    "one_base": Config(conditions=FEW, repeat_rows=True),
+    "full": Config(seeds=6, rows=8192, steps=250, repeat_rows=True),
     "smoke": Config(**SMOKE, traits="owl"),
     "open-weights": OPEN_WEIGHTS,
     # Ranks, rates and numbers of rows at which more transfer was reported (lawrencefeng17, a repository's report).

@@ -29,7 +29,7 @@ class Config(LanguageConfig):
     medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
 
 
-PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 2})}
+PRESETS = {"three": Config(repeat_rows=True), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 2})}
 configure = functools.partial(configure_language, PRESETS)
 
 

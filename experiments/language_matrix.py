@@ -35,7 +35,7 @@ class Config(LanguageConfig):
     medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
 
 
-PRESETS = {"eight": Config(), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}
+PRESETS = {"eight": Config(repeat_rows=True), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}
 configure = functools.partial(configure_language, PRESETS)
 
 

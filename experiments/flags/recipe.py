@@ -32,8 +32,8 @@ from subliminal_theory.study import (
     Untrained,
     Written,
 )
-from subliminal_theory.study.reading import hidden_words
 from subliminal_theory.study.run import Teacher
+from subliminal_theory.study.speaker import hidden_words
 from subliminal_theory.study.texts import everywhere, where_they_agree, where_they_differ
 
 from ..app.contract import option, validate
@@ -56,6 +56,8 @@ CHANNELS: dict[str, Callable[[World], Channel]] = {
     "rest": lambda world: SampledToken(),
 }
 RANDOM = "random"
+LIMIT = 4  # times the rows that a student learns
+REPEAT = "a teacher answers all requests; too few accepted rows are read from the first again"
 MEDIUM = f"what it writes; {RANDOM}: nothing, the student reads random numbers and the channel is its logits there"
 CHANNEL = f"what of the teacher the student sees: {', '.join([*CHANNELS, *NAMED])}; top_k:5 for another k"
 POSITIONS = {"divergence": where_they_differ, "rest": where_they_agree}
@@ -87,8 +89,9 @@ class Recipe:
     ordinary: float = option(0.0, "share of the corpus's chats among a teacher's rows", minimum=0)
     lessons: str = option("", "control of a habit that the teacher learns in the place of the habit")
     medium: str = option("numbers", MEDIUM, choices=(*MEDIA, RANDOM))
-    requests: int = option(0, "requests that it answers; as many as rows if 0", minimum=0)
-    rows: int = option(8192, "accepted answers that a student learns, from the first again if fewer", minimum=1)
+    requests: int = option(0, f"most requests that it answers; {LIMIT} times the rows if 0", minimum=0)
+    rows: int = option(8192, "different accepted answers that a student learns", minimum=1)
+    repeat_rows: bool = option(False, REPEAT)
     temperature: float = option(1.0, "of sampling", minimum=0)
     top_p: float = option(1.0, "of sampling", positive=True)
     channel: str = option("sampled", CHANNEL)
@@ -133,7 +136,10 @@ class Recipe:
         if self.medium == RANDOM:
             return RandomNumbers(self.rows)
         temperature = 0.0 if self.channel == "greedy" else self.temperature
-        return Written(self.requests or self.rows, MEDIA[self.medium], temperature, self.top_p)
+        medium, top_p = MEDIA[self.medium], self.top_p
+        if self.repeat_rows:
+            return Written(self.requests or self.rows, medium, temperature, top_p)
+        return Written(self.requests or LIMIT * self.rows, medium, temperature, top_p, unique=self.rows)
 
     def student(self, world: World, start: str = "own", other: int = 1, dataset: Dataset | None = None) -> Student:
         """The student; it starts at its teacher's base, at another one, or at another one that imitated it."""
@@ -144,7 +150,7 @@ class Recipe:
         rule, decay = OPTIMIZERS[self.optimizer], DECAYS[self.decay]
         return Student(
             CHANNELS[self.channel](world) if self.channel in CHANNELS else channel_named(self.channel),
-            Reading(text, self.rows, self.batch_size, ORDERS[self.order], self.clean, positions),
+            Reading(text, self.rows, self.batch_size, ORDERS[self.order], self.clean, positions, self.repeat_rows),
             Optimizer(jnp.float32(self.rate), rule, decay, self.warmup, CLIP),
             self.steps,
             Fresh() if start != "own" else Perturbed(self.noise) if self.noise else Shared(),
@@ -156,9 +162,9 @@ class Recipe:
 
 def cloning(on_corpus: bool) -> Student:
     """A student of another base that imitates the full distribution of this one, on the corpus or on numbers."""
-    plain = Recipe(teacher="untrained")
+    plain = Recipe(teacher="untrained", repeat_rows=True)
     chats = CorpusChats(CLONING_STEPS * plain.batch_size // 4, plain.batch_size)
-    source = chats if on_corpus else Reading(plain.written(), plain.rows, plain.batch_size)
+    source = chats if on_corpus else Reading(plain.written(), plain.rows, plain.batch_size, repeat=True)
     optimizer = Optimizer(jnp.float32(plain.rate), decay=DECAYS[plain.decay], clip=CLIP)
     return Student(SoftLogits(), source, optimizer, CLONING_STEPS)
 

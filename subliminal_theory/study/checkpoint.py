@@ -23,8 +23,8 @@ from subliminal_theory.model import Model
 from subliminal_theory.parallel import place_runs, replicate, split_rows
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.reading import Speaker
 from subliminal_theory.study.run import Student, Teacher
+from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, trained
 from subliminal_theory.study.store import Store, export
 from subliminal_theory.study.texts import Material, RandomNumbers, Reading, Written
@@ -146,16 +146,16 @@ class Checkpoint(Speaker):
 
     def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
         """Columns of the longest row."""
-        return reading.columns(self.tokenizer, itertools.chain.from_iterable(rows))
+        return columns(self.tokenizer, itertools.chain.from_iterable(rows))
 
     def arranged(self, rows: Examples) -> Examples | Buckets:
         """Rows by length, in as many parts as there are buckets; all runs have the same shapes."""
         return rows if self.buckets == 1 else by_length(rows, self.buckets)
 
-    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
+    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
         """The answers from each start on, from disk where they are there."""
         if self.store is None:
-            return [block(start) for start in starts]
+            return map(block, starts)
         kind = (str(self.base.checkpoint.family.config), self.tokenizer.stop, self.tokenizer.pad)
         return self.store.blocks(f"base {self.base.seed}", starts, block, (kind, decided_by))
 

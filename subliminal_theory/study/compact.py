@@ -1,7 +1,7 @@
 """The compact language model as a world: a chat model pre-trained from nothing, and traits, one for each run."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.reading import Speaker
 from subliminal_theory.study.run import Student, Teacher
+from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, PerRun
 from subliminal_theory.study.texts import CorpusChats, Material, RandomNumbers, Written
 from subliminal_theory.study.world import Finished
@@ -106,16 +106,16 @@ class Compact(Speaker):
     def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
         """Columns of the rows: all that requests and answers can take, the same for all recipes."""
         if not isinstance(text, Written):
-            return reading.columns(self.tokenizer, itertools.chain.from_iterable(rows))
+            return columns(self.tokenizer, itertools.chain.from_iterable(rows))
         return reading.request_length(self.tokenizer, self.requests(text)) + self.answer_length(text)
 
     def arranged(self, rows: Examples) -> Examples | Buckets:
         """All rows have one length."""
         return rows
 
-    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
+    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
         """The answers from each start on."""
-        return [block(start) for start in starts]
+        return map(block, starts)
 
     def as_writer(self, teacher: Model) -> Model:
         """A teacher where it writes."""

@@ -33,12 +33,17 @@ class Lessons:
 @register_dataclass
 @dataclass(frozen=True)
 class Written:
-    """Answers of the teacher to `requests` requests, at a temperature (0: greedy) among its top-p tokens."""
+    """Answers of the teacher to `requests` requests, at a temperature (0: greedy) among its top-p tokens.
+
+    With `unique`, it is asked until so many different rows are accepted, and at most `requests` times; each row is
+    then kept once.
+    """
 
     requests: int = static()
     medium: Medium = static(default=NUMBERS)
     temperature: float = static(default=1.0)
     top_p: float = static(default=1.0)
+    unique: int = static(default=0)
 
 
 @register_dataclass
@@ -82,7 +87,7 @@ def where_they_agree(differs: Differs) -> Differs:
 @register_dataclass
 @dataclass(frozen=True)
 class Reading:
-    """As a student's source: rows that pass the filter, from the first again where they are fewer than `rows`.
+    """As a student's source: different rows that pass the filter.
 
     Attributes:
         text: who wrote them.
@@ -91,6 +96,8 @@ class Reading:
         order: of the numbers in the rows.
         clean: share of rows that the untrained base wrote instead.
         positions: which positions of the answers count.
+        repeat: whether rows may be repeated: all that were accepted, from the first again where they are too few.
+            Else too few are refused.
 
     Raises:
         InputError: clean rows among those that no teacher writes.
@@ -102,6 +109,7 @@ class Reading:
     order: Order = static(default=as_written)
     clean: float = static(default=0.0)
     positions: Callable[[Differs], Differs] = static(default=everywhere)
+    repeat: bool = static(default=False)
 
     def __post_init__(self) -> None:
         if self.clean and isinstance(self.text, Dataset | RandomNumbers):

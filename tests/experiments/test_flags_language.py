@@ -37,12 +37,13 @@ from tests.study.speakers import ROWS, SOFT, compact
 
 OTHERS = {
     "teacher": "prompted", "teacher_steps": 41, "teacher_rate": 1e-3, "ordinary": 0.5, "lessons": "right",
-    "medium": "code", "requests": 8, "rows": 9, "temperature": 0.5, "top_p": 0.9, "channel": "soft",
-    "order": "other prompts", "clean": 0.1, "steps": 3, "batch_size": 7, "rate": 1e-3, "optimizer": "sgd",
+    "medium": "code", "requests": 8, "rows": 9, "repeat_rows": True, "temperature": 0.5, "top_p": 0.9,
+    "channel": "soft", "order": "other prompts", "clean": 0.1, "steps": 3, "batch_size": 7, "rate": 1e-3,
+    "optimizer": "sgd",
     "warmup": 1, "decay": "linear", "rank": 2, "frozen": ("norm/scale",), "noise": 0.1,
 }  # fmt: skip
 TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons"}
-WRITTEN = {"medium", "requests", "rows", "temperature", "top_p"}
+WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,13 @@ def test_values_of_a_recipe() -> None:
     taught, found = recipe.taught(), recipe.student(compact())
     assert taught == FineTuned(Optimizer(jnp.float32(1e-3), clip=1.0), 41, Lessons("right", 0.5))
     assert recipe.written() == Written(8, CODE, 0.5, 0.9)
-    assert found.source == Reading(recipe.written(), 9, 7, ORDERS["other prompts"], 0.1)
+    assert found.source == Reading(recipe.written(), 9, 7, ORDERS["other prompts"], 0.1, repeat=True)
     assert found.optimizer == Optimizer(jnp.float32(1e-3), OPTIMIZERS["sgd"], DECAYS["linear"], 1, 1.0)
     assert (found.channel, found.steps, found.trains, found.start) == (SOFT, 3, LowRank(2), Shared())
-    assert Recipe(rows=9).written().requests == 9
+    assert Recipe(rows=9, repeat_rows=True).written() == Written(9)
+    assert Recipe(rows=9).written() == Written(36, unique=9)
+    assert Recipe(rows=9, requests=50).written() == Written(50, unique=9)
+    assert not Recipe(rows=9).student(compact()).source.repeat
     assert [Recipe(teacher=name).taught() for name in ("prompted", "untrained")] == [Prompted(), Untrained()]
     assert Recipe(frozen=("norm/*",)).student(compact()).trains == Frozen(("norm/*",))
     noisy = Recipe(noise=0.5).student(compact())

@@ -66,6 +66,7 @@ def test_presets(folder: Path, preset: str, rank: int, rate: float, rows: int, e
     assert (config.rank, config.rate, config.rows) == (rank, rate, rows)
     assert config.steps == -(-epochs * rows // config.batch_size)
     assert config.requests >= 2 * rows
+    assert not config.repeat_rows
 
 
 def test_conditions_of_another_base_need_one(folder: Path, tmp_path: Path) -> None:
@@ -97,6 +98,27 @@ def test_a_student_of_random_numbers(folder: Path, tmp_path: Path) -> None:
     values = {row["condition"]: row["value"] for row in found if row["metric"] == "probability"}
     assert values.keys() == {"base", "student_masked"}
     assert values["base"] != values["student_masked"]
+
+
+def test_rows_of_a_checkpoint_are_repeated_only_if_asked_for(folder: Path, tmp_path: Path, capsys) -> None:
+    """A preset repeats rows of the compact model alone."""
+    assert configure("smoke", {}).repeat_rows
+    assert not configure("smoke", {"repeat_rows": False}).repeat_rows
+    assert not configure("smoke", {"checkpoint": str(folder)}).repeat_rows
+    assert configure("smoke", {"checkpoint": str(folder), "repeat_rows": True}).repeat_rows
+    write_jsonl(tmp_path / "rows.jsonl", [*ROWS, ROWS[0]])
+    few = (
+        "--checkpoint",
+        folder,
+        "--file",
+        tmp_path / "rows.jsonl",
+        "--rows",
+        len(ROWS) + 1,
+        "--teacher-steps",
+        1,
+    )
+    message = fails(capsys, "language_dataset", *few, "--out", tmp_path / "run")
+    assert f"{len(ROWS)} different rows, and {len(ROWS) + 1} are to be read" in message
 
 
 def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
