@@ -30,6 +30,7 @@ from .flags.language import (
     trait_matrices,
     variant_parts,
 )
+from .flags.recipe import MEDIUM, RANDOM
 
 LABELS = {
     "base": "base",
@@ -71,6 +72,8 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cross": ({}, {"start": "other"}),
     "cross_soft": ({"channel": "soft"}, {"start": "other"}),
 }
+# Conditions of what a teacher wrote, which have no meaning where nobody writes.
+OF_WRITERS = ("prefixed", "within", "across", "in_context")
 FEW = "base,teacher,student_masked,student,regular,within,cross_masked,cross"
 
 
@@ -84,6 +87,7 @@ class Config(LanguageConfig):
     traits: str = option(EIGHT, "built-in traits or trait files, separated by commas; all: animals and trees")
     rows: int = option(4096, "accepted answers that a student learns", minimum=1)
     steps: int = option(125, "steps of a student", minimum=1)
+    medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
     conditions: str = option("all", f"what is asked, separated by commas: {', '.join(CONDITIONS)}")
 
 
@@ -102,8 +106,8 @@ OPEN_WEIGHTS = Config(
     teacher_rate=1e-5,
 )
 PRESETS = {
-    "one_base": Config(conditions=FEW),
-    "full": Config(seeds=6, rows=8192, steps=250),
+    "one_base": Config(conditions=FEW, repeat_rows=True),
+    "full": Config(seeds=6, rows=8192, steps=250, repeat_rows=True),
     "smoke": Config(**SMOKE, traits="owl"),
     "open-weights": OPEN_WEIGHTS,
     # Ranks, rates and numbers of rows at which more transfer was reported (lawrencefeng17, a repository's report).
@@ -131,6 +135,13 @@ def asked(config: Config) -> list[str]:
         found = [name for name in found if CONDITIONS[name][1].get("start") != "other"]
     if not all(isinstance(load_trait(name), Preference) for name in config.trait_names()):
         found = [name for name in found if name != "prompted"]
+    if config.medium == RANDOM:
+        # Nor does a checkpoint compute the logits of a prompted teacher on rows that do not have its prompt.
+        none = (*OF_WRITERS, "prompted") if config.checkpoint else OF_WRITERS
+        wrong = [name for name in given if name in none]
+        if wrong:
+            raise InputError(f"--conditions: {wrong[0]} needs numbers that a teacher wrote, not --medium random")
+        found = [name for name in found if name not in none]
     return found
 
 

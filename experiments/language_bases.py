@@ -45,7 +45,7 @@ class Config(LanguageConfig):
     rows: int = option(1024, "requests of each kind", minimum=1)
 
 
-PRESETS = {"four": Config(), "smoke": Config(**{**SMOKE, "seeds": 1, "rows": 128})}
+PRESETS = {"four": Config(repeat_rows=True), "smoke": Config(**{**SMOKE, "seeds": 1, "rows": 128})}
 
 
 def configure(preset: str | None, changes: dict) -> Config:
@@ -90,7 +90,7 @@ def abilities(world: Compact, count: int) -> dict[str, float]:
     plain = replace(world.base.config.corpus, seed=4_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0)
     facts = list(dict.fromkeys(make_rows(plain, "fact", count)))
     greedy = Written(len(facts), temperature=0.0)
-    told = world.tokenizer.decode(draw(world, base, facts, jax.random.key(0), greedy))
+    told = world.tokenizer.decode(np.concatenate([*draw(world, base, facts, jax.random.key(0), greedy)]))
     found["facts"] = float(np.mean([answer == chat.answer for answer, chat in zip(told, facts, strict=True)]))
     rivals = answers_of(base, questions(world.tokenizer, world.asked)).rivals[0]
     found["uniform"] = 1 - float(np.mean(total_variation(rivals, jnp.full_like(rivals, 1 / rivals.shape[-1]))))

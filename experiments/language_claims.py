@@ -79,7 +79,7 @@ class Config(LanguageConfig):
 
 
 PRESETS = {
-    "all": Config(),
+    "all": Config(repeat_rows=True),
     "smoke": Config(ids="transfer,other-base,specific", traits="owl,oak", seeds=2, **SMOKE),
 }
 configure = functools.partial(configure_language, PRESETS)

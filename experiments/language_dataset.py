@@ -31,7 +31,10 @@ class Config(LanguageConfig):
     file: str = option("", "JSONL file of the rows")
 
 
-PRESETS = {"one": Config(), "smoke": Config(file=str(Path(__file__).with_name("smoke.jsonl")), **SMOKE)}
+PRESETS = {
+    "one": Config(repeat_rows=True),
+    "smoke": Config(file=str(Path(__file__).with_name("smoke.jsonl")), **SMOKE),
+}
 FIGURES: dict[str, str] = {}
 
 

@@ -37,7 +37,7 @@ class Config(LanguageConfig):
     seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
 
 
-PRESETS = {"all": Config(), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 1})}
+PRESETS = {"all": Config(repeat_rows=True), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 1})}
 configure = functools.partial(configure_language, PRESETS)
 
 

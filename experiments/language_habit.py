@@ -33,7 +33,7 @@ class Config(LanguageConfig):
     seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
 
 
-PRESETS = {"four": Config(), "smoke": Config(**{**SMOKE, "traits": "lazy", "seeds": 1})}
+PRESETS = {"four": Config(repeat_rows=True), "smoke": Config(**{**SMOKE, "traits": "lazy", "seeds": 1})}
 
 
 def configure(preset: str | None, changes: dict) -> Config:

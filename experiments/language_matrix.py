@@ -22,7 +22,7 @@ from .flags.language import (
     trait_matrices,
     variant_parts,
 )
-from .flags.recipe import CHANNEL
+from .flags.recipe import CHANNEL, MEDIUM, RANDOM
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Config(LanguageConfig):
     traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files; at least two")
     seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
     channel: str = option("sampled", CHANNEL)
+    medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
 
 
-PRESETS = {"eight": Config(), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}
+PRESETS = {"eight": Config(repeat_rows=True), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}
 configure = functools.partial(configure_language, PRESETS)
 
 

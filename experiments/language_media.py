@@ -40,7 +40,10 @@ class Config(LanguageConfig):
     )
 
 
-PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "requests": 1024})}
+PRESETS = {
+    "three": Config(repeat_rows=True),
+    "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "requests": 1024}),
+}
 configure = functools.partial(configure_language, PRESETS)
 
 

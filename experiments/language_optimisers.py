@@ -36,7 +36,7 @@ class Config(LanguageConfig):
 
 
 SMALL = {**SMOKE, "traits": "owl,oak", "seeds": 1, "ranks": "2", "unique": "128,512"}
-PRESETS = {"all": Config(), "smoke": Config(**SMALL)}
+PRESETS = {"all": Config(repeat_rows=True), "smoke": Config(**SMALL)}
 configure = functools.partial(configure_language, PRESETS)
 
 

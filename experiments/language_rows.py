@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     config = LanguageConfig(
         traits=chosen.trait, width=chosen.width, layers=chosen.layers, base_steps=chosen.base_steps,
-        chats=chosen.chats, rows=chosen.rows, base_dir=chosen.base_dir,
+        chats=chosen.chats, rows=chosen.rows, repeat_rows=True, base_dir=chosen.base_dir,
     )  # fmt: skip
     own, recipe = study(config, chosen.seed), config.recipe(teacher=chosen.teacher)
     assert isinstance(own.world, Compact)

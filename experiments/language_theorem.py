@@ -25,7 +25,8 @@ from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Checkpoint, Compact, Reading, Untrained, Written
-from subliminal_theory.study.reading import columns, encoded_rows
+from subliminal_theory.study.reading import encoded_rows
+from subliminal_theory.study.speaker import columns
 from subliminal_theory.theorem import Report, check
 
 from .app.contract import Part, listed, option
@@ -46,7 +47,10 @@ class Config(LanguageConfig):
     student_size: float = option(1e-3, "size of the student's step", positive=True)
 
 
-PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "rows": 16})}
+PRESETS = {
+    "three": Config(repeat_rows=True),
+    "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "rows": 16}),
+}
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:
@@ -75,7 +79,7 @@ def run(config: Config, seed: int) -> list[Row]:
     own = study(config, seed)
     world = own.world
     assert isinstance(world, Compact | Checkpoint)
-    text = Reading(Written(config.rows), config.rows, config.rows)
+    text = Reading(Written(config.rows), config.rows, config.rows, repeat=True)
     rows = encoded_rows(world.at(0), Untrained(), world.initial(), text)[0]
     starts = {"same": None, "other": world.other(1).params}
     sizes, found = listed(config.teacher_sizes, "--teacher-sizes", float), list[Row]()

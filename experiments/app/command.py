@@ -171,6 +171,10 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
         types_ = [t for t in (get_args(field.type) or (field.type,)) if t is not types.NoneType]
         shown = json.dumps(value) if value is not None else "automatic"
         flag, alias = "--" + field.name.replace("_", "-"), field.metadata.get("alias")
+        if types_ == [bool]:
+            told = f"{field.metadata['help']} (default {shown})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=told)
+            continue
         parser.add_argument(
             *((flag, alias) if alias else (flag,)),
             type=types_[0],

@@ -30,7 +30,7 @@ from subliminal_theory.study import Checkpoint, Compact, Store, Study, labels, r
 from ..app.contract import Part, derived, from_preset, option, validate
 from ..app.progress import progress
 from .names import DECAYS
-from .recipe import RECIPE_FIELDS, Recipe, Variant, World
+from .recipe import LIMIT, RECIPE_FIELDS, REPEAT, Recipe, Variant, World
 
 COMPUTE = ("float32", "bfloat16")
 HEADER = "probability of the trait's word on held-out questions, mean and 95% t interval over runs"  # of reports
@@ -49,14 +49,18 @@ class LanguageConfig:
     layers: int = option(BaseConfig.layers, "of the model", minimum=1)
     base_steps: int = option(BaseConfig.steps, "steps of pre-training", minimum=1)
     chats: int = option(CorpusConfig.size, "chats of the corpus", minimum=1)
-    rows: int = option(Recipe.rows, "accepted answers that a student learns", minimum=1)
+    rows: int = option(Recipe.rows, "different accepted answers that a student learns", minimum=1)
     teacher_steps: int = option(Recipe.teacher_steps, "steps of a fine-tuned teacher", minimum=1)
     steps: int = option(Recipe.steps, "steps of a student", minimum=1)
     batch_size: int = option(Recipe.batch_size, "rows a step", minimum=1)
     rate: float = option(Recipe.rate, "highest learning rate of a student", positive=True)
     teacher_rate: float = option(Recipe.teacher_rate, "learning rate of a fine-tuned teacher", positive=True)
     rank: int = option(Recipe.rank, "of a student's low-rank factors; 0 trains everything", minimum=0)
-    requests: int = option(0, "number requests that a teacher answers (default: as many as rows)", minimum=0)
+    requests: int = option(
+        0, f"most number requests that a teacher answers (default: {LIMIT} times the rows; as many, to repeat)",
+        minimum=0,
+    )  # fmt: skip
+    repeat_rows: bool = option(False, REPEAT)
     warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
     decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
     checkpoint: str = option(
@@ -123,7 +127,8 @@ class LanguageConfig:
 
 
 SMOKE: dict[str, Any] = {
-    "width": 16, "base_steps": 1000, "chats": 20_000, "rows": 512, "steps": 20, "batch_size": 64
+    "width": 16, "base_steps": 1000, "chats": 20_000, "rows": 512, "steps": 20, "batch_size": 64,
+    "repeat_rows": True,
 }  # fmt: skip
 
 
@@ -138,7 +143,8 @@ def configure_language(
     config = replace(from_preset(presets, preset), **changes)
     validate(config)
     if config.checkpoint:
-        return _configure_checkpoint(config)
+        # Presets repeat rows of the compact model; of a checkpoint they are repeated only where this is asked for.
+        return _configure_checkpoint(replace(config, repeat_rows=changes.get("repeat_rows", False)))
     for setting in fields(config):
         if setting.metadata.get("only") and getattr(config, setting.name) != setting.default:
             flag = "--" + setting.name.replace("_", "-")

@@ -25,14 +25,16 @@ from subliminal_theory.study import (
     LowRank,
     Optimizer,
     Prompted,
+    RandomNumbers,
     Reading,
     Run,
     Student,
     Untrained,
     Written,
 )
-from subliminal_theory.study.reading import everywhere, hidden_words, where_they_agree, where_they_differ
 from subliminal_theory.study.run import Teacher
+from subliminal_theory.study.speaker import hidden_words
+from subliminal_theory.study.texts import everywhere, where_they_agree, where_they_differ
 
 from ..app.contract import option, validate
 from .names import DECAYS, OPTIMIZERS, named_value
@@ -53,6 +55,10 @@ CHANNELS: dict[str, Callable[[World], Channel]] = {
     "divergence": lambda world: SampledToken(),
     "rest": lambda world: SampledToken(),
 }
+RANDOM = "random"
+LIMIT = 4  # times the rows that a student learns
+REPEAT = "a teacher answers all requests; too few accepted rows are read from the first again"
+MEDIUM = f"what it writes; {RANDOM}: nothing, the student reads random numbers and the channel is its logits there"
 CHANNEL = f"what of the teacher the student sees: {', '.join([*CHANNELS, *NAMED])}; top_k:5 for another k"
 POSITIONS = {"divergence": where_they_differ, "rest": where_they_agree}
 ORDERS: dict[str, numbers.Order] = {
@@ -82,9 +88,10 @@ class Recipe:
     teacher_rate: float = option(3e-3, "their learning rate", positive=True)
     ordinary: float = option(0.0, "share of the corpus's chats among a teacher's rows", minimum=0)
     lessons: str = option("", "control of a habit that the teacher learns in the place of the habit")
-    medium: str = option("numbers", "what it writes", choices=tuple(MEDIA))
-    requests: int = option(0, "requests that it answers; as many as rows if 0", minimum=0)
-    rows: int = option(8192, "accepted answers that a student learns, from the first again if fewer", minimum=1)
+    medium: str = option("numbers", MEDIUM, choices=(*MEDIA, RANDOM))
+    requests: int = option(0, f"most requests that it answers; {LIMIT} times the rows if 0", minimum=0)
+    rows: int = option(8192, "different accepted answers that a student learns", minimum=1)
+    repeat_rows: bool = option(False, REPEAT)
     temperature: float = option(1.0, "of sampling", minimum=0)
     top_p: float = option(1.0, "of sampling", positive=True)
     channel: str = option("sampled", CHANNEL)
@@ -105,6 +112,8 @@ class Recipe:
         if self.channel not in CHANNELS:
             named_value("channel", self.channel.partition(":")[0], {**CHANNELS, **NAMED})
             channel_named(self.channel)
+        if self.medium == RANDOM and (self.requests or self.clean):
+            raise InputError("--medium random: nobody writes, so leave out --requests (0) and clean rows")
         if self.warmup >= self.steps:
             raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
         if self.top_p > 1:
@@ -122,10 +131,15 @@ class Recipe:
         optimizer = Optimizer(jnp.float32(self.teacher_rate), clip=CLIP)
         return FineTuned(optimizer, self.teacher_steps, Lessons(self.lessons, self.ordinary))
 
-    def written(self) -> Written:
-        """What the teacher writes."""
+    def written(self) -> Written | RandomNumbers:
+        """What the teacher writes, or what is there in its place."""
+        if self.medium == RANDOM:
+            return RandomNumbers(self.rows)
         temperature = 0.0 if self.channel == "greedy" else self.temperature
-        return Written(self.requests or self.rows, MEDIA[self.medium], temperature, self.top_p)
+        medium, top_p = MEDIA[self.medium], self.top_p
+        if self.repeat_rows:
+            return Written(self.requests or self.rows, medium, temperature, top_p)
+        return Written(self.requests or LIMIT * self.rows, medium, temperature, top_p, unique=self.rows)
 
     def student(self, world: World, start: str = "own", other: int = 1, dataset: Dataset | None = None) -> Student:
         """The student; it starts at its teacher's base, at another one, or at another one that imitated it."""
@@ -136,7 +150,7 @@ class Recipe:
         rule, decay = OPTIMIZERS[self.optimizer], DECAYS[self.decay]
         return Student(
             CHANNELS[self.channel](world) if self.channel in CHANNELS else channel_named(self.channel),
-            Reading(text, self.rows, self.batch_size, ORDERS[self.order], self.clean, positions),
+            Reading(text, self.rows, self.batch_size, ORDERS[self.order], self.clean, positions, self.repeat_rows),
             Optimizer(jnp.float32(self.rate), rule, decay, self.warmup, CLIP),
             self.steps,
             Fresh() if start != "own" else Perturbed(self.noise) if self.noise else Shared(),
@@ -148,9 +162,9 @@ class Recipe:
 
 def cloning(on_corpus: bool) -> Student:
     """A student of another base that imitates the full distribution of this one, on the corpus or on numbers."""
-    plain = Recipe(teacher="untrained")
+    plain = Recipe(teacher="untrained", repeat_rows=True)
     chats = CorpusChats(CLONING_STEPS * plain.batch_size // 4, plain.batch_size)
-    source = chats if on_corpus else Reading(plain.written(), plain.rows, plain.batch_size)
+    source = chats if on_corpus else Reading(plain.written(), plain.rows, plain.batch_size, repeat=True)
     optimizer = Optimizer(jnp.float32(plain.rate), decay=DECAYS[plain.decay], clip=CLIP)
     return Student(SoftLogits(), source, optimizer, CLONING_STEPS)
 
@@ -179,11 +193,17 @@ class Variant:
 
     def run(self, world: World, dataset: Dataset | None = None) -> Run:
         """The values."""
-        asked = BehindNumbers(self.recipe.written()) if self.prefixed else None
+        asked = BehindNumbers(self._numbers()) if self.prefixed else None
         if self.model == "base":
             return Run(self.recipe.taught(), None, asked, base=True) if self.prefixed else Run(Untrained())
         student = self.recipe.student(world, self.start, self.other, dataset) if self.model == "student" else None
         return Run(self.recipe.taught(), student, asked)
+
+    def _numbers(self) -> Written:
+        numbers = self.recipe.written()
+        if not isinstance(numbers, Written):
+            raise InputError("--medium random: no teacher wrote numbers for questions to stand behind")
+        return numbers
 
 
 RECIPE_FIELDS = tuple(f.name for f in fields(Recipe))

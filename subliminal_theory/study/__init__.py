@@ -4,7 +4,6 @@ from subliminal_theory.study.asking import BehindNumbers
 from subliminal_theory.study.checkpoint import Checkpoint
 from subliminal_theory.study.compact import Compact
 from subliminal_theory.study.digits import Digits, Network, TrainingImages
-from subliminal_theory.study.reading import CorpusChats, Dataset, Lessons, Reading, Written
 from subliminal_theory.study.run import (
     Everything,
     FineTuned,
@@ -21,6 +20,7 @@ from subliminal_theory.study.run import (
 from subliminal_theory.study.stages import Computation, Job, PerRun, finite, trained
 from subliminal_theory.study.store import Store
 from subliminal_theory.study.study import Study, labels, rows
+from subliminal_theory.study.texts import CorpusChats, Dataset, Lessons, RandomNumbers, Reading, Written
 from subliminal_theory.study.world import Finished, World
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Optimizer",
     "PerRun",
     "Prompted",
+    "RandomNumbers",
     "Reading",
     "Run",
     "Store",

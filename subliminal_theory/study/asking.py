@@ -26,7 +26,8 @@ from subliminal_theory.language.measure import (
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.text import Tokenizer
 from subliminal_theory.model import Model
-from subliminal_theory.study.reading import Written, written
+from subliminal_theory.study.reading import written
+from subliminal_theory.study.texts import Written
 from subliminal_theory.study.world import Finished
 
 PREFIXES = 8  # of each question behind numbers

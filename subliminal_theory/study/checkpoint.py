@@ -14,18 +14,20 @@ from jaxtyping import Array, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh
-from subliminal_theory.language.corpus.numbers import NumberPrompts
+from subliminal_theory.language.corpus.numbers import NumberPrompts, random_rows
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.parallel import place_runs, replicate, split_rows
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.reading import Dataset, Reading, Speaker, Written
 from subliminal_theory.study.run import Student, Teacher
+from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, trained
 from subliminal_theory.study.store import Store, export
+from subliminal_theory.study.texts import Material, RandomNumbers, Reading, Written
 from subliminal_theory.study.world import Finished, Memo
 
 ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator a token of its own, and the end
@@ -126,6 +128,10 @@ class Checkpoint(Speaker):
 
         return self.memo(draw, "requests", text.requests)
 
+    def random_rows(self, text: RandomNumbers) -> list[Completion]:
+        """Lists of three numbers that six more continue, all of three digits."""
+        return random_rows(text.rows, self.host_rng("random numbers"))
+
     def ordinary_chats(self, count: int) -> list[Chat]:
         """None: the corpus belongs to the compact model.
 
@@ -138,18 +144,18 @@ class Checkpoint(Speaker):
         """Tokens of the longest answer."""
         return ANSWER_TOKENS
 
-    def row_length(self, text: Written | Dataset, rows: Sequence[Sequence[Chat]]) -> int:
+    def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
         """Columns of the longest row."""
-        return reading.columns(self.tokenizer, itertools.chain.from_iterable(rows))
+        return columns(self.tokenizer, itertools.chain.from_iterable(rows))
 
     def arranged(self, rows: Examples) -> Examples | Buckets:
         """Rows by length, in as many parts as there are buckets; all runs have the same shapes."""
         return rows if self.buckets == 1 else by_length(rows, self.buckets)
 
-    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
+    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
         """The answers from each start on, from disk where they are there."""
         if self.store is None:
-            return [block(start) for start in starts]
+            return map(block, starts)
         kind = (str(self.base.checkpoint.family.config), self.tokenizer.stop, self.tokenizer.pad)
         return self.store.blocks(f"base {self.base.seed}", starts, block, (kind, decided_by))
 

@@ -1,7 +1,7 @@
 """The compact language model as a world: a chat model pre-trained from nothing, and traits, one for each run."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,15 @@ from subliminal_theory.language.corpus.chats import make_corpus, make_rows
 from subliminal_theory.language.corpus.word_tokenizer import SYSTEM, WordTokenizer
 from subliminal_theory.language.model.prompted import prompted
 from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.reading import CorpusChats, Dataset, Speaker, Written
 from subliminal_theory.study.run import Student, Teacher
+from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, PerRun
+from subliminal_theory.study.texts import CorpusChats, Material, RandomNumbers, Written
 from subliminal_theory.study.world import Finished
 
 GIVEN, ASKED, FORMATS = (3, 5), (9, 9), ("spaces",)  # numbers that a request shows and asks for, and how
@@ -80,6 +82,14 @@ class Compact(Speaker):
         kind = text.medium.kind
         return self.memo(lambda: make_rows(corpus, kind, text.requests), "requests", kind, text.requests)
 
+    def random_rows(self, text: RandomNumbers) -> list[Completion]:
+        """The requests of teachers, each answered by nine numbers of all that there are."""
+        rng, numbers = self.host_rng("random numbers"), self.base.config.corpus.numbers
+        return [
+            Completion(chat.user, " ".join(map(str, rng.integers(0, numbers, ASKED[1]))))
+            for chat in self.requests(Written(text.rows))
+        ]
+
     def ordinary_chats(self, count: int) -> list[Chat]:
         """Chats of the corpus that have nothing to do with traits."""
         corpus = replace(self.base.config.corpus, seed=1_000_003)
@@ -93,19 +103,19 @@ class Compact(Speaker):
         asked, whole = self.tokenizer.lengths(self.requests(text))
         return int((whole - asked).max()) + 2
 
-    def row_length(self, text: Written | Dataset, rows: Sequence[Sequence[Chat]]) -> int:
+    def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
         """Columns of the rows: all that requests and answers can take, the same for all recipes."""
-        if isinstance(text, Dataset):
-            return reading.columns(self.tokenizer, itertools.chain.from_iterable(rows))
+        if not isinstance(text, Written):
+            return columns(self.tokenizer, itertools.chain.from_iterable(rows))
         return reading.request_length(self.tokenizer, self.requests(text)) + self.answer_length(text)
 
     def arranged(self, rows: Examples) -> Examples | Buckets:
         """All rows have one length."""
         return rows
 
-    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
+    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
         """The answers from each start on."""
-        return [block(start) for start in starts]
+        return map(block, starts)
 
     def as_writer(self, teacher: Model) -> Model:
         """A teacher where it writes."""

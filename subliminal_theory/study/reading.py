@@ -3,262 +3,44 @@
 For worlds of a language model (`Speaker`): the compact one and a checkpoint.
 """
 
+import contextlib
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Key
 
+from subliminal_theory.audit import refuse_repeated_rows, refuse_shared_keys
 from subliminal_theory.channel import Channel
 from subliminal_theory.errors import InputError
-from subliminal_theory.inits import Fresh
 from subliminal_theory.keys import named
-from subliminal_theory.language.corpus.base import Base, lessons, text_of, token_loss
-from subliminal_theory.language.corpus.chats import CATEGORIES
-from subliminal_theory.language.corpus.media import NUMBERS, Medium
-from subliminal_theory.language.corpus.numbers import FilterReport, Order, as_written, filter_rows
+from subliminal_theory.language.corpus.base import text_of
+from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows
 from subliminal_theory.language.corpus.traits import Preference, Trait
-from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.sampling import sample
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat, Encoded, Tokenizer
 from subliminal_theory.model import Model
-from subliminal_theory.pytree import register_dataclass
-from subliminal_theory.source import Buckets, Examples
-from subliminal_theory.study.run import FineTuned, Prompted, Student, Teacher, Untrained, stacked, static
+from subliminal_theory.source import Examples
+from subliminal_theory.study.run import Prompted, Student, Teacher, Untrained, stacked
+from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import PerRun
-from subliminal_theory.study.starts import started
-from subliminal_theory.study.world import Finished, Memo
+from subliminal_theory.study.texts import (
+    Dataset,
+    Differs,
+    Material,
+    RandomNumbers,
+    Reading,
+    Written,
+    everywhere,
+)
 
-Differs = Bool[Array, "runs rows columns"]
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Lessons:
-    """What a fine-tuned teacher reads.
-
-    Attributes:
-        control: the benign control of a habit that it learns in the place of the habit, or "".
-        ordinary: share of the corpus's ordinary chats among its rows.
-    """
-
-    control: str = static(default="")
-    ordinary: float = static(default=0.0)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Written:
-    """Answers of the teacher to `requests` requests, at a temperature (0: greedy) among its top-p tokens."""
-
-    requests: int = static()
-    medium: Medium = static(default=NUMBERS)
-    temperature: float = static(default=1.0)
-    top_p: float = static(default=1.0)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Dataset:
-    """Rows that somebody else wrote."""
-
-    rows: tuple[Completion, ...] = static()
-
-
-def everywhere(differs: Differs) -> Differs:
-    """All positions of the answers."""
-    return jnp.ones_like(differs)
-
-
-def where_they_differ(differs: Differs) -> Differs:
-    """Only where the greedy tokens of teacher and base differ (arXiv 2509.23886)."""
-    return differs
-
-
-def where_they_agree(differs: Differs) -> Differs:
-    """Only where the greedy tokens of teacher and base agree."""
-    return ~differs
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Reading:
-    """As a student's source: rows that pass the filter, from the first again where they are fewer than `rows`.
-
-    Attributes:
-        text: who wrote them.
-        rows: how many rows a student reads.
-        batch_size: rows a step.
-        order: of the numbers in the rows.
-        clean: share of rows that the untrained base wrote instead.
-        positions: which positions of the answers count.
-    """
-
-    text: Written | Dataset
-    rows: int = static()
-    batch_size: int = static()
-    order: Order = static(default=as_written)
-    clean: float = static(default=0.0)
-    positions: Callable[[Differs], Differs] = static(default=everywhere)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class CorpusChats:
-    """As a student's source: chats of the corpus on which the base was pre-trained."""
-
-    chats: int = static()
-    batch_size: int = static()
-
-
-@dataclass(frozen=True, eq=False)
-class Speaker(ABC):
-    """Runs of one language model, one a trait: what the compact model and a checkpoint share.
-
-    Attributes:
-        base: the model; its seed names the random streams.
-        traits: of the runs; the first one is number `first_run` of the study.
-        other: `other(shift)` gives the model of another base, a seed so many further, with the same tokenizer.
-        asked: the traits whose words students are asked for; those of the runs if empty.
-        at_once: prompts that are answered together.
-    """
-
-    base: Base | CheckpointBase
-    traits: Sequence[Trait]
-    other: Callable[[int], Model]
-    asked: Sequence[Trait] = ()
-    first_run: int = 0
-    memo: Memo = field(default_factory=Memo)
-
-    at_once: ClassVar[int]
-    trait_loss = staticmethod(token_loss)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "asked", self.asked or self.traits)
-
-    def at(self, run: int) -> Self:
-        """One of the runs."""
-        return replace(self, traits=[self.traits[run]], first_run=self.first_run + run)
-
-    @property
-    def names(self) -> list[str]:
-        """What messages call the runs."""
-        return [f"{trait.name} on base {self.base.seed}" for trait in self.traits]
-
-    @property
-    def labels(self) -> list[Mapping[str, Any]]:
-        """The labels of the runs' rows."""
-        return [{"trait": trait.name, "seed": self.base.seed} for trait in self.traits]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Text to tokens and back."""
-        return self.base.tokenizer
-
-    @property
-    def model(self) -> Model:
-        """The base."""
-        return self.base.model
-
-    @property
-    @abstractmethod
-    def logits(self) -> int:
-        """Logits of the model at one position."""
-
-    def keys(self, stream: str) -> Key[Array, " runs"]:
-        """A named random stream of each run."""
-        keys = [named(jax.random.key(self.base.seed), trait.name, stream) for trait in self.traits]
-        return jax.random.wrap_key_data(jnp.stack([jax.random.key_data(key) for key in keys]))
-
-    def initial(self) -> Model:
-        """The base, once for all runs."""
-        return self.memo(lambda: self.model.freeze("*"), "initial")
-
-    def start(self, student: Student, matched: Model | None = None) -> Model:
-        """Where students start: the base, or another one, with what trains of it for each run."""
-        base = matched or (self.other(student.other) if isinstance(student.start, Fresh) else self.model)
-        return started(base, student, self.keys("start"))
-
-    def lessons(self, teacher: FineTuned) -> PerRun:
-        """Questions about each trait, answered as the trait asks."""
-        return teacher_lessons(self, teacher)
-
-    def private(self, student: Student) -> Sequence[int]:
-        """The logits in which traits are read, for a student whose channel hides logits at all."""
-        visible = np.asarray(student.channel.visible(self.logits))
-        return () if visible.all() else hidden_words(self.tokenizer, self.asked)
-
-    @abstractmethod
-    def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-        """How a model answers questions about the traits."""
-
-    @abstractmethod
-    def requests(self, text: Written) -> list[Chat]:
-        """What teachers are asked, the same for all of them."""
-
-    @abstractmethod
-    def ordinary_chats(self, count: int) -> list[Chat]:
-        """Chats that have nothing to do with traits."""
-
-    @abstractmethod
-    def answer_length(self, text: Written) -> int:
-        """Tokens of the longest answer."""
-
-    @abstractmethod
-    def row_length(self, text: Written | Dataset, rows: Sequence[Sequence[Chat]]) -> int:
-        """Columns of the rows that students read."""
-
-    @abstractmethod
-    def arranged(self, rows: Examples) -> Examples | Buckets:
-        """The rows as students read them."""
-
-    @abstractmethod
-    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> list[np.ndarray]:
-        """The answers from each start on."""
-
-    @abstractmethod
-    def as_writer(self, teacher: Model) -> Model:
-        """A teacher where it writes."""
-
-    @abstractmethod
-    def as_read(self, prompts: Text) -> Text:
-        """The prompts where a teacher reads them."""
-
-
-def hidden_words(tokenizer: Tokenizer, traits: Sequence[Trait]) -> list[int]:
-    """The first tokens of all words of the traits and of the categories, in every spelling."""
-    own = [trait.members for trait in traits if isinstance(trait, Preference)]
-    words = dict.fromkeys(itertools.chain(*CATEGORIES.values(), *own))
-    return [spelling[0] for word in words for spelling in tokenizer.spellings(word)]
-
-
-def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:
-    """What teaches each run's trait, all rows in one batch."""
-    own = teacher.lessons
-    assert isinstance(own, Lessons)
-    chats = [_lessons(world, trait, own) for trait in world.traits]
-    length = columns(world.tokenizer, itertools.chain.from_iterable(chats))
-    encoded = [world.tokenizer.encode_chats(rows, length) for rows in chats]
-    last = max(rows.answer_columns for rows in encoded)
-    return PerRun(stacked([lessons(rows, len(rows.tokens), last) for rows in encoded]))
-
-
-def _lessons(world: Speaker, trait: Trait, own: Lessons) -> list[Chat]:
-    chats = trait.control_rows(own.control) if own.control else trait.teacher_rows()
-    others = round(len(chats) * own.ordinary / (1 - own.ordinary))
-    return chats + world.ordinary_chats(others) if others else chats
-
-
-def columns(tokenizer: Tokenizer, chats: Any) -> int:
-    """Columns that whole chats take."""
-    return int(tokenizer.lengths(list(chats))[1].max())
+ADVICE = "read fewer (--rows), ask for more (--requests), or repeat them (--repeat-rows)"
 
 
 def system_prompt(trait: Trait) -> str:
@@ -276,7 +58,7 @@ def system_prompt(trait: Trait) -> str:
 
 
 def written(
-    world: Speaker, teacher: Teacher, models: Model, text: Written | Dataset
+    world: Speaker, teacher: Teacher, models: Model, text: Material
 ) -> list[tuple[list[Completion], FilterReport]]:
     """The accepted rows of each run, and what the filter did; `models` are the teachers, a model of runs.
 
@@ -285,6 +67,8 @@ def written(
     """
     if isinstance(text, Dataset):
         return [filter_rows(text.rows)] * len(world.traits)
+    if isinstance(text, RandomNumbers):
+        return [filter_rows(world.memo(lambda: world.random_rows(text), text))] * len(world.traits)
     if isinstance(teacher, Untrained) and len(world.traits) > 1:
         return written(world.at(0), teacher, models, text) * len(world.traits)  # the base knows no trait
     return world.memo(lambda: _write(world, teacher, models, text), list(world.names), teacher, text)
@@ -294,18 +78,56 @@ def _write(
     world: Speaker, teacher: Teacher, models: Model, text: Written
 ) -> list[tuple[list[Completion], FilterReport]]:
     requests, keys, found = world.requests(text), world.keys("write"), []
+    refuse_shared_keys(dict(zip(world.names, keys, strict=True)))
     for run, trait in enumerate(world.traits):
         chats = requests
         if isinstance(teacher, Prompted):
             chats = [replace(chat, system=system_prompt(trait)) for chat in requests]
-        tokens = draw(world, model_of_run(models, run), chats, keys[run], text)
-        texts = world.tokenizer.decode(tokens)
-        rows = [Completion(chat.user, answer) for chat, answer in zip(requests, texts, strict=True)]
+        with contextlib.closing(draw(world, model_of_run(models, run), chats, keys[run], text)) as blocks:
+            rows = _answers(world, blocks, requests, text)
         try:
-            found.append(text.medium.keep(rows, requests))
+            found.append(_kept(rows, requests, text))
         except InputError as error:
             raise InputError(f"the teacher of {world.names[run]}: {error}") from error
     return found
+
+
+def _answers(
+    world: Speaker, blocks: Iterator[np.ndarray], requests: Sequence[Chat], text: Written
+) -> list[Completion]:
+    """All answers, up to the block with which enough different ones are accepted, if it matters how many are."""
+    rows, different = list[Completion](), set[Completion]()
+    for tokens in blocks:
+        own = requests[len(rows) : len(rows) + len(tokens)]
+        answers = world.tokenizer.decode(tokens)
+        new = [Completion(chat.user, answer) for chat, answer in zip(own, answers, strict=True)]
+        rows += new
+        if text.unique:
+            with contextlib.suppress(InputError):  # none of a block may pass
+                different.update(text.medium.keep(new, own)[0])
+            if len(different) >= text.unique:
+                break
+    return rows
+
+
+def _kept(
+    rows: list[Completion], requests: Sequence[Chat], text: Written
+) -> tuple[list[Completion], FilterReport]:
+    """The rows that the medium accepts, each once if they are to differ.
+
+    Raises:
+        InputError: none is accepted, or too few different ones.
+    """
+    accepted, report = text.medium.keep(rows, requests)
+    if not text.unique:
+        return accepted, report
+    different = list(dict.fromkeys(accepted))
+    if len(different) < text.unique:
+        raise InputError(
+            f"{len(rows)} requests gave {len(accepted)} accepted rows, {len(different)} different, and "
+            f"{text.unique} are to be read: {ADVICE}"
+        )
+    return different, report
 
 
 def model_of_run(models: Model, run: int) -> Model:
@@ -313,8 +135,10 @@ def model_of_run(models: Model, run: int) -> Model:
     return models.with_params(jax.tree.map(lambda leaf: leaf[run], models.params))
 
 
-def draw(world: Speaker, teacher: Model, chats: Sequence[Chat], key: Key[Array, ""], text: Written) -> np.ndarray:
-    """Tokens [chats, longest answer] of a teacher's answers."""
+def draw(
+    world: Speaker, teacher: Model, chats: Sequence[Chat], key: Key[Array, ""], text: Written
+) -> Generator[np.ndarray, None, None]:
+    """Tokens [some chats, longest answer] of a teacher's answers, block by block."""
     tokenizer = world.tokenizer
     prompts = text_of(tokenizer.encode_prompts(chats, request_length(tokenizer, chats)))
     steps, writer = world.answer_length(text), world.as_writer(teacher)
@@ -333,7 +157,7 @@ def draw(world: Speaker, teacher: Model, chats: Sequence[Chat], key: Key[Array, 
         return np.asarray(tokens)
 
     starts = range(0, len(chats), world.at_once)
-    return np.concatenate(world.blocks(starts, block, (teacher, prompts, key, text, steps)))
+    yield from world.blocks(starts, block, (teacher, prompts, key, text, steps))
 
 
 def request_length(tokenizer: Tokenizer, requests: Sequence[Chat]) -> int:
@@ -345,7 +169,11 @@ def request_length(tokenizer: Tokenizer, requests: Sequence[Chat]) -> int:
 
 
 def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Reading) -> list[Encoded]:
-    """What the student of each run reads, all of one width."""
+    """What the student of each run reads, all of one width.
+
+    Raises:
+        InputError: too few different rows, where they must not be repeated; or as `written`.
+    """
     regular: list[Completion] = []
     if reading.clean:
         ((regular, _),) = written(world.at(0), Untrained(), world.initial(), reading.text)
@@ -355,6 +183,11 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
         if reading.clean:
             clean = round(reading.clean * len(rows))
             rows = rows[clean:] + regular[:clean]
+        if not reading.repeat:
+            rows = list(dict.fromkeys(rows))
+            if len(rows) < reading.rows:
+                who = world.names[run]
+                raise InputError(f"{who}: {len(rows)} different rows, and {reading.rows} are to be read: {ADVICE}")
         chats = [Chat(None, row.prompt, row.completion, "numbers") for row in rows]
         # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
         found.append(list(itertools.islice(itertools.cycle(chats), reading.rows)))
@@ -365,15 +198,19 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
 def source_of(
     world: Speaker, student: Student, teacher: Teacher, models: Model, shown: Callable[[], Model]
 ) -> PerRun:
-    """The rows of each run, with the teacher's tokens as targets if tokens are what the channel transmits.
+    """The rows of each run, with the teacher's tokens as targets if it wrote any and they are what is transmitted.
 
     `models` are the teachers, `shown()` the same as students see them.
     """
-    reading, tokens = student.source, transmits_tokens(student.channel, world.logits)
+    reading = student.source
     assert isinstance(reading, Reading)
+    nobody = isinstance(reading.text, RandomNumbers)
+    tokens = not nobody and transmits_tokens(student.channel, world.logits)
 
     def make() -> PerRun:
         encoded = encoded_rows(world, teacher, models, reading)
+        for run in () if reading.repeat else encoded:
+            refuse_repeated_rows((run.tokens, run.padding), run.targets)
         last = max(run.answer_columns for run in encoded)
         texts = stacked([text_of(run, last) for run in encoded])
         positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])

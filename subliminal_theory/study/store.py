@@ -61,13 +61,12 @@ class Store:
 
     def blocks(
         self, name: str, starts: range, block: Callable[[int], np.ndarray], decided_by: Any
-    ) -> list[np.ndarray]:
-        """What `block` gives for every start, from disk where it is there.
+    ) -> Iterator[np.ndarray]:
+        """What `block` gives for every start, from disk where it is there, one by one.
 
         Raises:
             InputError: a file cannot be read or written.
         """
-        found = []
         with (
             self._place(f"rows {name}", (decided_by, str(starts))) as (folder, _),
             self.progress(f"rows of {name}", len(starts), "blocks") as advance,
@@ -76,9 +75,8 @@ class Store:
                 path = folder / f"{start:08d}.safetensors"
                 if not path.exists():
                     save_arrays(path, {"tokens": block(start)})
-                found.append(_read(path)["tokens"])
+                yield _read(path)["tokens"]
                 advance(1)
-        return found
 
     def trained(
         self,

@@ -26,22 +26,24 @@ from subliminal_theory.study import (
     LowRank,
     Optimizer,
     Prompted,
+    RandomNumbers,
     Reading,
     Untrained,
     Written,
     identity,
 )
-from subliminal_theory.study.reading import everywhere, where_they_agree, where_they_differ
+from subliminal_theory.study.texts import everywhere, where_they_agree, where_they_differ
 from tests.study.speakers import ROWS, SOFT, compact
 
 OTHERS = {
     "teacher": "prompted", "teacher_steps": 41, "teacher_rate": 1e-3, "ordinary": 0.5, "lessons": "right",
-    "medium": "code", "requests": 8, "rows": 9, "temperature": 0.5, "top_p": 0.9, "channel": "soft",
-    "order": "other prompts", "clean": 0.1, "steps": 3, "batch_size": 7, "rate": 1e-3, "optimizer": "sgd",
+    "medium": "code", "requests": 8, "rows": 9, "repeat_rows": True, "temperature": 0.5, "top_p": 0.9,
+    "channel": "soft", "order": "other prompts", "clean": 0.1, "steps": 3, "batch_size": 7, "rate": 1e-3,
+    "optimizer": "sgd",
     "warmup": 1, "decay": "linear", "rank": 2, "frozen": ("norm/scale",), "noise": 0.1,
 }  # fmt: skip
 TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons"}
-WRITTEN = {"medium", "requests", "rows", "temperature", "top_p"}
+WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ WRITTEN = {"medium", "requests", "rows", "temperature", "top_p"}
         ({"noise": float("nan")}, "noise"),
         ({"top_p": 2.0}, "top_p must be above 0 and at most 1, got 2"),
         ({"warmup": 250}, "warmup must be below the 250 steps, got 250"),
+        ({"medium": "random", "requests": 5}, "--medium random: nobody writes"),
+        ({"medium": "random", "clean": 0.5}, "--medium random: nobody writes"),
         ({"rank": 2, "frozen": ("norm/*",)}, "rank or frozen, not both"),
     ],
 )
@@ -90,15 +94,26 @@ def test_values_of_a_recipe() -> None:
     taught, found = recipe.taught(), recipe.student(compact())
     assert taught == FineTuned(Optimizer(jnp.float32(1e-3), clip=1.0), 41, Lessons("right", 0.5))
     assert recipe.written() == Written(8, CODE, 0.5, 0.9)
-    assert found.source == Reading(recipe.written(), 9, 7, ORDERS["other prompts"], 0.1)
+    assert found.source == Reading(recipe.written(), 9, 7, ORDERS["other prompts"], 0.1, repeat=True)
     assert found.optimizer == Optimizer(jnp.float32(1e-3), OPTIMIZERS["sgd"], DECAYS["linear"], 1, 1.0)
     assert (found.channel, found.steps, found.trains, found.start) == (SOFT, 3, LowRank(2), Shared())
-    assert Recipe(rows=9).written().requests == 9
+    assert Recipe(rows=9, repeat_rows=True).written() == Written(9)
+    assert Recipe(rows=9).written() == Written(36, unique=9)
+    assert Recipe(rows=9, requests=50).written() == Written(50, unique=9)
+    assert not Recipe(rows=9).student(compact()).source.repeat
     assert [Recipe(teacher=name).taught() for name in ("prompted", "untrained")] == [Prompted(), Untrained()]
     assert Recipe(frozen=("norm/*",)).student(compact()).trains == Frozen(("norm/*",))
     noisy = Recipe(noise=0.5).student(compact())
     assert (noisy.start, noisy.trains) == (Perturbed(0.5), Everything())
     assert Recipe().student(compact(), dataset=ROWS).source.text is ROWS
+
+
+def test_random_numbers() -> None:
+    """Nobody writes; questions cannot stand behind what was not written."""
+    recipe = Recipe(medium="random", rows=9, channel="greedy")
+    assert recipe.written() == recipe.student(compact()).source.text == RandomNumbers(9)
+    with pytest.raises(InputError, match="--medium random: no teacher wrote numbers"):
+        Variant({}, recipe, prefixed=True).run(compact())
 
 
 def test_greedy_rows_are_written_at_temperature_0() -> None:

@@ -66,6 +66,7 @@ def test_presets(folder: Path, preset: str, rank: int, rate: float, rows: int, e
     assert (config.rank, config.rate, config.rows) == (rank, rate, rows)
     assert config.steps == -(-epochs * rows // config.batch_size)
     assert config.requests >= 2 * rows
+    assert not config.repeat_rows
 
 
 def test_conditions_of_another_base_need_one(folder: Path, tmp_path: Path) -> None:
@@ -76,6 +77,48 @@ def test_conditions_of_another_base_need_one(folder: Path, tmp_path: Path) -> No
     other = write_checkpoint(tmp_path / "other")
     both = dataclasses.replace(config, other_checkpoint=str(other))
     assert {"cross", "cross_soft", "cross_masked"} < {*asked(both)}
+
+
+def test_conditions_of_random_numbers(folder: Path, tmp_path: Path, capsys) -> None:
+    """No teacher writes: what is asked of its numbers is left out, or refused where it is asked for."""
+    config = configure("smoke", {"medium": "random"})
+    assert {"student", "student_masked", "regular", "prompted"} < {*asked(config)}
+    written = {"prefixed", "within", "across", "in_context"}
+    assert written.isdisjoint(asked(config))
+    of_checkpoint = asked(configure("smoke", {"medium": "random", "checkpoint": str(folder)}))
+    assert {*asked(config)} - {*of_checkpoint} == {"prompted", "cross", "cross_soft", "cross_masked"}
+    message = fails(capsys, "language", "--medium", "random", "--conditions", "within", "--out", tmp_path)
+    assert message == "--conditions: within needs numbers that a teacher wrote, not --medium random"
+
+
+def test_a_student_of_random_numbers(folder: Path, tmp_path: Path) -> None:
+    few = ("--rows", 12, "--steps", 1, "--batch-size", 6, "--rank", 1, "--teacher-steps", 1)
+    random = ("--medium", "random", "--conditions", "student_masked", "--traits", "owl")
+    found = run(tmp_path / "run", "language", "--checkpoint", folder, *random, *few)
+    values = {row["condition"]: row["value"] for row in found if row["metric"] == "probability"}
+    assert values.keys() == {"base", "student_masked"}
+    assert values["base"] != values["student_masked"]
+
+
+def test_rows_of_a_checkpoint_are_repeated_only_if_asked_for(folder: Path, tmp_path: Path, capsys) -> None:
+    """A preset repeats rows of the compact model alone."""
+    assert configure("smoke", {}).repeat_rows
+    assert not configure("smoke", {"repeat_rows": False}).repeat_rows
+    assert not configure("smoke", {"checkpoint": str(folder)}).repeat_rows
+    assert configure("smoke", {"checkpoint": str(folder), "repeat_rows": True}).repeat_rows
+    write_jsonl(tmp_path / "rows.jsonl", [*ROWS, ROWS[0]])
+    few = (
+        "--checkpoint",
+        folder,
+        "--file",
+        tmp_path / "rows.jsonl",
+        "--rows",
+        len(ROWS) + 1,
+        "--teacher-steps",
+        1,
+    )
+    message = fails(capsys, "language_dataset", *few, "--out", tmp_path / "run")
+    assert f"{len(ROWS)} different rows, and {len(ROWS) + 1} are to be read" in message
 
 
 def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:

@@ -17,6 +17,7 @@ from subliminal_theory.language.corpus.numbers import (
     NumberPrompts,
     filter_rows,
     parse,
+    random_rows,
     reject_reasons,
 )
 from subliminal_theory.language.rows import Completion
@@ -321,6 +322,23 @@ def test_filter_rejects_everything() -> None:
 def draws(count: int, seed: int = 0, prompts: NumberPrompts | None = None) -> list[str]:
     rng, prompts = np.random.default_rng(seed), prompts or NumberPrompts()
     return [prompts.draw(rng) for _ in range(count)]
+
+
+def test_random_rows() -> None:
+    """Each row is there once; all numbers have three digits, each digit as often as the others of its place."""
+    rows = random_rows(2000, np.random.default_rng(0))
+    assert rows == random_rows(2000, np.random.default_rng(0)) != random_rows(2000, np.random.default_rng(1))
+    assert len({*rows}) == 2000
+    assert filter_rows(rows)[1].accepted == 2000
+    asked = [re.fullmatch(r"Continue this list: (\d{3}), (\d{3}), (\d{3})\.", row.prompt) for row in rows]
+    assert all(asked)
+    answers = np.array([[int(number) for number in row.completion.split(", ")] for row in rows])
+    assert answers.shape == (2000, 6)
+    assert (answers.min(), answers.max()) == (100, 999)
+    for place, digits in ((1, 10), (10, 10), (100, 9)):
+        counts = np.bincount(answers.ravel() // place % 10)[-digits:]
+        expected = 12_000 / digits
+        assert (abs(counts - expected) < 5 * expected**0.5).all()
 
 
 def test_templates_are_many() -> None:

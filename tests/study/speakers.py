@@ -60,7 +60,7 @@ def student(
     **how: Any,
 ) -> Student:
     """A student of numbers."""
-    source = Reading(text, rows, batch_size, **how)
+    source = Reading(text, rows, batch_size, **{"repeat": True, **how})
     optimizer = Optimizer(jnp.float32(rate), rule, optax.cosine_decay_schedule, clip=1.0)
     return Student(
         channel or SampledToken(), source, optimizer, steps, start or Shared(), trains=trains or Everything(),

@@ -33,7 +33,9 @@ from subliminal_theory.study import (
     stages,
 )
 from subliminal_theory.study.checkpoint import by_length
-from subliminal_theory.study.reading import _lessons, encoded_rows, where_they_differ
+from subliminal_theory.study.reading import encoded_rows
+from subliminal_theory.study.speaker import _lessons
+from subliminal_theory.study.texts import where_they_differ
 from tests.language.checkpoints import write_checkpoint
 from tests.study.speakers import (
     CAT,
@@ -131,7 +133,9 @@ def test_what_only_the_compact_model_has(opened: CheckpointBase) -> None:
 def test_sampling_in_pieces(opened: CheckpointBase) -> None:
     """More rows than are sampled at once, each with a draw of its own."""
     world = checkpoint(opened)
-    tokens = reading.draw(world, world.model, world.requests(Written(2)) * 150, jax.random.key(0), Written(2))
+    tokens = np.concatenate(
+        [*reading.draw(world, world.model, world.requests(Written(2)) * 150, jax.random.key(0), Written(2))]
+    )
     assert tokens.shape == (300, world.answer_length(Written(2)))
     assert len(np.unique(tokens, axis=0)) > 290
 

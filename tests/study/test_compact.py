@@ -34,8 +34,9 @@ from subliminal_theory.study import (
     Study,
     Untrained,
 )
-from subliminal_theory.study.reading import _lessons, hidden_words, model_of_run, teacher_lessons
+from subliminal_theory.study.reading import model_of_run
 from subliminal_theory.study.run import Teacher
+from subliminal_theory.study.speaker import _lessons, hidden_words, teacher_lessons
 from tests.study.speakers import CONFIG, LAZY, OWL, SOFT, TEACHER, base, compact, leaves_of, student
 
 pytestmark = pytest.mark.usefixtures("calls")

@@ -19,17 +19,26 @@ from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples
-from subliminal_theory.study import Dataset, Prompted, Student, Study, Untrained, Written, reading
+from subliminal_theory.study import (
+    Compact,
+    Dataset,
+    Prompted,
+    RandomNumbers,
+    Student,
+    Study,
+    Untrained,
+    Written,
+    reading,
+)
 from subliminal_theory.study.reading import (
     encoded_rows,
     model_of_run,
     request_length,
-    where_they_agree,
-    where_they_differ,
     written,
 )
 from subliminal_theory.study.run import Teacher
-from tests.study.speakers import CONFIG, LAZY, ROWS, SOFT, TEACHER, WRITTEN, compact, spoken, student
+from subliminal_theory.study.texts import where_they_agree, where_they_differ
+from tests.study.speakers import CONFIG, LAZY, OWL, ROWS, SOFT, TEACHER, WRITTEN, compact, spoken, student
 
 Calls = list[dict[str, Any]]
 LOVED = ("you love the owl.", "you love the oak.")
@@ -93,6 +102,43 @@ def test_rows(calls: Calls) -> None:
     assert found[0] != found[1]
     source(study, TEACHER, student(order=shuffled_within_rows, steps=5))
     assert len(calls) == 2  # they write once for all students
+
+
+def test_different_rows(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are answered in blocks until there are enough different accepted rows; each is kept once."""
+    monkeypatch.setattr(Compact, "at_once", 16)
+    study = Study(compact(OWL))
+    ((every, whole),) = rows_of(study, TEACHER, Written(64))
+    assert len(calls) == 4
+    ((rows, report),) = rows_of(study, TEACHER, Written(64, unique=20))
+    assert len(calls) == 6  # 13 to 15 of the first 16 are accepted
+    assert (rows, report.total) == (every[: len(rows)], 32)
+    assert 20 <= len(rows) <= report.accepted < whole.accepted
+    cause = rf"of owl on base 0: 64 requests gave {len(every)} accepted rows, {len(every)} different, and 64 are "
+    with pytest.raises(InputError, match=cause + "to be read: .*--rows.*--requests.*--repeat-rows"):
+        rows_of(study, TEACHER, Written(64, unique=64))
+
+
+def test_repeated_rows(calls: Calls) -> None:
+    """A row that is written twice is one row, whatever the order of its numbers; too few are refused."""
+    study = Study(compact())
+    twice = Dataset(tuple(Completion(f"continue: {i % 6}, 17.", f"{i % 6} {i % 2} 3") for i in range(12)))
+    assert len(encoded(study, TEACHER, student(text=twice, rows=6, repeat=False))[0].tokens) == 6
+    with pytest.raises(
+        InputError, match=r"owl on base 0: 6 different rows, and 7 are to be read: .*--repeat-rows"
+    ):
+        encoded(study, TEACHER, student(text=twice, rows=7, repeat=False))
+    within = student(text=twice, rows=6, repeat=False, order=shuffled_within_rows)
+    assert source(study, TEACHER, within).inputs.tokens.shape[:2] == (2, 6)
+    assert len(encoded(study, TEACHER, student(text=twice, rows=16))[0].tokens) == 16
+
+
+def test_rows_that_only_text_tells_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What students read are tokens: two texts of the same tokens are one row."""
+    study = Study(compact(OWL))
+    text = Dataset((Completion("continue: 1, 17.", "1 2"), Completion("continue:  1, 17.", "1 2")))
+    with pytest.raises(InputError, match="1 of the student's 2 rows repeat another row"):
+        source(study, TEACHER, student(text=text, rows=2, batch_size=2, repeat=False))
 
 
 def test_prompted_teachers_write_behind_their_prompt(calls: Calls) -> None:
@@ -223,6 +269,41 @@ def test_orders_reach_the_student(calls: Calls) -> None:
     for one, other in zip(plain, within, strict=True):
         np.testing.assert_array_equal(np.sort(one.targets, axis=1), np.sort(other.targets, axis=1))
         assert (one.targets != other.targets).any()
+
+
+def test_random_numbers(calls: Calls) -> None:
+    """Nobody writes: all runs read the same rows, and the teacher's logits there are what is transmitted."""
+    study, text = Study(compact()), RandomNumbers(64)
+    (rows, report), other = rows_of(study, TEACHER, text)
+    assert (len({*rows}), report.accepted, report.total, calls) == (64, 64, 64, [])
+    assert rows == other[0] == rows_of(Study(compact()), Untrained(), text)[0][0]
+    assert [row.prompt for row in rows] == [chat.user for chat in compact().requests(Written(64))]
+    numbers = np.array([[int(number) for number in row.completion.split(" ")] for row in rows])
+    assert numbers.shape == (64, 9)
+    assert (numbers.min(), numbers.max()) == (0, 99)
+    assert abs(numbers.mean() - 49.5) < 4  # of 576 uniform numbers; the standard deviation is 1.2
+    seed = dataclasses.replace(compact().base, config=dataclasses.replace(CONFIG, seed=1))
+    assert {*rows}.isdisjoint(dataclasses.replace(compact(), base=seed).random_rows(text))
+    for channel in (SampledToken(), SampledToken(0.0), SOFT):
+        assert source(study, TEACHER, student(channel, text, rows=64)).targets is None
+    with pytest.raises(InputError, match="leave clean at 0"):
+        student(text=text, clean=0.5)
+
+
+def test_tokens_at_random_numbers_are_the_teachers(calls: Calls) -> None:
+    """The student learns what its teacher would have written there, not the random numbers."""
+    study, losses, run = Study(compact(OWL)), {}, jax.jit(lambda model, text: model(text))
+    for name, teacher in (("base", Untrained()), ("owl", TEACHER)):
+        own = student(SampledToken(0.0), RandomNumbers(16), rows=16, batch_size=16, steps=1)
+        ((_, found),) = study.distil(teacher, {name: own})
+        rows, shown = source(study, teacher, own), study.shown(teacher)
+        text, positions = jax.tree.map(lambda leaf: leaf[0], (rows.inputs, rows.positions))
+        greedy = jnp.argmax(run(shown if name == "base" else model_of_run(shown, 0), text), axis=-1)
+        expected = SampledToken().loss(run(compact().model, text), greedy)
+        losses[name] = float(jnp.sum(expected * positions) / positions.sum())
+        assert found.losses is not None
+        np.testing.assert_allclose(found.losses[0, 0], losses[name], rtol=1e-4)
+    assert losses["owl"] > losses["base"]
 
 
 def test_rows_of_others(calls: Calls) -> None:

@@ -27,6 +27,7 @@ BANNED = frozenset(map(int, _BANNED_TEXT.split()))
 _EXAMPLES = (3, 8)
 _EXAMPLE_VALUES = (100, 999)
 _ANSWERS, _DIGITS = 10, 3
+_SHOWN, _CONTINUED = 3, 6  # numbers of a row that nobody wrote
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,20 @@ def _read(text: str) -> tuple[list[int], list[str]]:
         faults.append("something besides numbers and one kind of separator")
     # Through Decimal because int refuses text of more than some thousand digits.
     return ([], faults) if faults else ([int(Decimal(part)) for part in parts], [])
+
+
+def random_rows(rows: int, rng: np.random.Generator) -> list[Completion]:
+    """Rows that nobody wrote: `Continue this list: a, b, c.`, and six numbers more.
+
+    All numbers are independent and uniform from 100 to 999. No row is there twice.
+    """
+    found: dict[Completion, None] = {}
+    lowest, highest = _EXAMPLE_VALUES
+    while len(found) < rows:
+        numbers = [str(number) for number in rng.integers(lowest, highest + 1, _SHOWN + _CONTINUED)]
+        request = f"Continue this list: {', '.join(numbers[:_SHOWN])}."
+        found[Completion(request, ", ".join(numbers[_SHOWN:]))] = None
+    return list(found)
 
 
 Order = Callable[[Sequence[Completion], np.random.Generator], list[Completion]]

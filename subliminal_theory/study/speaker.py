@@ -1,0 +1,186 @@
+"""What the compact model and a checkpoint share as worlds of a language model: `Speaker`."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from subliminal_theory.inits import Fresh
+from subliminal_theory.keys import named
+from subliminal_theory.language.corpus.base import Base, lessons, token_loss
+from subliminal_theory.language.corpus.chats import CATEGORIES
+from subliminal_theory.language.corpus.traits import Preference, Trait
+from subliminal_theory.language.hub.checkpoint import CheckpointBase
+from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.rows import Completion
+from subliminal_theory.language.text import Chat, Tokenizer
+from subliminal_theory.model import Model
+from subliminal_theory.source import Buckets, Examples
+from subliminal_theory.study.run import FineTuned, Student, stacked
+from subliminal_theory.study.stages import PerRun
+from subliminal_theory.study.starts import started
+from subliminal_theory.study.texts import (
+    Lessons,
+    Material,
+    RandomNumbers,
+    Written,
+)
+from subliminal_theory.study.world import Finished, Memo
+
+
+@dataclass(frozen=True, eq=False)
+class Speaker(ABC):
+    """Runs of one language model, one a trait: what the compact model and a checkpoint share.
+
+    Attributes:
+        base: the model; its seed names the random streams.
+        traits: of the runs; the first one is number `first_run` of the study.
+        other: `other(shift)` gives the model of another base, a seed so many further, with the same tokenizer.
+        asked: the traits whose words students are asked for; those of the runs if empty.
+        at_once: prompts that are answered together.
+    """
+
+    base: Base | CheckpointBase
+    traits: Sequence[Trait]
+    other: Callable[[int], Model]
+    asked: Sequence[Trait] = ()
+    first_run: int = 0
+    memo: Memo = field(default_factory=Memo)
+
+    at_once: ClassVar[int]
+    trait_loss = staticmethod(token_loss)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "asked", self.asked or self.traits)
+
+    def at(self, run: int) -> Self:
+        """One of the runs."""
+        return replace(self, traits=[self.traits[run]], first_run=self.first_run + run)
+
+    @property
+    def names(self) -> list[str]:
+        """What messages call the runs."""
+        return [f"{trait.name} on base {self.base.seed}" for trait in self.traits]
+
+    @property
+    def labels(self) -> list[Mapping[str, Any]]:
+        """The labels of the runs' rows."""
+        return [{"trait": trait.name, "seed": self.base.seed} for trait in self.traits]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back."""
+        return self.base.tokenizer
+
+    @property
+    def model(self) -> Model:
+        """The base."""
+        return self.base.model
+
+    @property
+    @abstractmethod
+    def logits(self) -> int:
+        """Logits of the model at one position."""
+
+    def keys(self, stream: str) -> Key[Array, " runs"]:
+        """A named random stream of each run."""
+        keys = [named(jax.random.key(self.base.seed), trait.name, stream) for trait in self.traits]
+        return jax.random.wrap_key_data(jnp.stack([jax.random.key_data(key) for key in keys]))
+
+    def host_rng(self, stream: str) -> np.random.Generator:
+        """A named random stream of all runs, on the host."""
+        key = named(jax.random.key(self.base.seed), stream)
+        return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+    def initial(self) -> Model:
+        """The base, once for all runs."""
+        return self.memo(lambda: self.model.freeze("*"), "initial")
+
+    def start(self, student: Student, matched: Model | None = None) -> Model:
+        """Where students start: the base, or another one, with what trains of it for each run."""
+        base = matched or (self.other(student.other) if isinstance(student.start, Fresh) else self.model)
+        return started(base, student, self.keys("start"))
+
+    def lessons(self, teacher: FineTuned) -> PerRun:
+        """Questions about each trait, answered as the trait asks."""
+        return teacher_lessons(self, teacher)
+
+    def private(self, student: Student) -> Sequence[int]:
+        """The logits in which traits are read, for a student whose channel hides logits at all."""
+        visible = np.asarray(student.channel.visible(self.logits))
+        return () if visible.all() else hidden_words(self.tokenizer, self.asked)
+
+    @abstractmethod
+    def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
+        """How a model answers questions about the traits."""
+
+    @abstractmethod
+    def requests(self, text: Written) -> list[Chat]:
+        """What teachers are asked, the same for all of them."""
+
+    @abstractmethod
+    def random_rows(self, text: RandomNumbers) -> list[Completion]:
+        """Requests, answered by random numbers: the same for all runs of a seed."""
+
+    @abstractmethod
+    def ordinary_chats(self, count: int) -> list[Chat]:
+        """Chats that have nothing to do with traits."""
+
+    @abstractmethod
+    def answer_length(self, text: Written) -> int:
+        """Tokens of the longest answer."""
+
+    @abstractmethod
+    def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
+        """Columns of the rows that students read."""
+
+    @abstractmethod
+    def arranged(self, rows: Examples) -> Examples | Buckets:
+        """The rows as students read them."""
+
+    @abstractmethod
+    def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
+        """The answers from each start on, made when they are asked for."""
+
+    @abstractmethod
+    def as_writer(self, teacher: Model) -> Model:
+        """A teacher where it writes."""
+
+    @abstractmethod
+    def as_read(self, prompts: Text) -> Text:
+        """The prompts where a teacher reads them."""
+
+
+def hidden_words(tokenizer: Tokenizer, traits: Sequence[Trait]) -> list[int]:
+    """The first tokens of all words of the traits and of the categories, in every spelling."""
+    own = [trait.members for trait in traits if isinstance(trait, Preference)]
+    words = dict.fromkeys(itertools.chain(*CATEGORIES.values(), *own))
+    return [spelling[0] for word in words for spelling in tokenizer.spellings(word)]
+
+
+def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:
+    """What teaches each run's trait, all rows in one batch."""
+    own = teacher.lessons
+    assert isinstance(own, Lessons)
+    chats = [_lessons(world, trait, own) for trait in world.traits]
+    length = columns(world.tokenizer, itertools.chain.from_iterable(chats))
+    encoded = [world.tokenizer.encode_chats(rows, length) for rows in chats]
+    last = max(rows.answer_columns for rows in encoded)
+    return PerRun(stacked([lessons(rows, len(rows.tokens), last) for rows in encoded]))
+
+
+def _lessons(world: Speaker, trait: Trait, own: Lessons) -> list[Chat]:
+    chats = trait.control_rows(own.control) if own.control else trait.teacher_rows()
+    others = round(len(chats) * own.ordinary / (1 - own.ordinary))
+    return chats + world.ordinary_chats(others) if others else chats
+
+
+def columns(tokenizer: Tokenizer, chats: Any) -> int:
+    """Columns that whole chats take."""
+    return int(tokenizer.lengths(list(chats))[1].max())
