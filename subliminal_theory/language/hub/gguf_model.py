@@ -126,7 +126,7 @@ def settings_of(file: GgufFile) -> dict[str, Any]:
     found |= _rotary(given, file.tensors.get(_FREQUENCIES), found["head_dim"])
     if architecture in _GEMMA:
         found |= _gemma(given, architecture, found)
-    given.finish(_HARMLESS)
+    given.refuse_rest(_HARMLESS)
     return found
 
 

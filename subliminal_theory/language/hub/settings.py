@@ -7,7 +7,7 @@ that kind are logged, in one line for a file.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from subliminal_theory.errors import InputError
@@ -125,6 +125,12 @@ class Settings:
         unknown = sorted(left.keys() - _HARMLESS)
         if unknown:
             _tell(self.where, ", ".join(unknown))
+
+    def refuse_rest(self, harmless: Collection[str]) -> None:
+        """Refuse all that is left and not off, but for the harmless."""
+        for name, value in self.given.items():
+            if name not in harmless and not _off(value):
+                raise InputError(f"{self.where}: setting {name} {value!r} is not supported")
 
     def activation(self, name: str, default: str) -> str:
         """The activation of the MLP."""
