@@ -296,7 +296,7 @@ def _is_key(leaf: Any) -> bool:
     return array and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def misfits(wanted: Mapping[str, tuple[Sequence[int], Any]], arrays: Mapping[str, np.ndarray]) -> list[str]:
+def misfits(wanted: Mapping[str, tuple[Sequence[int], Any]], arrays: Mapping[str, Any]) -> list[str]:
     """What is missing, unexpected, or not of the shape and dtype (or kind of dtype) wanted, a phrase each."""
     faults = [f"{name} is missing" for name in wanted if name not in arrays]
     faults += [f"{ascii(name)[1:-1]} is unexpected" for name in arrays if name not in wanted]

@@ -1,4 +1,4 @@
-"""Checkpoints in folders as Hugging Face ships them: read into a model and written back.
+"""Checkpoints in folders as Hugging Face ships them, or in GGUF files: read into a model, written as folders.
 
 checkpoint = load_checkpoint(Path("SmolLM2-135M"))
 checkpoint.model                                 # a Model, as any other of this project
@@ -22,12 +22,17 @@ import numpy as np
 from subliminal_theory.errors import InputError
 from subliminal_theory.files import atomic_folder, misfits, write_atomically
 from subliminal_theory.language.hub.families import Family, entries, ignored, read_family
+from subliminal_theory.language.hub.gguf_file import is_gguf, read_gguf
+from subliminal_theory.language.hub.gguf_model import Tensor, tensors_of
+from subliminal_theory.language.hub.gguf_tokenizer import text_files
 from subliminal_theory.language.hub.tensor_map import Entry
 from subliminal_theory.language.hub.tensors import open_tensors, release, write_tensors
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.model.transformer import Transformer, transformer_of
 from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
+
+Stored = np.ndarray | Tensor
 
 _ALIGNED, _THREADS = 64, 4
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -39,7 +44,7 @@ TEXT_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model that was read from a folder, with what it takes to write another one."""
+    """A model that was read from a folder or a GGUF file, with what it takes to write another folder."""
 
     folder: Path
     family: Family
@@ -68,7 +73,7 @@ class CheckpointBase:
 def open_base(
     folder: Path, seed: int = 0, dtype: str = "float32", placement: Any = None, compute: str | None = None
 ) -> CheckpointBase:
-    """The base in a folder of weights, tokenizer and chat template, with gradient checkpointing.
+    """The base in a folder or a GGUF file of weights, tokenizer and chat template, with gradient checkpointing.
 
     Parameters are of `dtype`; it computes in `compute`, or else in `dtype`.
 
@@ -99,7 +104,7 @@ def skeleton(family: Family, remat: bool = False) -> Model:
 def load_checkpoint(
     folder: Path, dtype: str = "float32", placement: Any = None, remat: bool = False
 ) -> Checkpoint:
-    """The model in a folder, its parameters of one dtype, each put on its device as soon as it is read.
+    """The model in a folder or a GGUF file, its parameters of one dtype, each put on its device once it is read.
 
     `placement` is what `jax.device_put` takes, a device or a sharding, or a function from a parameter's path and
     shape to either. Files are mapped into memory: only one tensor a thread is in memory twice.
@@ -110,18 +115,20 @@ def load_checkpoint(
     """
     kind = _dtype(dtype)
     family = read_family(folder)
-    tensors = _renamed(open_tensors(folder), entries(family))
+    opened = tensors_of(read_gguf(folder)) if is_gguf(folder) else open_tensors(folder)
+    tensors = _renamed(opened, entries(family))
     shell = skeleton(family, remat)
     shapes = {name: leaf.shape for name, leaf in leaves_by_path(shell.params).items()}
     _require_bijection(folder, family, tensors, shapes)
     found: dict[str, jax.Array] = {}
 
     def read(entry: Entry) -> None:
-        parts = entry.take_apart(tensors[entry.theirs])
+        tensor = np.asarray(tensors[entry.theirs])
+        parts = entry.take_apart(tensor)
         for name, part in zip(entry.ours, parts, strict=True):
             place = placement(name, part.shape) if callable(placement) else placement
             found[name] = _put(part, kind, place)
-        release(tensors[entry.theirs])
+        release(tensor)
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(read, entries(family)))
@@ -157,7 +164,7 @@ def _copy(tensor: np.ndarray, dtype: Any) -> np.ndarray:
     return found
 
 
-def _renamed(tensors: Mapping[str, np.ndarray], wanted: list[Entry]) -> dict[str, np.ndarray]:
+def _renamed(tensors: Mapping[str, Stored], wanted: list[Entry]) -> dict[str, Stored]:
     """Tensors by their full names: models without a head are stored without the first part of them."""
     names = {entry.theirs for entry in wanted}
     stem = wanted[0].theirs.split(".")[0]
@@ -167,7 +174,7 @@ def _renamed(tensors: Mapping[str, np.ndarray], wanted: list[Entry]) -> dict[str
 
 
 def _require_bijection(
-    folder: Path, family: Family, tensors: dict[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+    folder: Path, family: Family, tensors: dict[str, Stored], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     wanted = {entry.theirs: entry.shape([shapes[name] for name in entry.ours]) for entry in entries(family)}
     untied = replace(family, config=replace(family.config, tied=False))
@@ -186,8 +193,8 @@ def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | N
     """A model of a checkpoint's kind in a new folder that other libraries load, with low-rank factors merged.
 
     Tensors keep the model's dtype unless `dtype` names another one. Text files of the checkpoint's folder
-    (tokenizer, template) are copied. The folder gets its name when it is whole; one tensor at a time is in host
-    memory.
+    (tokenizer, template) are copied, those of a GGUF file made from its metadata. The folder gets its name when it
+    is whole; one tensor at a time is in host memory.
 
     Raises:
         InputError: the model has other shapes, the folder is there already or cannot be written.
@@ -209,7 +216,12 @@ def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | N
     settings["dtype"] = str(kind)
     with atomic_folder(folder) as new:
         write_tensors(new, {name: jax.ShapeDtypeStruct(shape, kind) for name, shape in shapes.items()}, read)
-        for name in TEXT_FILES:
-            if (like.folder / name).exists():
-                write_atomically(new / name, (like.folder / name).read_bytes())
+        for name, content in _text_of(like.folder).items():
+            write_atomically(new / name, content)
         write_atomically(new / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _text_of(folder: Path) -> Mapping[str, bytes]:
+    if is_gguf(folder):
+        return text_files(folder)
+    return {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()}

@@ -19,6 +19,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.files import fingerprint
 from subliminal_theory.language.hub.chat_template import ChatTemplate
 from subliminal_theory.language.hub.chat_writer import ChatWriter, naming
+from subliminal_theory.language.hub.gguf_file import is_gguf
 from subliminal_theory.language.hub.tokenizer_files import TokenizerFiles, end_of_turn, load_backend
 from subliminal_theory.language.text import Chat, Encoded, Prompts, left_padded
 
@@ -51,7 +52,7 @@ class CheckpointTokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "CheckpointTokenizer":
-        """The tokenizer of a checkpoint's folder.
+        """The tokenizer of a checkpoint's folder or GGUF file.
 
         Raises:
             InputError: there is no tokenizer.json, a file cannot be read or is malformed, a token that is named
@@ -74,7 +75,8 @@ class CheckpointTokenizer:
         pad = stop[0] if pad is None else pad
         front = (bos,) if template is None and bos is not None and files.adds_bos(backend, bos) else ()
         writer = ChatWriter(template, backend.decode_batch([[token] for token in stop], skip_special_tokens=False))
-        decided = fingerprint(folder / "tokenizer.json", template and template.source)
+        content = backend.to_str() if is_gguf(folder) else folder / "tokenizer.json"
+        decided = fingerprint(content, template and template.source)
         return cls(backend, writer, frozenset(special | {pad, *stop}), stop, pad, front, decided)
 
     @property

@@ -1,5 +1,9 @@
-"""The files of a checkpoint's tokenizer: tokenizer.json, and the small ones beside it."""
+"""The files of a checkpoint's tokenizer: tokenizer.json, and the small ones beside it.
 
+A GGUF file counts as the folder of the files that its metadata stand for.
+"""
+
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.files import read_json
 from subliminal_theory.language.hub.chat_template import ChatTemplate, one_line
 from subliminal_theory.language.hub.chat_writer import before_answer, naming
+from subliminal_theory.language.hub.gguf_file import is_gguf
+from subliminal_theory.language.hub.gguf_tokenizer import text_files
 from subliminal_theory.language.text import Chat
 
 # Words to be found again in what a template writes.
@@ -65,7 +71,7 @@ class TokenizerFiles:
         path = self.folder / "chat_template.jinja"
         try:
             source: Any = path.read_text("utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             path, source = self.path, self._values.get("chat_template")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path} ({one_line(error)}): make it readable") from error
@@ -94,7 +100,7 @@ def end_of_turn(template: ChatTemplate, backend: tokenizers.Tokenizer, special: 
 def load_backend(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a tokenizer.json."""
     try:
-        content = path.read_bytes()
+        content = text_files(path.parent)[path.name] if is_gguf(path.parent) else path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path.parent} has no tokenizer.json: give the folder of a checkpoint") from error
     except OSError as error:
@@ -113,4 +119,7 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
 
 def _object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
+    if is_gguf(path.parent):
+        found: dict[str, Any] = json.loads(text_files(path.parent).get(path.name, b"{}"))
+        return found
     return read_json(path) if path.exists() else {}

@@ -15,6 +15,8 @@ from typing import Any
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.files import read_json
+from subliminal_theory.language.hub.gguf_file import is_gguf, read_gguf
+from subliminal_theory.language.hub.gguf_model import settings_of
 from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.hub.tensor_map import Entry
 from subliminal_theory.language.model.config import TransformerConfig
@@ -28,7 +30,7 @@ _TABLES = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attentio
 
 @dataclass(frozen=True)
 class Family:
-    """The architecture that a config.json names, the shape it describes, and its settings as they were read."""
+    """The architecture of a config.json (or of what stands for one), the shape it describes, and its settings."""
 
     architecture: str
     config: TransformerConfig
@@ -47,16 +49,21 @@ def ignored(name: str) -> bool:
 
 
 def read_family(folder: Path) -> Family:
-    """The family that the config.json of a checkpoint's folder describes.
+    """The family that the config.json of a checkpoint's folder describes, or the metadata of a GGUF file.
 
     Raises:
         InputError: no folder or no such file, no JSON object, no architecture or an unknown one, a setting that is
             missing, has a bad value or is not supported; names it.
     """
+    if is_gguf(folder):
+        return _family(settings_of(read_gguf(folder)), folder)
     path = folder / "config.json"
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give the folder of a checkpoint with config.json")
-    given = read_json(path)
+    return _family(read_json(path), path)
+
+
+def _family(given: Mapping[str, Any], path: Path) -> Family:
     named = given.get("architectures")
     if not isinstance(named, list) or len(named) != 1:
         raise InputError(f"{path} names no architecture: add architectures, one of {', '.join(ARCHITECTURES)}")
