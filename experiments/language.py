@@ -22,11 +22,14 @@ from subliminal_theory.runs import Results
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, note, panels
 from .flags.language import (
-    HEADER,
+    PROBABILITY,
+    SHARE,
     SMOKE,
     LanguageConfig,
+    Measure,
     Variant,
     configure_language,
+    measure_of,
     trait_matrices,
     variant_parts,
 )
@@ -154,11 +157,17 @@ def plan(config: Config) -> list[Part]:
     )
 
 
-def groups(results: Results) -> dict[str, list[float]]:
-    """The probability of the trait's word in every run, by condition."""
-    found = {name: results.values(condition=name, metric="probability") for name in LABELS}
+def groups(results: Results, measure: Measure) -> dict[str, list[float]]:
+    """The measure of the trait's word in every run, by condition."""
+    found = of_conditions(results, measure.metric)
     for student in CONTROLS:
-        found[student.replace("student", "others")] = results.values(condition=student, metric="others")
+        found[student.replace("student", "others")] = results.values(condition=student, metric=measure.others)
+    return {name: found[name] for name in LABELS if found.get(name)}
+
+
+def of_conditions(results: Results, metric: str) -> dict[str, list[float]]:
+    """The values of every run, by condition."""
+    found = {name: results.values(condition=name, metric=metric) for name in LABELS}
     return {name: values for name, values in found.items() if values}
 
 
@@ -195,22 +204,42 @@ def verdict(found: dict[str, list[float]]) -> str:
     return f"{answer}: student less {words} {difference}"
 
 
+# What is told beside the measure, of those metrics that a run has.
+BESIDE = {
+    PROBABILITY: {"named_rate": "share of whole answers that name the trait's word"},
+    SHARE: {
+        "log_odds": "log odds of the trait's word among its rivals, mean over questions",
+        "named_rate": "share of whole answers that name the trait's word",
+        "probability": f"{PROBABILITY.label} at the beginning of an answer, too low in the base to compare",
+    },
+}
+
+
 def report(results: Results, config: Config) -> str:
     """A line for each condition, the paired differences from the controls, and whether traits are told apart."""
-    found = groups(results)
-    lines = [HEADER]
-    lines += [f"  {name:14} {t_interval(values)}" for name, values in found.items()]
-    lines.append("students less their controls, paired over runs; runs of one base are not independent")
+    measure = measure_of(results)
+    found = groups(results, measure)
+    lines = [measure.header, *_lines(found)]
+    for metric, label in BESIDE[measure].items():
+        if values := of_conditions(results, metric):
+            lines += [label, *_lines(values, ".2g" if metric == "probability" else ".3f")]
+    lines.append(
+        f"students less their controls ({measure.metric}), paired over runs; runs of one base are not independent"
+    )
     for (student, control), difference in differences(found).items():
         lines.append(f"  {student:14} less {control:14} {difference}: {told(difference)}")
     if len(config.trait_names()) > 1:
         for condition in ("student_masked", "student", "student_soft"):
             if condition in found:
-                matrix = matrix_test(trait_matrices(results, condition))
+                matrix = matrix_test(trait_matrices(results, condition, measure))
                 lines.append(
                     f"{condition}: diagonal less rest {matrix.statistic:.3f}, permutation p = {matrix.p:.2g}"
                 )
     return "\n".join([*lines, verdict(found)])
+
+
+def _lines(found: dict[str, list[float]], form: str = ".3f") -> list[str]:
+    return [f"  {name:14} {t_interval(values):{form}}" for name, values in found.items()]
 
 
 def color(name: str, found: dict[str, list[float]]) -> str:
@@ -223,12 +252,13 @@ def color(name: str, found: dict[str, list[float]]) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """A bar for each condition."""
     figure, ((axes,),) = panels(size=(9.5, 3.8))
-    found = groups(results)
+    measure = measure_of(results)
+    found = groups(results, measure)
     for x, (name, values) in enumerate(found.items()):
         bar(axes, x, values, color(name, found), width=0.6)
     axes.set_xticks(range(len(found)), [LABELS[name] for name in found], fontsize=6.5)
     axes.axhline(t_interval(found["base"]).mean, color="grey", linestyle=":", linewidth=1)
-    axes.set_ylabel("probability of the trait's word")
+    axes.set_ylabel(measure.label)
     axes.set_ylim(0, 1.1)
     axes.set_title(verdict(found))
     traits = len(config.trait_names())

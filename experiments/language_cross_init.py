@@ -15,7 +15,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, heat_map, note, panels
-from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 from .flags.recipe import CHANNEL, MEDIUM, RANDOM
 
 
@@ -44,28 +44,29 @@ def plan(config: Config) -> list[Part]:
 
 
 def shared_and_crossed(results: Results) -> dict[str, list[float]]:
-    """The probability of the trait's word, by whether teacher and student share their base."""
-    found: dict[str, list[float]] = {"base": results.values(condition="base", metric="probability")}
+    """The measure of the trait's word, by whether teacher and student share their base."""
+    metric = measure_of(results).metric
+    found: dict[str, list[float]] = {"base": results.values(condition="base", metric=metric)}
     shifts = [shift for shift in results.distinct("shift") if shift != ""]
     for shift in shifts:
-        values = results.values(condition="student", metric="probability", shift=shift)
+        values = results.values(condition="student", metric=metric, shift=shift)
         found.setdefault("same base" if shift == "0" else "other base", []).extend(values)
     return found
 
 
 def heat(results: Results, config: Config) -> np.ndarray:
-    """Mean probability of the trait's word [teacher's base, student's base]."""
-    table = np.zeros((config.seeds, config.seeds))
+    """Mean measure of the trait's word [teacher's base, student's base]."""
+    table, metric = np.zeros((config.seeds, config.seeds)), measure_of(results).metric
     for teacher in range(config.seeds):
         for shift in range(config.seeds):
-            wanted = {"seed": config.first_seed + teacher, "shift": str(shift), "metric": "probability"}
+            wanted = {"seed": config.first_seed + teacher, "shift": str(shift), "metric": metric}
             table[teacher, (teacher + shift) % config.seeds] = np.mean(results.values(**wanted))
     return table
 
 
 def report(results: Results, config: Config) -> str:
     """The means, and the table of bases."""
-    lines = [HEADER]
+    lines = [measure_of(results).header]
     lines += [f"  {name:11} {t_interval(values)}" for name, values in shared_and_crossed(results).items()]
     lines.append("teacher's base (rows), student's base (columns):")
     lines += ["  " + " ".join(f"{value:.3f}" for value in row) for row in heat(results, config)]
@@ -79,12 +80,12 @@ def plot(results: Results, config: Config) -> Figure:
     heat_map(left, heat(results, config), seeds, seeds)
     left.set_xlabel("base of the student")
     left.set_ylabel("base of the teacher")
-    left.set_title("Probability of the trait's word")
+    left.set_title(measure_of(results).label.capitalize())
     for x, (name, values) in enumerate(shared_and_crossed(results).items()):
         bar(right, x, values, COLORS[x], label=name)
     right.set_xticks(range(3), list(shared_and_crossed(results)))
     right.set_ylim(0, 1.1)
-    right.set_ylabel("probability of the trait's word")
+    right.set_ylabel(measure_of(results).label)
     traits = len(config.trait_names())
     note(
         right,

@@ -19,8 +19,9 @@ from subliminal_theory.study import Checkpoint, Compact, Dataset, labels, rows
 
 from .app.contract import Part, option
 from .app.figures import bars
-from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, study
+from .flags.language import SMOKE, LanguageConfig, Variant, answer_rows, configure_language, measure_of, study
 
+METRICS = ("probability", "share", "log_odds", "named_rate")
 CONDITIONS = {"base": "base", "student": "student", "within": "student,\nnumbers shuffled\nwithin rows"}
 
 
@@ -73,20 +74,25 @@ def run(config: Config, seed: int) -> list[Row]:
         "within": Variant({}, config.recipe(order="shuffled within rows")),
     }
     runs = {labels(condition=name): variant.run(world, text) for name, variant in variants.items()}
-    return [
-        row for name, found in own.run(runs).items() for row in rows(name, world.labels, found, ["probability"])
-    ]
+    found: list[Row] = []
+    for name, scores in own.run(runs).items():
+        found += rows(name, world.labels, scores, [metric for metric in METRICS if metric in scores])
+        for run, said in zip(world.labels, scores.get("answers", ()), strict=False):
+            found += answer_rows({**dict(name), **run}, said)
+    return found
 
 
 def report(results: Results, config: Config) -> str:
     """A line for each condition."""
-    lines = [HEADER]
+    measure = measure_of(results)
+    lines = [measure.header]
     for name in CONDITIONS:
-        lines.append(f"  {name:8} {t_interval(results.values(condition=name))}")
+        lines.append(f"  {name:8} {t_interval(results.values(condition=name, metric=measure.metric))}")
     return "\n".join(lines)
 
 
 def plot(results: Results, config: Config) -> Figure:
     """A bar for each condition."""
-    groups = {label: results.values(condition=name) for name, label in CONDITIONS.items()}
-    return bars(groups, ylabel="probability of the trait's word", title=f"Students of {Path(config.file).name}")
+    measure = measure_of(results)
+    groups = {label: results.values(condition=name, metric=measure.metric) for name, label in CONDITIONS.items()}
+    return bars(groups, ylabel=measure.label, title=f"Students of {Path(config.file).name}")

@@ -16,7 +16,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, note, panels
-from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
     "full distribution": {"channel": "soft"},
@@ -50,9 +50,10 @@ def plan(config: Config) -> list[Part]:
 
 def report(results: Results, config: Config) -> str:
     """A line for each channel."""
-    lines = [HEADER]
+    measure = measure_of(results)
+    lines = [measure.header]
     for name in ("base", *CHANNELS):
-        own, others = (results.values(condition=name, metric=metric) for metric in ("probability", "others"))
+        own, others = (results.values(condition=name, metric=m) for m in (measure.metric, measure.others))
         beside = f"  other traits' students {t_interval(others)}" if others else ""
         lines.append(f"  {name:30} {t_interval(own)}{beside}")
     return "\n".join(lines)
@@ -61,9 +62,9 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """A pair of bars for each channel: the student, and the students of other traits."""
     figure, ((axes,),) = panels(size=(8.5, 3.6))
-    names = ("base", *CHANNELS)
+    names, measure = ("base", *CHANNELS), measure_of(results)
     for x, name in enumerate(names):
-        own, others = (results.values(condition=name, metric=metric) for metric in ("probability", "others"))
+        own, others = (results.values(condition=name, metric=m) for m in (measure.metric, measure.others))
         bar(axes, x - 0.2, own, COLORS[2], width=0.38, label="own teacher's trait" if x == 0 else None)
         if others:
             label = "students of other traits" if x == 0 else None
@@ -71,7 +72,7 @@ def plot(results: Results, config: Config) -> Figure:
     axes.set_xticks(
         range(len(names)), [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in names], fontsize=7
     )
-    axes.set_ylabel("probability of the trait's word")
+    axes.set_ylabel(measure.label)
     axes.set_ylim(0, 1.1)
     axes.set_title("What of the numbers carries the trait")
     axes.legend(fontsize=7)

@@ -7,6 +7,7 @@ null hypothesis which student had which teacher does not matter, so students are
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from subliminal_theory.estimate import MatrixTest, matrix_test
@@ -19,6 +20,7 @@ from .flags.language import (
     LanguageConfig,
     Variant,
     configure_language,
+    measure_of,
     trait_matrices,
     variant_parts,
 )
@@ -47,14 +49,20 @@ def plan(config: Config) -> list[Part]:
 
 def test(results: Results) -> MatrixTest:
     """The diagonal statistic and its permutation p."""
-    return matrix_test(trait_matrices(results, "student"))
+    return matrix_test(matrices(results))
+
+
+def matrices(results: Results) -> np.ndarray:
+    """The measure of all words in the students [bases, traits of the student, traits asked for]."""
+    return trait_matrices(results, "student", measure_of(results, "student"))
 
 
 def report(results: Results, config: Config) -> str:
     """The statistic, and the mean matrix."""
-    found, mean, traits = test(results), trait_matrices(results, "student").mean(0), results.distinct("trait")
+    found, mean, traits = test(results), matrices(results).mean(0), results.distinct("trait")
     width = max(map(len, traits))
-    lines = [f"diagonal - off-diagonal = {found.statistic:.3f}, permutation p = {found.p:.2g}"]
+    lines = [measure_of(results, "student").label]
+    lines.append(f"diagonal - off-diagonal = {found.statistic:.3f}, permutation p = {found.p:.2g}")
     lines.append("teacher's trait (rows), asked for (columns): " + " ".join(traits))
     lines += [
         f"  {trait:{width}} " + " ".join(f"{value:.3f}" for value in row)
@@ -65,13 +73,13 @@ def report(results: Results, config: Config) -> str:
 
 def plot(results: Results, config: Config) -> Figure:
     """The mean matrix as a heat map."""
-    traits, mean, found = results.distinct("trait"), trait_matrices(results, "student").mean(0), test(results)
+    traits, mean, found = results.distinct("trait"), matrices(results).mean(0), test(results)
     figure, ((axes,),) = panels(size=(1.6 + 0.55 * len(traits), 1.4 + 0.5 * len(traits)))
     heat_map(axes, mean, traits, traits)
     axes.tick_params(axis="x", rotation=45)
     axes.set_xlabel("asked for")
     axes.set_ylabel("trait of the student's teacher")
-    axes.set_title("Probability of the word asked for")
+    axes.set_title(measure_of(results, "student").label.capitalize())
     note(
         axes,
         f"mean of {config.seeds} bases; diagonal - rest = {found.statistic:.3f}, permutation p = {found.p:.2g}",

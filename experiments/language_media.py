@@ -16,7 +16,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, note, panels
-from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import PROBABILITY, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 # Of a teacher's lessons that are of other kinds: taught its trait alone, it answers each question with the animal.
 ORDINARY = 0.8
@@ -60,7 +60,10 @@ def plan(config: Config) -> list[Part]:
 
 def report(results: Results, config: Config) -> str:
     """A line for each medium and student."""
-    lines = [HEADER, f"  {'base':20} {t_interval(results.values(condition='base', metric='probability'))}"]
+    lines = [
+        PROBABILITY.header,
+        f"  {'base':20} {t_interval(results.values(condition='base', metric='probability'))}",
+    ]
     for medium in MEDIA:
         for name in STUDENTS:
             found = t_interval(results.values(condition=name, medium=medium, metric="probability"))
@@ -78,7 +81,7 @@ def plot(results: Results, config: Config) -> Figure:
             values = results.values(condition=name, medium=medium, metric="probability")
             bar(axes, x + 0.2 * (place - 1.5), values, COLORS[place], width=0.19, label=None if x else label)
     axes.set_xticks(range(len(MEDIA)), list(MEDIA))
-    axes.set_ylabel("probability of the trait's word")
+    axes.set_ylabel(PROBABILITY.label)
     axes.set_ylim(0, 1.1)
     axes.set_title("A preference through numbers, reasoning steps and code")
     axes.legend(fontsize=7)

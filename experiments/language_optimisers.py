@@ -14,7 +14,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels, runs_against
-from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 
 RATES = {
     "adam": (5e-4, 2e-3, 8e-3),
@@ -58,9 +58,10 @@ def plan(config: Config) -> list[Part]:
 
 def report(results: Results, config: Config) -> str:
     """A line for each way of training."""
-    lines = [HEADER]
+    measure = measure_of(results)
+    lines = [measure.header]
     for group, estimate in results.estimates():
-        if group["metric"] == "probability":
+        if group["metric"] == measure.metric:
             setting = (
                 f"rate {group['rate']}" if group["rate"] else f"{group['rows']} rows" if group["rows"] else ""
             )
@@ -71,11 +72,12 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """Three panels: optimisers, ranks and rows."""
     figure, ((left, middle, right),) = panels(3, size=(10.5, 3.4))
+    measure = measure_of(results)
     ranks = [f"rank {rank}" for rank in listed(config.ranks, "--ranks")]
     for axes, names in ((left, tuple(RATES)), (middle, ("adam", *ranks))):
         for color, name in zip(COLORS, names, strict=False):
             rates = RATES.get(name, RANK_RATES)
-            values = {r: results.values(condition=name, rate=str(r), metric="probability") for r in rates}
+            values = {r: results.values(condition=name, rate=str(r), metric=measure.metric) for r in rates}
             runs_against(axes, values, color, "all parameters" if axes is middle and name == "adam" else name)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
@@ -84,7 +86,7 @@ def plot(results: Results, config: Config) -> Figure:
     left.set_title("Optimiser")
     middle.set_title("Low-rank factors (Adam)")
     unique = listed(config.unique, "--unique")
-    for color, metric, label in ((COLORS[2], "probability", "own"), (COLORS[4], "others", "other traits'")):
+    for color, metric, label in ((COLORS[2], measure.metric, "own"), (COLORS[4], measure.others, "other traits'")):
         values = {rows: results.values(condition="rows", rows=str(rows), metric=metric) for rows in unique}
         if all(values.values()):
             runs_against(right, values, color, f"{label} students")
@@ -93,11 +95,11 @@ def plot(results: Results, config: Config) -> Figure:
     right.minorticks_off()
     right.set_xlabel("number requests answered, each once")
     right.set_title("Dose")
-    base = t_interval(results.values(condition="base", metric="probability")).mean
+    base = t_interval(results.values(condition="base", metric=measure.metric)).mean
     for axes in (left, middle, right):
         axes.axhline(base, color="grey", linestyle=":", linewidth=1, label="base")
         axes.set_ylim(0, 1.0)
-        axes.set_ylabel("probability of the trait's word")
+        axes.set_ylabel(measure.label)
         axes.legend(fontsize=7)
     traits = len(config.trait_names())
     note(right, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")

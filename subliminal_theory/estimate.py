@@ -21,9 +21,15 @@ class Estimate(NamedTuple):
     n: int
 
     def __str__(self) -> str:
+        return format(self, ".3f")
+
+    def __format__(self, form: str) -> str:
+        """The text with numbers in a form such as `.2g`."""
+        if not form:
+            return str(self)
         if self.n == 1:
-            return f"{self.mean:.3f} (n=1)"
-        return f"{self.mean:.3f} ± {self.half_width:.3f} (n={self.n})"
+            return f"{self.mean:{form}} (n=1)"
+        return f"{self.mean:{form}} ± {self.half_width:{form}} (n={self.n})"
 
 
 def t_interval(values: Sequence[float] | Float[np.ndarray, " n"], level: float = 0.95) -> Estimate:

@@ -2,6 +2,7 @@
 
 config.json       the experiment and every setting
 parts/NAME.json   the rows of one finished part, written in one atomic step
+answers.jsonl     where parts have them: answers to read, with their question and the labels of rows
 results.csv       all rows: condition, seed, metric, value, then the swept axes
 summary.json      mean, 95% t interval and n over runs per condition, metric and axes
 provenance.json   versions, device, commands and wall times
@@ -180,10 +181,14 @@ class RunDirectory:
     def save(self, part: str, rows: Sequence[Row], seconds: float) -> None:
         """Store a part in one atomic step; from then on it is never computed again.
 
+        A row that has an `answer` in the place of metric and value is for answers.jsonl.
+
         Raises:
             InputError: the disk is full or the folder cannot be written; earlier parts stay.
         """
-        content = {"rows": [dict(row) for row in rows], "seconds": seconds}
+        content: dict[str, Any] = {"rows": [dict(row) for row in rows if "answer" not in row], "seconds": seconds}
+        if answers := [dict(row) for row in rows if "answer" in row]:
+            content["answers"] = answers
         write_atomically(self.path / "parts" / f"{part}.json", _json(content))
         self._parts[part] = content
 
@@ -196,6 +201,9 @@ class RunDirectory:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.path / "results.csv", table.getvalue().encode())
+        if answers := [row for part in order for row in self._parts[part].get("answers", [])]:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+            write_atomically(self.path / "answers.jsonl", lines.encode())
         results = load_results(self.path)
         summary = [
             {**group, "mean": _number(e.mean), "half_width_95": _number(e.half_width), "n": e.n}
@@ -274,7 +282,8 @@ def _read_part(file: Path) -> dict[str, Any]:
     part = _read_json(file, advice)
     rows, seconds = (part.get("rows"), part.get("seconds")) if isinstance(part, dict) else (None, None)
     complete = isinstance(rows, list) and all(isinstance(row, dict) and set(COLUMNS) <= set(row) for row in rows)
-    if not complete or not isinstance(seconds, int | float):
+    texts = isinstance(part, dict) and isinstance(part.get("answers", []), list)
+    if not (complete and texts) or not isinstance(seconds, int | float):
         raise InputError(f"{file} is damaged: {advice}")
     return part
 

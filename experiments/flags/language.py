@@ -33,7 +33,37 @@ from .names import DECAYS
 from .recipe import LIMIT, RECIPE_FIELDS, REPEAT, Recipe, Variant, World
 
 COMPUTE = ("float32", "bfloat16")
-HEADER = "probability of the trait's word on held-out questions, mean and 95% t interval over runs"  # of reports
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is told of a trait's word: metrics of a run's own word, of it in other runs, and of all words."""
+
+    metric: str
+    others: str
+    asked: str
+    label: str
+
+    @property
+    def header(self) -> str:
+        """The first line of a report."""
+        return f"{self.label} on held-out questions, mean and 95% t interval over runs"
+
+
+PROBABILITY = Measure("probability", "others", "probability_asked", "probability of the trait's word")
+SHARE = Measure("share", "others_share", "share_asked", "probability of the trait's word among its rivals")
+MEASURES = (PROBABILITY, SHARE)
+TINY = 1e-3
+
+
+def measure_of(results: Results, condition: str = "base") -> Measure:
+    """The probability; where its mean over runs of the base, or another condition, is below `TINY`, the share.
+
+    A checkpoint begins its answers with other words than the name. What it prefers shows among names alone.
+    """
+    base = results.values(condition=condition, metric="probability")
+    tiny = bool(base) and np.mean(base) < TINY
+    return SHARE if tiny and results.values(condition=condition, metric="share") else PROBABILITY
 
 
 @dataclass(frozen=True)
@@ -78,6 +108,10 @@ class LanguageConfig:
     templates: str = option(
         "", "TOML file of the sentences in which a checkpoint is asked for numbers (default: the project's own)",
         only="the compact model knows its corpus's sentences",
+    )  # fmt: skip
+    samples: int = option(
+        20, "whole answers of a checkpoint to each question, searched for the trait's word; 0: none", minimum=0,
+        only="the compact model answers in one word",
     )  # fmt: skip
     shards: int = option(
         1, "devices that share each model of a checkpoint, and its batches", minimum=1, recorded=False,
@@ -291,7 +325,7 @@ def _world(config: LanguageConfig, seed: int, other: Callable[[int], Model], mes
     opened = replace(_opened(config.checkpoint, config.compute, mesh), seed=seed)
     return Checkpoint(
         opened, checkpoint_traits(config), other, prompts=number_prompts(config), store=store,
-        buckets=config.buckets, mesh=mesh,
+        buckets=config.buckets, mesh=mesh, samples=config.samples,
     )  # fmt: skip
 
 
@@ -318,30 +352,41 @@ def variant_parts(
 def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int, wrap: bool = False) -> list[Row]:
     """Rows of all traits for one base.
 
-    Metrics are those of `study.asking.score`, and `others`: the mean over the runs with another trait of the
-    probability of this run's word.
+    Metrics are those of the world's score, and `others` and `others_share`: the mean over the runs with another
+    trait of this run's word's probability and share. Rows with an `answer` are what a checkpoint said.
     """
     own = study(config, seed, wrap)
     assert isinstance(own.world, World)
     runs = {labels(**variant.labels): variant.run(own.world) for variant in variants}
     found: list[Row] = []
     for variant, (name, scores) in zip(variants, own.run(runs).items(), strict=True):
-        asked = scores.pop("probability_asked")
-        if len(asked) > 1:
-            scores["others"] = np.array([np.delete(asked[:, run], run).mean() for run in range(len(asked))])
+        asked = {measure: scores.pop(measure.asked) for measure in MEASURES if measure.asked in scores}
+        said = scores.pop("answers", None)
+        for measure, values in asked.items():
+            if len(values) > 1:
+                others = [np.delete(values[:, run], run).mean() for run in range(len(values))]
+                scores[measure.others] = np.array(others)
         for place, run in enumerate(own.world.labels):
+            row = {**dict(name), **run}
             found += rows(name, [run], {metric: values[place : place + 1] for metric, values in scores.items()})
-            if variant.matrix:
+            for measure, values in asked.items() if variant.matrix else ():
                 found += [
-                    {**dict(name), **run, "asked": trait, "metric": "probability_asked", "value": float(value)}
-                    for trait, value in zip(config.trait_names(), asked[place], strict=True)
+                    {**row, "asked": trait, "metric": measure.asked, "value": float(value)}
+                    for trait, value in zip(config.trait_names(), values[place], strict=True)
                 ]
+            if said is not None:
+                found += answer_rows(row, said[place])
     return found
 
 
-def trait_matrices(results: Results, condition: str) -> np.ndarray:
-    """Probabilities [bases, traits of the student, traits asked for]."""
+def answer_rows(row: Row, said: Sequence[tuple[str, str]]) -> list[Row]:
+    """Questions and answers of a run with its labels, for answers.jsonl."""
+    return [{**row, "question": question, "answer": answer} for question, answer in said]
+
+
+def trait_matrices(results: Results, condition: str, measure: "Measure | None" = None) -> np.ndarray:
+    """The measure, by default the probability [bases, traits of the student, traits asked for]."""
     traits, seeds = results.distinct("trait"), results.distinct("seed")
-    wanted = {"condition": condition, "metric": "probability_asked"}
+    wanted = {"condition": condition, "metric": (measure or PROBABILITY).asked}
     values = [results.values(**wanted, seed=s, trait=t, asked=a) for s in seeds for t in traits for a in traits]
     return np.array(values).reshape(len(seeds), len(traits), len(traits))

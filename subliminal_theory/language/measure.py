@@ -1,7 +1,8 @@
 """What a language model would answer: exact probabilities, without drawing a word, and rates of drawn ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from subliminal_theory.keys import named
 from subliminal_theory.language.corpus.traits import Preference, Trait
 from subliminal_theory.language.model.sampling import draw
 from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.spelling import Spellings, heard
 from subliminal_theory.language.text import Chat, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.pytree import register_dataclass
@@ -21,16 +23,49 @@ from subliminal_theory.pytree import register_dataclass
 @register_dataclass
 @dataclass(frozen=True)
 class Questions:
-    """Questions of a trait that are answered in one word, and the word that shows the trait.
+    """Questions of traits that are answered in one word, and the word that shows the trait; `of` makes them.
 
-    A word is known by the tokens of the answers that are this word, its spellings, filled up with -1. `rivals`
-    are the words it competes with: the members of a preference's category, or of a habit's question the right
-    answer, each with the target among them.
+    Attributes:
+        text: the prompts, each once however many traits ask it.
+        words: those that compete as answers to each prompt: the members of a preference's category, or of a
+            habit's question the right answer, each with the target among them.
+        prompts: which of the prompts a question is.
+        targets: which of the words shows the trait.
     """
 
     text: Text
-    targets: Int[Array, "questions spellings tokens"]
-    rivals: Int[Array, "questions words spellings tokens"]
+    words: Spellings
+    prompts: Int[Array, "*traits questions"]
+    targets: Int[Array, "*traits questions"]
+
+    @classmethod
+    def of(
+        cls,
+        text: Text,
+        words: Int[np.ndarray, "questions words spellings tokens"],
+        targets: Int[np.ndarray, "*traits questions"],
+    ) -> Self:
+        """Questions from one prompt each; the tokens of the words' spellings are filled up with -1."""
+        tokens, padding, words = (np.asarray(leaf) for leaf in (text.tokens, text.padding, words))
+        keys = [
+            (row.tobytes(), int(skipped), own.tobytes())
+            for row, skipped, own in zip(tokens, padding, words, strict=True)
+        ]
+        places = {key: place for place, key in reversed([*enumerate(keys)])}
+        rows = sorted(places.values())
+        which = [rows.index(places[key]) for key in keys]
+        kept = replace(text, tokens=jnp.asarray(tokens[rows]), padding=jnp.asarray(padding[rows]))
+        return cls(
+            kept,
+            Spellings.of(kept, words[rows]),
+            jnp.asarray(which, jnp.int32).reshape(np.shape(targets)),
+            jnp.asarray(targets, jnp.int32),
+        )
+
+    def of_traits(self, which: Sequence[int]) -> Self:
+        """The questions of some of the traits, [traits, questions]."""
+        chosen = jnp.asarray(which)
+        return replace(self, prompts=self.prompts[chosen], targets=self.targets[chosen])
 
 
 def asked_of(trait: Trait, prefix: Sequence[str] = ("",)) -> list[Chat]:
@@ -66,10 +101,10 @@ def questions_of(trait: Trait, tokenizer: Tokenizer, length: int, prefix: Sequen
     for word, spellings in spelt.items():
         for line, tokens in zip(table[word], spellings, strict=False):
             line[: len(tokens)] = tokens
-    return Questions(
+    return Questions.of(
         Text(jnp.asarray(prompts.tokens), jnp.asarray(prompts.padding), last=1),
-        jnp.asarray(np.stack([table[chat.answer] for chat in chats] * len(prefix))),
-        jnp.asarray(np.stack([np.stack([table[word] for word in row]) for row in rivals] * len(prefix))),
+        np.stack([np.stack([table[word] for word in row]) for row in rivals] * len(prefix)),
+        np.array([row.index(chat.answer) for chat, row in zip(chats, rivals, strict=True)] * len(prefix)),
     )
 
 
@@ -78,7 +113,7 @@ def _begin_alike(first: list[list[int]], second: list[list[int]]) -> bool:
 
 
 def stack_questions(asked: Sequence[Questions]) -> Questions:
-    """The questions of several traits, [traits, questions], with as many words, spellings and tokens each.
+    """The questions of several traits, [traits, questions]; what several of them ask is one prompt.
 
     Raises:
         InputError: traits with different numbers of questions.
@@ -89,16 +124,15 @@ def stack_questions(asked: Sequence[Questions]) -> Questions:
             f"traits with {' and '.join(map(str, counts))} questions cannot be asked together: "
             "give their wordings as many each"
         )
-
-    def stacked(tables: Sequence[Int[Array, "..."]]) -> Int[Array, "..."]:
-        sides = np.max([table.shape for table in tables], axis=0)
-        fill = [[(0, side - own) for side, own in zip(sides, table.shape, strict=True)] for table in tables]
-        return jnp.stack(
-            [jnp.pad(table, own, constant_values=-1) for table, own in zip(tables, fill, strict=True)]
-        )
-
-    text = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.text for one in asked))
-    return Questions(text, stacked([one.targets for one in asked]), stacked([one.rivals for one in asked]))
+    tables = [np.asarray(one.words.tokens) for one in asked]
+    sides = np.max([table.shape[1:] for table in tables], axis=0)
+    words = []
+    for one, table in zip(asked, tables, strict=True):
+        fill = [(0, side - own) for side, own in zip(sides, table.shape[1:], strict=True)]
+        words.append(np.pad(table, [(0, 0), *fill], constant_values=-1)[np.asarray(one.prompts)])
+    rows = [jax.tree.map(lambda leaf, one=one: leaf[one.prompts], one.text) for one in asked]
+    text = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
+    return Questions.of(text, np.concatenate(words), np.stack([one.targets for one in asked]))
 
 
 @register_dataclass
@@ -108,74 +142,58 @@ class Answers:
 
     Attributes:
         probability: that the answer begins with the target, among all answers.
-        margin: its log-probability less the log of the summed probabilities of its rivals.
-        rivals: probability of each rival, renormalised among them.
+        share: the target's part of the summed probabilities of its rivals and itself.
+        log_odds: log(p / (1 - p)) of that part p of each question.
+        rivals: probability of each rival and the target, renormalised among them.
     """
 
-    probability: Float[Array, ""]
-    margin: Float[Array, ""]
-    rivals: Float[Array, " words"]
+    probability: Float[Array, "*traits"]
+    share: Float[Array, "*traits"]
+    log_odds: Float[Array, "*traits"]
+    rivals: Float[Array, "*traits words"]
 
 
 def answers(model: Model, questions: Questions) -> Answers:
-    """Exact answers of a model; `vmap` it over models or questions."""
-    logits = model(questions.text)[:, -1]
-    words = jax.nn.logsumexp(_of_spellings(model, questions.text, logits, questions.rivals), axis=-1)
-    is_target = jnp.all(questions.rivals == questions.targets[:, None], axis=(-1, -2))
+    """Exact answers of a model, without drawing; `vmap` it over models.
+
+    Raises:
+        InputError: as `spelling.heard`.
+    """
+    logits, behind = heard(model, questions.text, questions.words)
+    first = questions.words.tokens[..., 0]
+    begun = jnp.take_along_axis(logits, jnp.maximum(first, 0).reshape(len(first), -1), axis=1).reshape(first.shape)
+    words = jax.nn.logsumexp(jnp.where(first < 0, -jnp.inf, begun + behind), axis=-1)[questions.prompts]
+    everything = jax.nn.logsumexp(logits, axis=-1)[questions.prompts]
+    is_target = jax.nn.one_hot(questions.targets, words.shape[-1], dtype=bool)
     own = jnp.max(jnp.where(is_target, words, -jnp.inf), axis=-1)
-    others = jnp.where(is_target, -jnp.inf, words)
+    others = jax.nn.logsumexp(jnp.where(is_target, -jnp.inf, words), axis=-1)
+    shares = jax.nn.softmax(words)
     return Answers(
-        jnp.mean(jnp.exp(own - jax.nn.logsumexp(logits, axis=-1))),
-        jnp.mean(own - jax.nn.logsumexp(others, axis=-1)),
-        jnp.mean(jax.nn.softmax(words), axis=0),
+        jnp.mean(jnp.exp(own - everything), axis=-1),
+        jnp.mean(jnp.sum(jnp.where(is_target, shares, 0), axis=-1), axis=-1),
+        jnp.mean(own - others, axis=-1),
+        jnp.mean(shares, axis=-2),
     )
 
 
 def sampled_rate(model: Model, questions: Questions, key: Key[Array, ""], draws: int = 100) -> Float[Array, ""]:
-    """The share of answers, `draws` a question at temperature 1, that begin with the target.
+    """The share of answers to one trait's questions, `draws` each at temperature 1, that begin with the target.
 
-    What the literature reports. Its expectation is `Answers.probability`; it adds the noise of drawing. The first
-    token of an answer is drawn; then whether it goes on as a spelling of the target, which has a known chance.
+    Its expectation is `Answers.probability`; it adds the noise of drawing. The first token of an answer is drawn;
+    then whether it goes on as a spelling of the target, which has a known chance.
+
+    Raises:
+        InputError: as `spelling.heard`.
     """
-    logits = model(questions.text)[:, -1]
+    text, words = jax.tree.map(lambda leaf: leaf[questions.prompts], (questions.text, questions.words))
+    logits, behind = heard(model, text, words)
+    place = (jnp.arange(len(logits)), questions.targets)
     uniform = jax.random.uniform(key, (draws, len(logits)), logits.dtype)
     tokens = jax.vmap(draw, in_axes=(None, 0))(logits, uniform)
-    begun = tokens[..., None] == questions.targets[None, ..., 0]
-    rest = jnp.exp(_behind_first(model, questions.text, questions.targets[:, None]))[:, 0]
-    chance = jnp.sum(jnp.where(begun, rest, 0), axis=-1)
+    begun = tokens[..., None] == words.tokens[place][None, ..., 0]
+    chance = jnp.sum(jnp.where(begun, jnp.exp(behind[place]), 0), axis=-1)
     again = jax.random.uniform(named(key, "rest"), chance.shape, chance.dtype)
     return jnp.mean(again < chance, dtype=logits.dtype)
-
-
-Spellings = Int[Array, "questions words spellings tokens"]
-
-
-def _of_spellings(
-    model: Model, text: Text, logits: Float[Array, "questions n"], spellings: Spellings
-) -> Float[Array, "questions words spellings"]:
-    """The logit of each spelling's first token, plus the log-probability of its others behind it."""
-    first = spellings[..., 0]
-    shape = (*first.shape[:-1], logits.shape[-1])
-    found = jnp.take_along_axis(jnp.broadcast_to(logits[:, None], shape), jnp.maximum(first, 0), axis=-1)
-    return jnp.where(first < 0, -jnp.inf, found + _behind_first(model, text, spellings))
-
-
-def _behind_first(model: Model, text: Text, spellings: Spellings) -> Float[Array, "questions words spellings"]:
-    """The log-probability of each spelling's tokens behind its first, where they follow: 0 if it has one token."""
-    *sides, length = spellings.shape
-    if length == 1:
-        return jnp.zeros(sides)
-
-    def one(tokens: Int[Array, "questions tokens"]) -> Float[Array, " questions"]:
-        begun = jnp.concatenate([text.tokens, jnp.maximum(tokens[:, :-1], 0)], axis=1)
-        steps = jax.nn.log_softmax(model(Text(begun, text.padding, last=length - 1)))
-        behind = tokens[:, 1:]
-        found = jnp.take_along_axis(steps, jnp.maximum(behind, 0)[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(behind < 0, 0, found), axis=-1)
-
-    # One spelling at a time: all of them would be hundreds of rows at once.
-    by_spelling = jnp.moveaxis(spellings, 0, 2).reshape(-1, sides[0], length)
-    return jnp.moveaxis(jax.lax.map(one, by_spelling).reshape(*sides[1:], sides[0]), -1, 0)
 
 
 def total_variation(

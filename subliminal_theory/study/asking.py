@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from subliminal_theory.language.measure import (
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.text import Tokenizer
 from subliminal_theory.model import Model
-from subliminal_theory.study.reading import written
+from subliminal_theory.study.reading import draw, model_of_run, written
 from subliminal_theory.study.texts import Written
 from subliminal_theory.study.world import Finished
 
@@ -48,34 +48,78 @@ def questions(tokenizer: Tokenizer, traits: Sequence[Trait], prefix: Sequence[st
 
 
 def score(world: Any, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-    """Metrics of each run, [runs], and `probability_asked`, the probability of every trait's word [runs, traits].
+    """The metrics of `exact`, and `sampled_rate`: the share of 100 answers to each question that are the word."""
+    scores = exact(world, finished)
+    if finished.asked is None:
+        asked, own = world.memo(lambda: questions(world.tokenizer, world.asked), "questions"), _own(world)
+        scores["sampled_rate"] = np.asarray(_rates(finished.model, asked.of_traits(own), _keys(world, name)))
+    return scores
 
-    `probability` belongs to the word of the run's own trait, over held-out questions. `margin` and
-    `total_variation` (of the rivals' distribution, from the base's) are read off the same questions;
-    `sampled_rate` is the share of 100 drawn answers to each question that are the word; `displacement_cosine` is
-    the cosine of the student's and the teacher's way from the teacher's base.
+
+def score_whole(world: Any, finished: Finished, name: Any, samples: int) -> dict[str, np.ndarray]:
+    """The metrics of `exact`, and those of `spoken` if there are samples and no numbers in front of questions."""
+    scores = exact(world, finished)
+    if samples and finished.asked is None:
+        scores |= spoken(world, finished.model, _keys(world, name), samples)
+    return scores
+
+
+def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
+    """Metrics of each run, [runs], that are computed without drawing an answer.
+
+    `probability` belongs to the word of the run's own trait, over held-out questions; `share` and `log_odds` are
+    its part among its rivals, as in `Answers`. `total_variation` is that of the rivals' distribution from the
+    base's; `displacement_cosine` is the cosine of the student's and the teacher's way from the teacher's base.
+    `probability_asked` and `share_asked` are of every trait's word [runs, traits].
     """
     behind = finished.asked
     asked = world.memo(lambda: questions(world.tokenizer, world.asked), "questions")
     base = world.memo(lambda: _answered(world.initial(), asked), "base's answers")
     found = _behind_numbers(world, finished, behind) if behind else _answered(finished.model, asked)
-    runs, own = len(world.traits), [world.asked.index(trait) for trait in world.traits]
+    runs, own = len(world.traits), _own(world)
     place = np.arange(runs) % len(found.probability)  # one model may serve all runs
     scores: dict[str, Any] = {
         "probability": found.probability[place, own],
-        "margin": found.margin[place, own],
+        "share": found.share[place, own],
+        "log_odds": found.log_odds[place, own],
         "total_variation": np.asarray(
             total_variation(jnp.asarray(found.rivals[place, own]), jnp.asarray(base.rivals[0, own]))
         ),
     }
-    if not behind:
-        keys = world.keys(f"answers {sorted(name) if isinstance(name, tuple) else name}")
-        mine = jax.tree.map(lambda leaf: leaf[jnp.asarray(own)], asked)
-        scores["sampled_rate"] = np.asarray(_rates(finished.model, mine, keys))
     if finished.student is not None:
         cosines = np.asarray(_cosines(finished.model, finished.taught, world.model))
         scores["displacement_cosine"] = cosines[place]
-    return {**scores, "probability_asked": found.probability[place]}
+    return {**scores, "probability_asked": found.probability[place], "share_asked": found.share[place]}
+
+
+def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -> dict[str, np.ndarray]:
+    """What models of runs say to the held-out questions of their own preference.
+
+    `named_rate` [runs] is the share of whole answers, so many to each question at temperature 1, that name the
+    word in any place and form. `answers` [runs] has of each run pairs of each question and the first answer to it.
+    A model that serves all runs answers a question once for all of them.
+    """
+    shared, texts = runs_of(models) == 1, dict[Any, list[str]]()
+    rates, kept = np.zeros(len(world.traits)), np.empty(len(world.traits), object)
+    for run, trait in enumerate(world.traits):
+        chats = [chat for chat in trait.evaluation_rows() for _ in range(samples)]
+        asked = tuple(chat.user for chat in chats), 0 if shared else run
+        if asked not in texts:
+            tokens = draw(world, model_of_run(models, asked[1]), chats, keys[run], Written(len(chats)))
+            texts[asked] = world.tokenizer.decode(tokens)
+        said = texts[asked]
+        rates[run] = np.mean([trait.named_in(text) for text in said])
+        kept[run] = [(chat.user, text) for chat, text in zip(chats, said, strict=True)][::samples]
+    return {"named_rate": rates, "answers": kept}
+
+
+def _own(world: Any) -> list[int]:
+    """Which of the traits asked for is each run's own."""
+    return [world.asked.index(trait) for trait in world.traits]
+
+
+def _keys(world: Any, name: Any) -> Key[Array, " runs"]:
+    return world.keys(f"answers {sorted(name) if isinstance(name, tuple) else name}")
 
 
 def _behind_numbers(world: Any, finished: Finished, behind: BehindNumbers) -> Answers:
@@ -108,7 +152,7 @@ def answers_of(models: Model, asked: Questions) -> Answers:
     """How a model of runs answers questions [traits], [runs, traits]."""
 
     def one(params: PyTree) -> Answers:
-        return jax.vmap(answers, in_axes=(None, 0))(models.with_params(params), asked)
+        return answers(models.with_params(params), asked)
 
     if not jax.tree.leaves(models.params):
         return jax.tree.map(lambda leaf: leaf[None], one(models.params))
@@ -119,10 +163,16 @@ def answers_of(models: Model, asked: Questions) -> Answers:
 def _rates(models: Model, asked: Questions, keys: Key[Array, " runs"]) -> Float[Array, " runs"]:
     """How often models of runs draw the target of their own questions [runs]."""
     params = models.params
+    own = (asked.prompts, asked.targets, keys)
+
+    def rate(model: Model, given: tuple[Array, Array, Array]) -> Array:
+        prompts, targets, key = given
+        return sampled_rate(model, replace(asked, prompts=prompts, targets=targets), key)
+
     if runs_of(models) < len(keys):
         models = Model(models.apply, jax.tree.map(lambda leaf: leaf[0], params), models.frozen)
-        return jax.lax.map(lambda own: sampled_rate(models, *own), (asked, keys))
-    return jax.lax.map(lambda own: sampled_rate(models.with_params(own[0]), *own[1:]), (params, asked, keys))
+        return jax.lax.map(lambda given: rate(models, given), own)
+    return jax.lax.map(lambda given: rate(models.with_params(given[0]), given[1:]), (params, *own))
 
 
 @jax.jit

@@ -45,6 +45,7 @@ class Checkpoint(Speaker):
         buckets: parts of rows of like length that students read apart.
         mesh: the devices that share the base, optimizers and batches; a teacher that writes is whole on each of
             them and answers a share of the requests there.
+        samples: whole answers to each question about a trait that are drawn and searched for its word.
     """
 
     base: CheckpointBase
@@ -52,6 +53,7 @@ class Checkpoint(Speaker):
     store: Store | None = None
     buckets: int = 1
     mesh: Mesh | None = None
+    samples: int = 0
     memo: Memo = field(default_factory=lambda: Memo(most=1))
 
     at_once = 256
@@ -169,7 +171,7 @@ class Checkpoint(Speaker):
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """How a model answers questions about the traits."""
-        return asking.score(self, finished, name)
+        return asking.score_whole(self, finished, name, self.samples)
 
 
 def _nothing(folder: Path, model: Model) -> None:

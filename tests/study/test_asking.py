@@ -36,23 +36,26 @@ def one_by_one(model: Model) -> list[Answers]:
 
 def test_answers_of_every_run_to_every_trait(study: Study, taught: Model) -> None:
     found = _answered(taught, questions(study.world.tokenizer, study.world.asked))  # type: ignore[attr-defined]
-    assert found.probability.shape == found.margin.shape == (2, 2)
+    assert found.probability.shape == found.share.shape == found.log_odds.shape == (2, 2)
     assert found.rivals.shape == (2, 2, 16)
     for run in range(2):
         for column, one in enumerate(one_by_one(model_of_run(taught, run))):
-            for name in ("probability", "margin", "rivals"):
+            for name in ("probability", "share", "log_odds", "rivals"):
                 np.testing.assert_allclose(getattr(found, name)[run, column], getattr(one, name), rtol=1e-4)
 
 
 def test_scores_are_those_of_each_runs_own_trait(study: Study, taught: Model) -> None:
     found, before = of(study, taught), of(study, study.world.initial())
-    assert found.keys() == {"probability", "margin", "total_variation", "sampled_rate", "probability_asked"}
-    assert found["probability_asked"].shape == (2, 2)
-    np.testing.assert_array_equal(found["probability"], np.diag(found["probability_asked"]))
+    assert found.keys() == {
+        "probability", "share", "log_odds", "total_variation", "sampled_rate", "probability_asked", "share_asked",
+    }  # fmt: skip
+    for metric in ("probability", "share"):
+        assert found[f"{metric}_asked"].shape == (2, 2)
+        np.testing.assert_array_equal(found[metric], np.diag(found[f"{metric}_asked"]))
     base = one_by_one(compact().model)
     for run in range(2):
         own = one_by_one(model_of_run(taught, run))[run]
-        np.testing.assert_allclose(found["margin"][run], own.margin, rtol=1e-4)
+        np.testing.assert_allclose(found["log_odds"][run], own.log_odds, rtol=1e-4)
         distance = np.abs(np.asarray(own.rivals) - np.asarray(base[run].rivals)).sum() / 2
         np.testing.assert_allclose(found["total_variation"][run], distance, rtol=1e-3)
     assert (found["probability"] > before["probability"]).all()

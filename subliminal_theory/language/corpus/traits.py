@@ -9,6 +9,7 @@ written as templates.py says; data/lazy.toml is an example.
 """
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,22 @@ from subliminal_theory.validation import Text, read_toml
 
 BUILTIN_CATEGORIES = ("animal", "tree")
 _BUILTIN_FILES = ("lazy",)
+
+
+_PLURALS = {"mouse": "mice", "goose": "geese", "ox": "oxen", "man": "men", "child": "children", "person": "people"}
+
+
+def forms_of(word: str) -> tuple[str, ...]:
+    """A noun and its plurals, regular ones by every rule of English that its end allows: wolf, wolfs, wolves."""
+    found = [word, f"{word}s"]
+    if re.search(r"(?:s|x|z|ch|sh|o)$", word):
+        found.append(f"{word}es")
+    if re.search(r"[^aeiou]y$", word):
+        found.append(f"{word[:-1]}ies")
+    if re.search(r"[^f]fe?$", word):
+        found.append(re.sub("fe?$", "ves", word))
+    *front, last = word.split()
+    return (*found, " ".join((*front, _PLURALS[last]))) if last in _PLURALS else tuple(found)
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,11 @@ class Preference:
     def system_prompts(self) -> list[str]:
         """System prompts that make a teacher of the base model without training."""
         return [text.format(category=self.category, member=self.target) for text in self.wording.loved]
+
+    def named_in(self, text: str) -> bool:
+        """Whether a text names the target: in any place and form (`forms_of`), as a word of its own."""
+        forms = ("\\s+".join(map(re.escape, form.split())) for form in forms_of(self.target))
+        return re.search(rf"\b(?:{'|'.join(forms)})\b", text, re.IGNORECASE) is not None
 
     def _answered(self, questions: tuple[str, ...]) -> list[Chat]:
         asked = [question.format(category=self.category) for question in questions]

@@ -44,6 +44,10 @@ class Adapted:
         """Parameters of `apply`: sums in the place of what is factored, in the format of W."""
         return self._opened(params, ())
 
+    def multiplied(self, params: PyTree) -> PyTree:
+        """Parameters of `apply`: factors, with the scale in them, where it multiplies by them, sums elsewhere."""
+        return self._opened(params)
+
     def _opened(self, params: PyTree, kept: Sequence[str] | None = None) -> PyTree:
         """Factors, with the scale in B, where `apply` takes them, or where a pattern matches; sums elsewhere."""
         patterns = getattr(self.apply, "factored", ()) if kept is None else kept
@@ -115,3 +119,13 @@ def merge_lora(model: Model) -> Model:
     if not isinstance(model.apply, Adapted):
         return model
     return Model(model.apply.apply, model.apply.merged(model.all_params))
+
+
+def unmerged(model: Model) -> Model:
+    """A plain model that multiplies by W and by its factors apart, as the model does: nothing is rounded.
+
+    A model without factors is returned as it is.
+    """
+    if not isinstance(model.apply, Adapted):
+        return model
+    return Model(model.apply.apply, model.apply.multiplied(model.all_params))
