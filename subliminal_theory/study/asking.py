@@ -106,7 +106,7 @@ def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -
         asked = tuple(chat.user for chat in chats), 0 if shared else run
         if asked not in texts:
             tokens = draw(world, model_of_run(models, asked[1]), chats, keys[run], Written(len(chats)))
-            texts[asked] = world.tokenizer.decode(tokens)
+            texts[asked] = world.tokenizer.decode(np.concatenate([*tokens]))
         said = texts[asked]
         rates[run] = np.mean([trait.named_in(text) for text in said])
         kept[run] = [(chat.user, text) for chat, text in zip(chats, said, strict=True)][::samples]
