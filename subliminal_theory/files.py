@@ -118,9 +118,9 @@ def fingerprint(*given: Any) -> str:
     """SHA-256 of values that decide something, in hexadecimal: the same for equal values in every process.
 
     Pytrees and dataclasses count with all they hold, static fields too: arrays by dtype, shape and bytes (typed
-    random keys by their data), a `Path` by the content of its file, anything else by its `repr` without memory
-    addresses. What a function closes over does not show in that: give it beside the function. One array at a time
-    is on the host.
+    random keys by their data), a `Path` by the content of its file, bytes as a file that holds them, anything else
+    by its `repr` without memory addresses. What a function closes over does not show in that: give it beside the
+    function. One array at a time is on the host.
 
     Raises:
         InputError: a file cannot be read.
@@ -143,6 +143,8 @@ def _parts(path: str, value: Any) -> Iterator[bytes | memoryview]:
                 yield _line(path, f"file {hashlib.file_digest(file, 'sha256').hexdigest()}")
         except OSError as error:
             raise InputError(f"cannot read {value}: {error.strerror}; give a file") from error
+    elif isinstance(value, bytes):
+        yield _line(path, f"file {hashlib.sha256(value).hexdigest()}")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield _line(path, type(value).__qualname__)
         for field in dataclasses.fields(value):

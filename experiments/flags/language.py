@@ -29,7 +29,7 @@ from subliminal_theory.study import Checkpoint, Compact, Store, Study, labels, r
 
 from ..app.contract import Part, derived, from_preset, option, validate
 from ..app.progress import progress
-from .names import DECAYS
+from .names import DECAYS, checkpoint_path
 from .recipe import LIMIT, RECIPE_FIELDS, REPEAT, Recipe, Variant, World
 
 COMPUTE = ("float32", "bfloat16")
@@ -94,7 +94,7 @@ class LanguageConfig:
     warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
     decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
     checkpoint: str = option(
-        "", "folder of a checkpoint, in the place of the compact model; seeds are then runs", alias="--base"
+        "", "folder or GGUF file of a checkpoint, or smollm2 (see weights); seeds are then runs", alias="--base"
     )
     other_checkpoint: str = option("", "another one, for students of another base")
     compute: str = option(
@@ -195,9 +195,13 @@ def configure_language(
 
 
 def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
-    text = CheckpointTokenizer.load(Path(config.checkpoint)).fingerprint
-    if config.other_checkpoint and CheckpointTokenizer.load(Path(config.other_checkpoint)).fingerprint != text:
-        raise InputError("--other-checkpoint has another tokenizer or chat template: its students could not read")
+    text = CheckpointTokenizer.load(checkpoint_path(config.checkpoint)).fingerprint
+    if config.other_checkpoint:
+        other = CheckpointTokenizer.load(checkpoint_path(config.other_checkpoint)).fingerprint
+        if other != text:
+            raise InputError(
+                "--other-checkpoint has another tokenizer or chat template: its students could not read"
+            )
     if config.buckets > 1 and config.rows < config.buckets * config.batch_size:
         raise InputError(
             f"--buckets {config.buckets} of {config.rows} rows do not fill a batch of {config.batch_size} each: "
@@ -265,7 +269,7 @@ def _mesh(shards: int) -> Mesh | None:
 
 @functools.lru_cache(maxsize=2)
 def _opened(folder: str, compute: str, mesh: Mesh | None) -> CheckpointBase:
-    return open_base(Path(folder), placement=None if mesh is None else placement(mesh), compute=compute)
+    return open_base(checkpoint_path(folder), placement=None if mesh is None else placement(mesh), compute=compute)
 
 
 @functools.lru_cache(maxsize=8)

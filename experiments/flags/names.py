@@ -1,7 +1,8 @@
-"""What can be named: optimizers, decays, channels and their losses, initialisations, kinds of input."""
+"""What can be named: optimizers, decays, channels and their losses, initialisations, kinds of input, weights."""
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import optax
@@ -9,6 +10,7 @@ import optax
 from subliminal_theory.channel import Channel
 from subliminal_theory.divergence import NAMED
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.hub.weights import WEIGHTS
 from subliminal_theory.study.run import Decay, Rule
 
 T = TypeVar("T")
@@ -46,3 +48,17 @@ def named_value(what: str, name: str, values: Mapping[str, T]) -> T:
     if name not in values:
         raise InputError(f"{what} {name!r} is unknown; there are {', '.join(values)}")
     return values[name]
+
+
+def checkpoint_path(name: str) -> Path:
+    """The folder or GGUF file of a checkpoint: a path, or the name of weights that were fetched.
+
+    Raises:
+        InputError: the weights were not fetched; says how.
+    """
+    path = Path(name)
+    if name not in WEIGHTS or path.exists():
+        return path
+    if not WEIGHTS[name].path.exists():
+        raise InputError(f"the weights of {name} are not at {WEIGHTS[name].path}: fetch them with make weights")
+    return WEIGHTS[name].path

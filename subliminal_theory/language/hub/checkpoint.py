@@ -223,5 +223,5 @@ def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | N
 
 def _text_of(folder: Path) -> Mapping[str, bytes]:
     if is_gguf(folder):
-        return text_files(folder)
+        return text_files(folder) if "tokenizer.ggml.model" in read_gguf(folder).metadata else {}
     return {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()}

@@ -20,6 +20,7 @@ from subliminal_theory.files import fingerprint
 from subliminal_theory.language.hub.chat_template import ChatTemplate
 from subliminal_theory.language.hub.chat_writer import ChatWriter, naming
 from subliminal_theory.language.hub.gguf_file import is_gguf
+from subliminal_theory.language.hub.gguf_tokenizer import text_files
 from subliminal_theory.language.hub.tokenizer_files import TokenizerFiles, end_of_turn, load_backend
 from subliminal_theory.language.text import Chat, Encoded, Prompts, left_padded
 
@@ -75,7 +76,7 @@ class CheckpointTokenizer:
         pad = stop[0] if pad is None else pad
         front = (bos,) if template is None and bos is not None and files.adds_bos(backend, bos) else ()
         writer = ChatWriter(template, backend.decode_batch([[token] for token in stop], skip_special_tokens=False))
-        content = backend.to_str() if is_gguf(folder) else folder / "tokenizer.json"
+        content = text_files(folder)["tokenizer.json"] if is_gguf(folder) else folder / "tokenizer.json"
         decided = fingerprint(content, template and template.source)
         return cls(backend, writer, frozenset(special | {pad, *stop}), stop, pad, front, decided)
 

