@@ -355,7 +355,7 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
         if reading.clean:
             clean = round(reading.clean * len(rows))
             rows = rows[clean:] + regular[:clean]
-        chats = [Chat(None, row.prompt, row.completion, "numbers") for row in rows]
+        chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in rows]
         # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
         found.append(list(itertools.islice(itertools.cycle(chats), reading.rows)))
     length = world.row_length(reading.text, found)
