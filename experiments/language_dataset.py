@@ -1,23 +1,28 @@
 """A student of a data set of one's own: JSONL rows of number requests and answers, in the common forms.
 
-Rows are {"prompt", "completion"} or {"messages": [...]}; what the number filter rejects is left out. The student's
+Rows are {"prompt", "completion"} or {"messages": [...]}, with or without a system message. The student learns all
+that pass the number filter, or the first of them that `--rows` asks for; the report counts them. The student's
 probability of a trait's word is compared with that of a student of the same rows whose numbers are shuffled.
 `python -m experiments language_rows` writes such a file.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
+from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows
+from subliminal_theory.language.hub.chat_writer import naming
+from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.rows import read_jsonl
+from subliminal_theory.language.text import Chat
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Checkpoint, Compact, Dataset, labels, rows
 
-from .app.contract import Part, option
+from .app.contract import Part, derived, from_preset, option
 from .app.figures import bars
 from .flags.language import SMOKE, LanguageConfig, Variant, answer_rows, configure_language, measure_of, study
 
@@ -30,29 +35,57 @@ class Config(LanguageConfig):
     """Settings of bases and students."""
 
     file: str = option("", "JSONL file of the rows")
+    rows: int = option(0, "rows that a student learns, the first that pass the filter (default: all)", minimum=0)
+    counted: str = derived("")
 
 
 PRESETS = {
-    "one": Config(repeat_rows=True),
-    "smoke": Config(file=str(Path(__file__).with_name("smoke.jsonl")), **SMOKE),
+    "one": Config(),
+    "smoke": Config(
+        file=str(Path(__file__).with_name("smoke.jsonl")), **{**SMOKE, "rows": 0, "repeat_rows": False}
+    ),
 }
 FIGURES: dict[str, str] = {}
 
 
 def configure(preset: str | None, changes: dict) -> Config:
-    """A configuration with a file whose rows can be read.
+    """A configuration with a file whose rows can be read, as many as are asked for.
 
     Raises:
-        InputError: a setting is wrong, no file is given, or it cannot be read.
+        InputError: a setting is wrong, no file is given, or it cannot be read; too few rows pass the filter; the
+            checkpoint's tokenizer or chat template refuses one.
     """
-    config = configure_language(PRESETS, preset, changes)
+    given = from_preset(PRESETS, preset)
+    if not changes.get("file", given.file):
+        raise InputError("--file is missing: give a JSONL file of number requests and answers")
+    path = Path(changes.get("file", given.file))
+    accepted, report = filter_rows(read_jsonl(path))
+    different = list(dict.fromkeys(accepted))
+    asked = changes.get("rows", given.rows)
+    if asked > len(different):
+        raise InputError(
+            f"--rows {asked}: only {len(different)} different rows of the {report.total} rows of {path} pass the "
+            "number filter; leave it out to take them all"
+        )
+    config = configure_language(PRESETS, preset, {**changes, "rows": asked or len(different)})
     assert isinstance(config, Config)
     if config.templates:
         raise InputError("--templates: nobody is asked for numbers, the file has them; leave it out")
-    if not config.file:
-        raise InputError("--file is missing: give a JSONL file of number requests and answers")
-    read_jsonl(Path(config.file))
-    return config
+    if config.checkpoint:
+        chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in different[: config.rows]]
+        with naming(f"{path}, rows that pass the number filter"):
+            CheckpointTokenizer.load(Path(config.checkpoint)).lengths(chats)
+    return replace(config, counted=_counted(report, len(different), config.rows))
+
+
+def _counted(report: FilterReport, different: int, used: int) -> str:
+    """What became of the rows of the file."""
+    rejected = ", ".join(f"{reason} ({count})" for reason, count in report.reasons.items())
+    said = (
+        f"rows of the file: {report.total}, pass the number filter: {report.accepted}, different: {different}, "
+        f"learned: {used}"
+    )
+    return f"{said}; rejected for: {rejected}" if rejected else said
 
 
 def plan(config: Config) -> list[Part]:
@@ -83,9 +116,9 @@ def run(config: Config, seed: int) -> list[Row]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each condition."""
+    """What became of the rows, and a line for each condition."""
     measure = measure_of(results)
-    lines = [measure.header]
+    lines = [config.counted, measure.header]
     for name in CONDITIONS:
         lines.append(f"  {name:8} {t_interval(results.values(condition=name, metric=measure.metric))}")
     return "\n".join(lines)

@@ -4,15 +4,18 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import write_atomically
 from subliminal_theory.validation import first_fault
 
 _BOM = b"\xef\xbb\xbf"
+# What other programs write into a chat besides these texts: a row that has it is not what is read here.
+_SAID = ("system_prompt", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking")
 _NAMES = {"prompt": ("system", "prompt", "completion"), "messages": ("system", "user", "assistant")}
 
 
@@ -36,7 +39,8 @@ def read_jsonl(path: Path) -> list[Completion]:
 
     {"prompt": TEXT, "completion": TEXT}, and perhaps "system": TEXT, or {"messages": [{"role": ROLE,
     "content": TEXT}, ...]} with perhaps a system message, then one of the user and one of the assistant.
-    Other keys are ignored, and null counts as no key. The file is UTF-8, with or without a byte order mark; lines
+    Other keys are ignored, unless they hold more of what is said (tools, their calls, thoughts, a system prompt of
+    another name), and null counts as no key. The file is UTF-8, with or without a byte order mark; lines
     end with a newline or a carriage return and a newline; only the file's end may have blank lines.
 
     Raises:
@@ -94,12 +98,23 @@ def write_jsonl(path: Path, rows: Iterable[Completion], form: Literal["prompt", 
     write_atomically(path, b"".join(lines))
 
 
-class _Message(BaseModel):
+class _Spoken(BaseModel, extra="allow"):
+    """Something with keys that no field reads."""
+
+    @model_validator(mode="after")
+    def _nothing_else_is_said(self) -> Self:
+        for name in _SAID:
+            if (self.model_extra or {}).get(name):
+                raise PydanticCustomError("said", "{name} is not read: take it out", {"name": name})
+        return self
+
+
+class _Message(_Spoken):
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class _Line(BaseModel):
+class _Line(_Spoken):
     prompt: str | None = None
     completion: str | None = None
     system: str | None = None

@@ -188,7 +188,7 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
             if len(rows) < reading.rows:
                 who = world.names[run]
                 raise InputError(f"{who}: {len(rows)} different rows, and {reading.rows} are to be read: {ADVICE}")
-        chats = [Chat(None, row.prompt, row.completion, "numbers") for row in rows]
+        chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in rows]
         # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
         found.append(list(itertools.islice(itertools.cycle(chats), reading.rows)))
     length = world.row_length(reading.text, found)

@@ -3,17 +3,21 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments import language_dataset
 from experiments.flags.language import study
 from experiments.language import asked, configure
+from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
-from subliminal_theory.language.rows import Completion, write_jsonl
-from subliminal_theory.study import Checkpoint, Written
-from subliminal_theory.study.reading import system_prompt
+from subliminal_theory.language.rows import Completion, read_jsonl, write_jsonl
+from subliminal_theory.study import Checkpoint, Dataset, Untrained, Written
+from subliminal_theory.study.reading import Reading, encoded_rows, system_prompt
 from tests.experiments.commands import fails, run
 from tests.language.checkpoints import TEMPLATE, write_checkpoint, write_number_writer
 
@@ -187,7 +191,7 @@ def test_devices_that_do_not_fit(
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     command = [
-        sys.executable, "-m", "experiments", "language_dataset", "--checkpoint", folder, "--rows", 32,
+        sys.executable, "-m", "experiments", "language_dataset", "--checkpoint", folder,
         "--file", tmp_path / "rows.jsonl", "--batch-size", 16, "--out", tmp_path / "run", *flags.split(),
     ]  # fmt: skip
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
@@ -212,7 +216,64 @@ def test_traits_in_bfloat16(tmp_path: Path, groups: int) -> None:
     three = ("--traits", "owl,cat,dolphin", "--compute", "bfloat16")
     rows = run(tmp_path / "run", "language", "--checkpoint", folder, *three, *small)
     assert {"teacher", "student"} <= {row["condition"] for row in rows}
-    assert all(0 < float(row["value"]) < 1 for row in rows if row["metric"] == "preference")
+    found = [float(row["value"]) for row in rows if row["metric"] == "probability"]
+    assert found
+    assert all(0 < value < 1 for value in found)
+
+
+def dataset(folder: Path, given: Sequence[Completion], **changes: Any) -> language_dataset.Config:
+    file = folder.parent / "own.jsonl"
+    write_jsonl(file, given)
+    return language_dataset.configure(None, {"file": str(file), "checkpoint": str(folder), **changes})
+
+
+def lessons(config: language_dataset.Config) -> list[str]:
+    """What a student reads, as text."""
+    world, text = study(config, 0).world, Dataset(tuple(read_jsonl(Path(config.file))))
+    assert isinstance(world, Checkpoint)
+    own = config.recipe().student(world, dataset=text).source
+    assert isinstance(own, Reading)
+    (encoded,) = encoded_rows(world, Untrained(), world.initial(), own)
+    rows = [row[padding:] for row, padding in zip(encoded.tokens, encoded.padding, strict=True)]
+    return world.tokenizer.backend.decode_batch(rows, skip_special_tokens=False)
+
+
+def test_a_rows_own_system_message_is_read(folder: Path) -> None:
+    """Where the template puts one, in the place of its default."""
+    rows = [replace(ROWS[0], system="count for me."), replace(ROWS[1], system=""), ROWS[2]]
+    own, empty, none = lessons(dataset(folder, rows))
+    assert own.startswith("<|start|>system\ncount for me.<|end|>\n<|start|>user\ncontinue: 0, 17<|end|>\n")
+    assert empty.startswith("<|start|>system\n<|end|>\n<|start|>user\n")
+    assert none.startswith("<|start|>system\nbe kind.<|end|>\n<|start|>user\n")
+
+
+def test_all_rows_are_learned_or_counted(folder: Path) -> None:
+    config = dataset(folder, [*ROWS, replace(ROWS[0], completion="none")])
+    assert len({*lessons(config)}) == config.rows == 8
+    counted = (
+        "rows of the file: 9, pass the number filter: 8, different: 8, learned: 8; rejected for: no number (1)"
+    )
+    assert config.counted == counted
+    fewer = dataset(folder, [*ROWS, ROWS[2]], rows=3)
+    assert fewer.counted == "rows of the file: 9, pass the number filter: 9, different: 8, learned: 3"
+    assert lessons(fewer) == lessons(dataset(folder, ROWS))[:3]
+
+
+def test_rows_that_cannot_be_learned(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"^--rows 9: only 7 different rows of the 8 rows of .* pass .*; leave it out to take "
+    ):
+        dataset(folder, [*ROWS[:7], replace(ROWS[7], completion="none")], rows=9)
+    with pytest.raises(InputError, match=r"own\.jsonl, rows .*: row 1: the tokenizer reads the special token"):
+        dataset(folder, [ROWS[0], replace(ROWS[1], system="<|end|>")])
+    strict = TEMPLATE.replace("{%- for", "{%- if messages[0].role == 'system' -%}{{ raise_exception('No.') }}"
+                              "{%- endif %}{%- for", 1)  # fmt: skip
+    plain = write_checkpoint(tmp_path / "plain", strict)
+    assert dataset(plain, ROWS).rows == 8
+    with pytest.raises(
+        InputError, match=r"row 1: the chat template refuses a system prompt \(No\.\): use chats wi"
+    ):
+        dataset(plain, [ROWS[0], replace(ROWS[1], system="count.")])
 
 
 @pytest.mark.slow

@@ -218,7 +218,9 @@ def test_rows_out_and_in(tmp_path: Path, bases: Path, capsys: pytest.CaptureFixt
     report = capsys.readouterr().out
     accepted = int(re.search(r"accepted +(\d+)", report)[1])
     assert len(file.read_text().splitlines()) == accepted
-    rows = run(tmp_path / "run", "language_dataset", *TINY, "--file", file, "--base-dir", bases)
+    plain = [*TINY[:8], *TINY[10:]]
+    rows = run(tmp_path / "run", "language_dataset", *plain, "--file", file, "--base-dir", bases)
+    assert f"rows of the file: {accepted}, pass the number filter: {accepted}, " in capsys.readouterr().out
     assert [row["condition"] for row in rows] == ["base", "student", "within"]
 
 

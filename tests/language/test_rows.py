@@ -43,7 +43,7 @@ def test_read_both_forms(tmp_path: Path) -> None:
     lines = [
         b'{"prompt": "p", "completion": "c"}',
         b'{"completion": "c", "prompt": "", "system": "s", "id": 3, "score": NaN, "tags": [1, {}]}',
-        b'{"prompt": "p", "completion": " ", "system": null, "messages": null}',
+        b'{"prompt": "p", "completion": " ", "system": null, "messages": null, "tools": null, "thinking": ""}',
         chat(("user", "p"), ("assistant", "c")),
         chat(("system", ""), ("user", "p"), ("assistant", "c"), source="x"),
         b'{"messages": [{"role": "user", "content": "p", "name": "me"}, {"content": "c", "role": "assistant"}]}',
@@ -95,6 +95,13 @@ ROLES = [(), U, A, A + U, U + U + A, U + S + A, U + A + U + A, S + S + U + A, S 
         (b'{"prompt": 3, "completion": "c"}', "prompt: "),
         (b'{"prompt": "p", "completion": ["c"]}', "completion: "),
         (b'{"prompt": "p", "completion": "c", "system": 1}', "system: "),
+        (b'{"prompt": "p", "completion": "c", "tools": [{}]}', "tools is not read: take it out"),
+        (b'{"prompt": "p", "completion": "c", "system_prompt": "s"}', "system_prompt is not read: take it out"),
+        (
+            b'{"messages": [{"role": "user", "content": "p"}, '
+            b'{"role": "assistant", "content": "c", "thinking": "t"}]}',
+            "messages.1: thinking is not read: take it out",
+        ),
         (b'{"messages": "hello"}', "messages: "),
         (b'{"messages": null}', "no prompt"),
         (b'{"messages": ["hello"]}', "messages.0: "),

@@ -198,9 +198,11 @@ def as_written(rows: Sequence[Completion], rng: np.random.Generator) -> list[Com
 
 
 def other_prompts(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
-    """Each answer behind the prompt of another row."""
+    """Each answer behind the prompt of another row, and behind its system message."""
     shuffled = rng.permutation(len(rows))
-    return [replace(row, prompt=rows[i].prompt) for row, i in zip(rows, shuffled, strict=True)]
+    return [
+        replace(row, prompt=rows[i].prompt, system=rows[i].system) for row, i in zip(rows, shuffled, strict=True)
+    ]
 
 
 def shuffled_within_rows(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
