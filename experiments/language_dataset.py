@@ -62,10 +62,10 @@ def configure(preset: str | None, changes: dict) -> Config:
     accepted, report = filter_rows(read_jsonl(path))
     different = list(dict.fromkeys(accepted))
     asked = changes.get("rows", given.rows)
-    if asked > len(different):
+    if asked > len(different) and not changes.get("repeat_rows", given.repeat_rows):
         raise InputError(
             f"--rows {asked}: only {len(different)} different rows of the {report.total} rows of {path} pass the "
-            "number filter; leave it out to take them all"
+            "number filter; leave it out, or add --repeat-rows"
         )
     config = configure_language(PRESETS, preset, {**changes, "rows": asked or len(different)})
     assert isinstance(config, Config)

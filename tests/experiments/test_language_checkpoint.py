@@ -122,7 +122,14 @@ def test_rows_of_a_checkpoint_are_repeated_only_if_asked_for(folder: Path, tmp_p
         1,
     )
     message = fails(capsys, "language_dataset", *few, "--out", tmp_path / "run")
-    assert f"{len(ROWS)} different rows, and {len(ROWS) + 1} are to be read" in message
+    assert message.startswith(
+        f"--rows {len(ROWS) + 1}: only {len(ROWS)} different rows of the {len(ROWS) + 1} rows"
+    )
+    repeated = language_dataset.configure(
+        None,
+        {"checkpoint": str(folder), "file": str(tmp_path / "rows.jsonl"), "rows": 20, "repeat_rows": True},
+    )
+    assert repeated.rows == 20
 
 
 def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
@@ -261,7 +268,7 @@ def test_all_rows_are_learned_or_counted(folder: Path) -> None:
 
 def test_rows_that_cannot_be_learned(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"^--rows 9: only 7 different rows of the 8 rows of .* pass .*; leave it out to take "
+        InputError, match=r"^--rows 9: only 7 different rows of the 8 rows of .* pass .*; leave it out"
     ):
         dataset(folder, [*ROWS[:7], replace(ROWS[7], completion="none")], rows=9)
     with pytest.raises(InputError, match=r"own\.jsonl, rows .*: row 1: the tokenizer reads the special token"):
