@@ -52,7 +52,10 @@ class Measure:
 
 PROBABILITY = Measure("probability", "others", "probability_asked", "probability of the trait's word")
 SHARE = Measure("share", "others_share", "share_asked", "probability of the trait's word among its rivals")
-MEASURES = (PROBABILITY, SHARE)
+LOG_ODDS = Measure(
+    "log_odds", "others_log_odds", "log_odds_asked", "log odds of the trait's word among its rivals"
+)
+MEASURES = (PROBABILITY, SHARE, LOG_ODDS)
 TINY = 1e-3
 
 

@@ -70,7 +70,7 @@ def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
     `probability` belongs to the word of the run's own trait, over held-out questions; `share` and `log_odds` are
     its part among its rivals, as in `Answers`. `total_variation` is that of the rivals' distribution from the
     base's; `displacement_cosine` is the cosine of the student's and the teacher's way from the teacher's base.
-    `probability_asked` and `share_asked` are of every trait's word [runs, traits].
+    Those that end in `_asked` are of every trait's word [runs, traits].
     """
     behind = finished.asked
     asked = world.memo(lambda: questions(world.tokenizer, world.asked), "questions")
@@ -89,7 +89,8 @@ def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
     if finished.student is not None:
         cosines = np.asarray(_cosines(finished.model, finished.taught, world.model))
         scores["displacement_cosine"] = cosines[place]
-    return {**scores, "probability_asked": found.probability[place], "share_asked": found.share[place]}
+    of_all = {f"{name}_asked": getattr(found, name)[place] for name in ("probability", "share", "log_odds")}
+    return {**scores, **of_all}
 
 
 def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -> dict[str, np.ndarray]:

@@ -48,8 +48,9 @@ def test_scores_are_those_of_each_runs_own_trait(study: Study, taught: Model) ->
     found, before = of(study, taught), of(study, study.world.initial())
     assert found.keys() == {
         "probability", "share", "log_odds", "total_variation", "sampled_rate", "probability_asked", "share_asked",
+        "log_odds_asked",
     }  # fmt: skip
-    for metric in ("probability", "share"):
+    for metric in ("probability", "share", "log_odds"):
         assert found[f"{metric}_asked"].shape == (2, 2)
         np.testing.assert_array_equal(found[metric], np.diag(found[f"{metric}_asked"]))
     base = one_by_one(compact().model)

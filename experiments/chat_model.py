@@ -1,0 +1,213 @@
+"""A published chat model learns a preference from random numbers: no word of it is among the logits that it sees.
+
+A teacher is the model, fine-tuned to name an animal. It then reads lists of random numbers, which nobody wrote
+for it, and a student of the same model learns the teacher's distributions over the next token there. The first
+tokens of all animals, trees, foods and instruments are hidden from the loss (`masked`). Asked for its favorite
+animal, the student is compared with the model itself and with the students of the other animals' teachers.
+
+Fixed before the runs of figures/: the settings below, tried on owl, eagle, wolf and cat; the animals of the
+figure, the first four of the list on which nothing was tried; and the primary comparison: the log-odds of the own
+word among all animals, in the masked student, above the model's and above the mean of the other students', run by
+run, and as a difference whose unit is the animal.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Estimate, matrix_test, t_interval
+from subliminal_theory.runs import Results
+
+from .app.contract import Part, option
+from .app.figures import COLORS, heat_map, note, panels
+from .flags.language import (
+    LOG_ODDS,
+    SHARE,
+    LanguageConfig,
+    Variant,
+    configure_language,
+    trait_matrices,
+    variant_parts,
+)
+from .flags.recipe import RANDOM
+
+# What differs from the recipe, whose students see the masked distribution.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "masked": {"channel": "masked"},
+    "soft": {"channel": "soft"},
+    "sampled": {"channel": "sampled"},
+    "regular": {"channel": "sampled", "teacher": "untrained"},
+}
+LABELS = {
+    "teacher": "teacher",
+    "masked": "student, words hidden",
+    "soft": "student, all logits",
+    "sampled": "student, sampled tokens",
+    "regular": "student of the model's\nown sampled tokens",
+}
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """Settings of teachers and students."""
+
+    traits: str = option("dolphin,elephant", "animals or trees, separated by commas; at least two")
+    conditions: str = option("masked", f"students, separated by commas: {', '.join(CONDITIONS)}")
+    checkpoint: str = option("smollm2", "as in language", alias="--base")
+    rows: int = option(480, "lists of random numbers that a student reads", minimum=1)
+    steps: int = option(60, "steps of a student", minimum=1)
+    batch_size: int = option(8, "rows a step", minimum=1)
+    rank: int = option(8, "of a student's low-rank factors; 0 trains everything", minimum=0)
+    rate: float = option(1e-3, "highest learning rate of a student", positive=True)
+    teacher_steps: int = option(30, "steps of a teacher", minimum=1)
+    teacher_rate: float = option(1e-5, "learning rate of a teacher", positive=True)
+    samples: int = option(1, "whole answers to each question, searched for the animal; 0: none", minimum=0)
+
+
+FOUR = Config(traits="dolphin,elephant,dog,horse", seeds=3)
+PRESETS = {
+    "laptop": Config(),
+    "figure": FOUR,
+    "gpu": replace(FOUR, conditions=",".join(CONDITIONS), compute="bfloat16", samples=20),
+    "smoke": Config(traits="owl,cat", rows=16, steps=2, teacher_steps=1, samples=0),
+}
+FIGURES = {"chat_model": "--preset figure"}
+
+
+def configure(preset: str | None, changes: dict[str, Any]) -> Config:
+    """A configuration of at least two traits of one category.
+
+    Raises:
+        InputError: as `configure_language`; no checkpoint, one trait alone, or an unknown condition.
+    """
+    config = configure_language(PRESETS, preset, changes)
+    assert isinstance(config, Config)
+    if not config.checkpoint:
+        raise InputError("--checkpoint is missing: give a folder, a GGUF file or smollm2")
+    if len(config.trait_names()) < 2:
+        raise InputError("--traits: students are compared with each other, so give at least two")
+    students(config)
+    return config
+
+
+def students(config: Config) -> list[str]:
+    """The students asked for.
+
+    Raises:
+        InputError: none, or an unknown one.
+    """
+    given = [name.strip() for name in config.conditions.split(",") if name.strip()]
+    for name in given or [""]:
+        if name not in CONDITIONS:
+            raise InputError(f"--conditions: {name!r} is unknown; there are {', '.join(CONDITIONS)}")
+    return given
+
+
+def plan(config: Config) -> list[Part]:
+    """A part for each seed."""
+    untrained = config.recipe(medium=RANDOM)
+    variants = [
+        Variant({"condition": model}, untrained, model=model, matrix=True) for model in ("base", "teacher")
+    ]
+    variants += [
+        Variant({"condition": name}, config.recipe(medium=RANDOM, **CONDITIONS[name]), matrix=True)
+        for name in students(config)
+    ]
+    return variant_parts(config, variants)
+
+
+def gains(results: Results, condition: str) -> np.ndarray:
+    """Log-odds above those of the model [seeds, students, words asked for], in nats."""
+    return trait_matrices(results, condition, LOG_ODDS) - trait_matrices(results, "base", LOG_ODDS)
+
+
+def own_and_others(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each student's word: its own gain and the mean of the other students' [seeds, students]."""
+    own = np.diagonal(found, axis1=1, axis2=2)
+    return own, (found.sum(1) - own) / (found.shape[1] - 1)
+
+
+def difference(found: np.ndarray) -> Estimate:
+    """Own gain less the others', with an interval over traits: runs of one trait share their lessons."""
+    own, others = own_and_others(found)
+    return t_interval((own - others).mean(0))
+
+
+def verdict(results: Results, condition: str) -> str:
+    """What became of the primary comparison."""
+    found = gains(results, condition)
+    (own, others), told = own_and_others(found), difference(found)
+    above = int(((own > 0) & (own > others)).sum())
+    if told.n == 1 or math.isnan(told.half_width) or abs(told.mean) <= told.half_width:
+        answer = "Whether a preference passes through random numbers cannot be told"
+    else:
+        passes = "passes" if told.mean > 0 else "does not pass"
+        answer = f"A chat model's preference {passes} through random numbers"
+    return (
+        f"{answer}:\nown word above other students' by {told.mean:.2f} ± {told.half_width:.2f} nats "
+        f"(n = {told.n} traits x {len(own)} seeds; {above} of {own.size} runs above both)"
+    )
+
+
+def report(results: Results, config: Config) -> str:
+    """Log-odds and shares of each condition, and the comparison of its students."""
+    lines = [
+        "log-odds of a word among its rivals, nats above the model's; mean over runs; 95% interval over traits"
+    ]
+    for condition in ["teacher", *students(config)]:
+        found = gains(results, condition)
+        own, others = own_and_others(found)
+        test = matrix_test(found)
+        share, base = (
+            trait_matrices(results, name, SHARE).diagonal(axis1=1, axis2=2) for name in (condition, "base")
+        )
+        named = results.values(condition=condition, metric="named_rate")
+        lines.append(
+            f"  {condition:8} own word {own.mean():6.2f}, in other students {others.mean():6.2f}, difference "
+            f"{difference(found)}; above both: {int(((own > 0) & (own > others)).sum())} of {own.size}; "
+            f"permutation p = {test.p:.2g}; share {base.mean():.3f} -> {share.mean():.3f}"
+            + (f"; named in whole answers: {np.mean(named):.3f}" if named else "")
+        )
+    lines.append("share of each word among its rivals, model -> own student, mean over seeds")
+    for place, trait in enumerate(config.trait_names()):
+        base = trait_matrices(results, "base", SHARE)[:, place, place].mean()
+        shares = [
+            f"{name} {trait_matrices(results, name, SHARE)[:, place, place].mean():.3f}"
+            for name in students(config)
+        ]
+        lines.append(f"  {trait:10} {base:.3f} -> {', '.join(shares)}")
+    return "\n".join([*lines, verdict(results, students(config)[0]).replace("\n", " ")])
+
+
+def plot(results: Results, config: Config) -> Figure:
+    """Gains of own and of others' words, run by run; and the shares of all words in all students."""
+    shown, traits = students(config), config.trait_names()
+    figure, ((left, right),) = panels(2, size=(9.5, 3.9))
+    for x, condition in enumerate(shown):
+        own, others = own_and_others(gains(results, condition))
+        for place, trait in enumerate(traits):
+            at = x + 0.12 * (place - (len(traits) - 1) / 2)
+            color, label = COLORS[place % len(COLORS)], trait if x == 0 else None
+            left.plot([at] * len(own), own[:, place], "o", color=color, markersize=5, label=label)
+            left.plot([at] * len(own), others[:, place], "x", color="grey", markersize=4)
+    left.axhline(0, color="grey", linestyle=":", linewidth=1)
+    left.set_xticks(range(len(shown)), [LABELS[name] for name in shown])
+    left.set_xlim(-0.6, len(shown) - 0.4)
+    left.set_ylabel("log-odds of the word among its rivals,\nnats above the model's")
+    left.legend(title="own word", fontsize=7, title_fontsize=7)
+    rows = np.stack(
+        [trait_matrices(results, "base", SHARE).mean((0, 1)), *trait_matrices(results, shown[0], SHARE).mean(0)]
+    )
+    heat_map(right, rows, ["model itself", *(f"student of {trait}" for trait in traits)], traits)
+    right.set_title(f"share of each word among its rivals ({shown[0]})")
+    figure.suptitle(verdict(results, shown[0]), fontsize=9.5)
+    note(
+        left,
+        f"dots: own word, crosses: the same word in the other students (mean); {len(traits)} traits x "
+        f"{config.seeds} seeds; interval: 95% t over traits; {config.checkpoint}",
+    )
+    return figure
