@@ -169,7 +169,8 @@ def test_traits_in_bfloat16(tmp_path: Path, groups: int) -> None:
     three = ("--traits", "owl,cat,dolphin", "--compute", "bfloat16")
     rows = run(tmp_path / "run", "language", "--checkpoint", folder, *three, *small)
     assert {"teacher", "student"} <= {row["condition"] for row in rows}
-    assert all(0 < float(row["value"]) < 1 for row in rows if row["metric"] == "preference")
+    assert len({row["trait"] for row in rows}) == 3
+    assert all(0 < float(row["value"]) < 1 for row in rows if row["metric"] == "probability")
 
 
 @pytest.mark.slow
