@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
-import platformdirs
-
+from subliminal_theory.compilation import keep_compiled
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory, load_results
 
@@ -97,7 +95,7 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
         if words := field.metadata.get("positional") and options.pop(field.name, None):
             options[field.name] = ",".join(words)
     count, path = options.pop("devices"), Path(out) if out is not None else Path("runs") / name
-    _use_compilation_cache()
+    keep_compiled()
     config = configure(module, preset, options)
     settings = {
         field.name: getattr(config, field.name)
@@ -135,13 +133,6 @@ def draw(path: Path, module: types.ModuleType, config: Any) -> None:
 
     RunDirectory(path).save_figure(save)
     pyplot.close(figure)
-
-
-def _use_compilation_cache() -> None:
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = platformdirs.user_cache_path("subliminal_theory") / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:

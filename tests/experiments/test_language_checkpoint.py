@@ -223,6 +223,7 @@ def test_traits_in_bfloat16(tmp_path: Path, groups: int) -> None:
     three = ("--traits", "owl,cat,dolphin", "--compute", "bfloat16")
     rows = run(tmp_path / "run", "language", "--checkpoint", folder, *three, *small)
     assert {"teacher", "student"} <= {row["condition"] for row in rows}
+    assert len({row["trait"] for row in rows}) == 3
     found = [float(row["value"]) for row in rows if row["metric"] == "probability"]
     assert found
     assert all(0 < value < 1 for value in found)
