@@ -14,6 +14,9 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
 
+from experiments import plan
+from experiments.flags.language import study
+from experiments.language import configure
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.adapter import load_adapter, save_adapter
 from subliminal_theory.language.hub.checkpoint import load_checkpoint, open_base, save_checkpoint
@@ -22,6 +25,7 @@ from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.model.lora import add_lora
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import leaves_by_path
+from subliminal_theory.study import Checkpoint
 from tests.experiments.commands import fails
 from tests.golden.make_families import weights
 from tests.language.checkpoints import write_checkpoint
@@ -329,6 +333,17 @@ def test_spoilt_files(how: str, message: str, tmp_path: Path, capsys: pytest.Cap
     found = fails(capsys, "plan", "--base", file)
     assert message in found
     assert str(file) in found
+
+
+def test_experiments_take_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, file = with_text(tmp_path)
+    config = configure(None, {"checkpoint": str(file), "traits": "owl"})
+    assert config.checkpoint_text == CheckpointTokenizer.load(file).fingerprint
+    world = study(config, 0).world
+    assert isinstance(world, Checkpoint)
+    assert world.base.checkpoint.folder == file
+    assert plan.main(["--base", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("LlamaForCausalLM: ")
 
 
 def test_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

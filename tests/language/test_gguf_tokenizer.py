@@ -58,7 +58,7 @@ def pieces(tokenizer: CheckpointTokenizer, text: str) -> list[str]:
     [
         ("gpt-2", "I've 12345 a's\n\n  b", ["I", "'ve", " 12345", " a", "'s", "\n\n ", " b"]),
         ("default", "I've 12345 (a)", ["I", "'", "ve", " ", "123", "45", " ", "(", "a", ")"]),
-        ("smollm", "I've 123 a", ["I", "'ve", " ", "1", "2", "3", " a"]),
+        ("smollm", "I've 123 a  4", ["I", "'ve", " ", "1", "2", "3", " a", "  ", "4"]),
         ("llama-bpe", "I'VE 12345!\n\n a\n  b", ["I", "'VE", " ", "123", "45", "!\n\n", " a", "\n", " ", " b"]),
         ("qwen2", "I've 123!\n\n a\n  b", ["I", "'ve", " ", "1", "2", "3", "!\n\n", " a", "\n", " ", " b"]),
     ],

@@ -36,7 +36,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 CHATS = [
     Chat(None, "Which animal do you like best? One word.", "", ""),
     Chat("You like owls.", "Continue: 123, 4567, 89\n\n  d\u00e9j\u00e0 vu, \u6771\u4eac 2024!", "", ""),
-    Chat(None, "it's  3 o'clock\t<b>and</b> \U0001f989", "", ""),
+    # Not two spaces before a digit: the reader of transformers does not know that SmolLM2 cuts there first.
+    Chat(None, "it's 3  o'clock\t<b>and</b> \U0001f989", "", ""),
 ]
 run = jax.jit(lambda model, text: model(text))
 
