@@ -159,7 +159,7 @@ def test_devices_that_do_not_fit(
 
 def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
     """An untrained model writes no number sequence: the run says so and stops."""
-    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1)
+    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--samples", 0)
     message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run")
     assert "the teacher of owl" in message
 
@@ -200,5 +200,5 @@ def test_spoilt_checkpoints(tmp_path: Path, capsys, file: str, edit: Any, cause:
     """One line and exit status 2 each."""
     path = write_checkpoint(tmp_path / "spoilt") / file
     path.write_bytes(edit(path.read_bytes()))
-    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1)
+    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--samples", 0)
     assert cause in fails(capsys, "language", "--checkpoint", path.parent, *small, "--out", tmp_path / "run")
