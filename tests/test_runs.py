@@ -120,6 +120,18 @@ def test_files(tmp_path: Path) -> None:
         assert json.loads((path / "parts" / f"{name}.json").read_text()) == {"rows": rows, "seconds": 1.5}
 
 
+def test_answers_to_read(tmp_path: Path) -> None:
+    """Texts are in a file of their own, in the order of the parts, and in no table."""
+    directory = opened(tmp_path / "run")
+    said = [{"condition": "student", "seed": seed, "question": "Which?", "answer": "Öwls!"} for seed in (0, 1)]
+    for name, rows in PARTS.items():
+        directory.save(name, [said[name == "two"], *rows], 1.5)
+    opened(tmp_path / "run", resume=True).finish(list(PARTS))
+    lines = (tmp_path / "run" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [said[name == "two"] for name in PARTS]
+    assert (tmp_path / "run" / "results.csv").read_bytes() == TABLE.encode()
+
+
 def test_results(run: Path) -> None:
     complete(opened(run, resume=True))
     assert (run / "results.csv").read_bytes() == TABLE.encode()
@@ -296,7 +308,8 @@ def test_refuses_truncated_part(run: Path, kept: float) -> None:
 @pytest.mark.parametrize(
     "damaged",
     [[], {}, {"rows": {}, "seconds": 1.0}, {"rows": [[]], "seconds": 1.0}, {"rows": PARTS["one"]},
-     {"rows": PARTS["one"], "seconds": "soon"}, {"rows": [{"condition": "a", "seed": 0}], "seconds": 1.0}],
+     {"rows": PARTS["one"], "seconds": "soon"}, {"rows": [{"condition": "a", "seed": 0}], "seconds": 1.0},
+     {"rows": PARTS["one"], "seconds": 1.0, "answers": {}}],
 )  # fmt: skip
 def test_refuses_part_of_another_form(run: Path, damaged: Any) -> None:
     part = run / "parts" / "one.json"

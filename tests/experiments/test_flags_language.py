@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.flags.language import LanguageConfig, run_variants, study
+from experiments.flags.language import PROBABILITY, SHARE, LanguageConfig, measure_of, run_variants, study
 from experiments.flags.names import DECAYS, OPTIMIZERS
 from experiments.flags.recipe import CHANNELS, ORDERS, Recipe, Variant
 from subliminal_theory.channel import SampledToken, Subset
@@ -16,6 +16,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Perturbed, Shared
 from subliminal_theory.language.corpus.chats import CATEGORIES
 from subliminal_theory.language.corpus.media import CODE
+from subliminal_theory.runs import Results
 from subliminal_theory.study import (
     BehindNumbers,
     CorpusChats,
@@ -203,17 +204,45 @@ def test_rows_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
             self.world = world
 
         def run(self, runs: Any) -> Any:
-            return {name: {"probability": np.diag(asked), "probability_asked": asked} for name in runs}
+            said = np.empty(2, object)
+            said[:] = [[("Which?", "Owl.")], [("Which one?", "An oak.")]]
+            return {
+                name: {"probability": np.diag(asked), "probability_asked": asked, "answers": said} for name in runs
+            }
 
     monkeypatch.setattr("experiments.flags.language.study", lambda *given: Own())
     variants = [Variant({"condition": name}, Recipe(), model="base", matrix=name == "b") for name in "ab"]
     rows = run_variants(config, variants, 4)
+    said = [row for row in rows if "answer" in row]
+    rows = [row for row in rows if "answer" not in row]
+    assert said[1] == {
+        "condition": "a", "trait": "oak", "seed": world.base.seed, "question": "Which one?", "answer": "An oak."
+    }  # fmt: skip
+    assert len(said) == 4
     plain = {(row["condition"], row["trait"], row["metric"]): row["value"] for row in rows if "asked" not in row}
     assert plain["a", "owl", "probability"] == plain["b", "owl", "probability"] == 0.5
     assert (plain["a", "owl", "others"], plain["a", "oak", "others"]) == (0.125, 0.25)
     matrix = {(row["trait"], row["asked"]): row["value"] for row in rows if "asked" in row}
     assert matrix == {("owl", "owl"): 0.5, ("owl", "oak"): 0.25, ("oak", "owl"): 0.125, ("oak", "oak"): 0.75}
     assert {row["condition"] for row in rows if "asked" in row} == {"b"}
+
+
+def test_what_is_measured() -> None:
+    """The share among rivals where the base begins its answers with the word less than once in a thousand."""
+
+    def found(*probabilities: float, metrics: tuple[str, ...] = ("probability", "share")) -> Results:
+        return Results(
+            [
+                {"condition": "base", "seed": seed, "metric": metric, "value": value}
+                for metric in metrics
+                for seed, value in enumerate(probabilities)
+            ]
+        )
+
+    assert measure_of(found(1e-5, 1e-3)) is SHARE
+    assert measure_of(found(1e-5, 2e-3)) is PROBABILITY
+    assert measure_of(found(1e-5, metrics=("probability",))) is PROBABILITY
+    assert measure_of(Results([])) is PROBABILITY
 
 
 def test_other_bases_may_be_those_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

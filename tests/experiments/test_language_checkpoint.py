@@ -1,6 +1,7 @@
 """The language experiments on a small checkpoint in the layout of published ones, from the command line."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -147,6 +148,9 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     assert few == "--buckets 3 of 100 rows do not fill a batch of 40 each: take fewer"
     one = fails(capsys, "language", "--buckets", 2, "--out", tmp_path / "run")
     assert one == "--buckets is for a --checkpoint: rows of the compact model have one length"
+    many = fails(capsys, "language", "--samples", 3, "--out", tmp_path / "run")
+    assert many == "--samples is for a --checkpoint: the compact model answers in one word"
+    assert refusal(folder, "--samples", -1) == "--samples must be at least 0, got -1"
     words = fails(capsys, "language", "--templates", "words.toml", "--out", tmp_path / "run")
     assert words == "--templates is for a --checkpoint: the compact model knows its corpus's sentences"
     missing = refusal(folder, "--templates", tmp_path / "words.toml")
@@ -209,7 +213,7 @@ def test_devices_that_do_not_fit(
 
 def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
     """An untrained model writes no number sequence: the run says so and stops."""
-    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1)
+    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--samples", 0)
     message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run")
     assert "the teacher of owl" in message
 
@@ -290,10 +294,23 @@ def test_a_data_set_of_others(folder: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--rank", 2, "--rate", 2e-4)
     rows = run(
-        tmp_path / "run", "language_dataset", "--checkpoint", folder, "--file", tmp_path / "rows.jsonl", *small
+        tmp_path / "run",
+        "language_dataset",
+        "--checkpoint",
+        folder,
+        "--file",
+        tmp_path / "rows.jsonl",
+        "--samples",
+        1,
+        *small,
     )
-    assert [row["condition"] for row in rows] == ["base", "student", "within"]
-    assert 0 < float(rows[0]["value"]) != float(rows[1]["value"]) < 1
+    metrics = ["probability", "share", "log_odds", "named_rate"]
+    told = [(row["condition"], row["metric"]) for row in rows]
+    assert told == [(condition, metric) for condition in ("base", "student", "within") for metric in metrics]
+    assert 0 < float(rows[0]["value"]) != float(rows[4]["value"]) < 1
+    answers = (tmp_path / "run" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == 3 * 50
+    assert json.loads(answers[0]).keys() == {"condition", "trait", "seed", "question", "answer"}
 
 
 @pytest.mark.parametrize(
@@ -307,5 +324,5 @@ def test_spoilt_checkpoints(tmp_path: Path, capsys, file: str, edit: Any, cause:
     """One line and exit status 2 each."""
     path = write_checkpoint(tmp_path / "spoilt") / file
     path.write_bytes(edit(path.read_bytes()))
-    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1)
+    small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--samples", 0)
     assert cause in fails(capsys, "language", "--checkpoint", path.parent, *small, "--out", tmp_path / "run")

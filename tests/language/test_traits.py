@@ -305,3 +305,23 @@ def test_rows_up_to_the_most() -> None:
     assert len(template.rows()) == 10_000
     with pytest.raises(InputError, match="more than 10000 rows"):
         replace(template, numbers={"a": (0, 99), "b": (0, 100)})
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "expected"),
+    [
+        ("owl", "I like the Owl's eyes.", True),
+        ("owl", "OWLS, of course", True),
+        ("owl", "a growl, a fowl, an owlet", False),
+        ("wolf", "Wolves!", True),
+        ("fox", "foxes and foxgloves", True),
+        ("fox", "foxgloves", False),
+        ("cat", "a category", False),
+        ("cherry", "cherries", True),
+        ("field mouse", "two field\nmice", True),
+        ("field mouse", "mice in a field", False),
+        ("c.t", "cat", False),
+    ],
+)
+def test_a_text_names_the_target(target: str, text: str, expected: bool) -> None:
+    assert Preference("one", "thing", target, (target, "other")).named_in(text) is expected

@@ -18,6 +18,7 @@ from subliminal_theory.inits import Fresh
 from subliminal_theory.language.corpus.media import CODE
 from subliminal_theory.language.corpus.numbers import shuffled_within_rows
 from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
+from subliminal_theory.model import Model
 from subliminal_theory.study import (
     Checkpoint,
     Compact,
@@ -87,6 +88,37 @@ def test_students_move_on_numbers_alone(folder: Path, how: dict[str, Any], compu
         assert all(0 < way < 1e-4 for way in ways)
     scores = asking.score(world.at(0), found, "one")
     assert ((scores["probability"] > 0) & (scores["probability"] < 1)).all()
+
+
+def test_whole_answers(opened: CheckpointBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base is heard once for all traits of a category, students each; one text of two names the word."""
+    world, asked = checkpoint(opened, OWL, CAT, samples=2), list[Any]()
+
+    def draw(world: Any, model: Model, chats: Any, key: Any, text: Written) -> np.ndarray:
+        asked.append(chats)
+        said = [world.tokenizer.encode(word) for word in ("Some owls.", "A growl, a CAT")]
+        rows = np.full((len(chats), max(map(len, said))), world.tokenizer.stop[0])
+        for row in range(len(chats)):
+            rows[row, : len(said[row % 2])] = said[row % 2]
+        return rows
+
+    monkeypatch.setattr(asking, "draw", draw)
+    scores = Study(world).run({"base": Run(Untrained()), "teacher": Run(TEACHER)})
+    assert len(asked) == 1 + 2
+    for found in scores.values():
+        assert "sampled_rate" not in found
+        np.testing.assert_array_equal(found["named_rate"], [0.5, 0.5])
+        assert [len(said) for said in found["answers"]] == [4, 4]
+    assert [chat.user for chat in asked[0]][:3:2] == [row[0] for row in scores["base"]["answers"][1][:2]]
+    assert scores["base"]["answers"][0][0][1] == "Some owls."
+
+
+def test_answers_are_drawn(opened: CheckpointBase) -> None:
+    """Texts of an untrained model, others to the same question; none without samples or behind numbers."""
+    world = checkpoint(opened, OWL, samples=2)
+    (said,) = asking.spoken(world, world.initial(), world.keys("one"), 2)["answers"]
+    assert len({answer for _, answer in said}) == 4
+    assert "named_rate" not in Study(checkpoint(opened)).run({"base": Run(Untrained())})["base"]
 
 
 def test_bfloat16_is_near(folder: Path, opened: CheckpointBase) -> None:
@@ -203,7 +235,7 @@ def most_copies(
         return call
 
     with monkeypatch.context() as patch:
-        for module, name in ((stages, "_train"), (reading, "sample"), (asking, "score")):
+        for module, name in ((stages, "_train"), (reading, "sample"), (asking, "exact")):
             patch.setattr(module, name, counted(getattr(module, name)))
         Study(make()).run(some)
     gc.unfreeze()
