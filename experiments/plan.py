@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.checkpoint import skeleton
+from subliminal_theory.language.hub.download import resolve
 from subliminal_theory.language.hub.families import Family, read_family
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.model import path_name
@@ -297,10 +298,11 @@ def main(arguments: Sequence[str]) -> int:
         value = getattr(chosen, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be above 0 and finite, got {value}")
-    family, soft, taught = read_family(chosen.base), chosen.channel == "soft", chosen.teacher == "finetuned"
+    folder = resolve(chosen.base, weights=False)
+    family, soft, taught = read_family(folder), chosen.channel == "soft", chosen.teacher == "finetuned"
     settings = {"rank": chosen.rank, "soft": soft, "taught": taught, "compute": chosen.compute}
     job = make_job(family, _tokens(chosen.tokens), chunk=chosen.chunk, **settings)
-    require_room(job, chosen.base, chosen.devices, chosen.memory * GIB)
+    require_room(job, folder, chosen.devices, chosen.memory * GIB)
     print(report(job, family.architecture, chosen.devices, chosen.memory, chosen.flops))
     return 0
 
@@ -308,7 +310,8 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--base", "--checkpoint", type=Path, required=True, help="folder with the config.json of a checkpoint")
+    base = "folder with the config.json of a checkpoint, or OWNER/NAME[@REVISION] on the Hub"
+    add("--base", "--checkpoint", required=True, help=base)
     add("--devices", "--shards", type=int, default=1, help="how many share each model (default 1)")
     add("--memory", type=float, default=80.0, help="of a device, in GiB (default 80)")
     add("--tokens", default="16x512", help="rows of a step x tokens of a row (default 16x512)")

@@ -21,6 +21,7 @@ from subliminal_theory.language.corpus.traits import Habit, Preference, Trait, b
 from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.corpus.wording import english
 from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
+from subliminal_theory.language.hub.download import resolve
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.parallel import make_mesh, placement
@@ -60,7 +61,10 @@ class LanguageConfig:
     warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
     decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
     checkpoint: str = option(
-        "", "folder of a checkpoint, in the place of the compact model; seeds are then runs", alias="--base"
+        "",
+        "folder of a checkpoint, or OWNER/NAME[@REVISION] on the Hub, in the place of the compact model; "
+        "seeds are then runs",
+        alias="--base",
     )
     other_checkpoint: str = option("", "another one, for students of another base")
     compute: str = option(
@@ -154,7 +158,17 @@ def configure_language(
     return replace(config, words=fingerprint(files)) if files else config
 
 
+def _here(checkpoint: str) -> str:
+    """A folder as it was given, or the one into which a model on the Hub was downloaded."""
+    folder = resolve(checkpoint)
+    return checkpoint if folder == Path(checkpoint) else str(folder)
+
+
 def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
+    config = replace(
+        config, checkpoint=_here(config.checkpoint),
+        other_checkpoint=config.other_checkpoint and _here(config.other_checkpoint),
+    )  # fmt: skip
     text = CheckpointTokenizer.load(Path(config.checkpoint)).fingerprint
     if config.other_checkpoint and CheckpointTokenizer.load(Path(config.other_checkpoint)).fingerprint != text:
         raise InputError("--other-checkpoint has another tokenizer or chat template: its students could not read")
