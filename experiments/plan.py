@@ -298,7 +298,7 @@ def main(arguments: Sequence[str]) -> int:
         value = getattr(chosen, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be above 0 and finite, got {value}")
-    base = checkpoint_path(chosen.base)
+    base = checkpoint_path(chosen.base, weights=False)
     family, soft, taught = read_family(base), chosen.channel == "soft", chosen.teacher == "finetuned"
     settings = {"rank": chosen.rank, "soft": soft, "taught": taught, "compute": chosen.compute}
     job = make_job(family, _tokens(chosen.tokens), chunk=chosen.chunk, **settings)
@@ -310,7 +310,10 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    where = "folder with the config.json of a checkpoint, a GGUF file, or smollm2 (see weights)"
+    where = (
+        "folder with the config.json of a checkpoint, a GGUF file, smollm2 (see weights), or OWNER/NAME[@REVISION]"
+        " on the Hub"
+    )
     add("--base", "--checkpoint", required=True, help=where)
     add("--devices", "--shards", type=int, default=1, help="how many share each model (default 1)")
     add("--memory", type=float, default=80.0, help="of a device, in GiB (default 80)")

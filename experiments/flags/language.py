@@ -22,6 +22,7 @@ from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.corpus.wording import english
 from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
+from subliminal_theory.language.hub.weights import WEIGHTS
 from subliminal_theory.model import Model
 from subliminal_theory.parallel import make_mesh, placement
 from subliminal_theory.runs import Results, Row
@@ -97,7 +98,10 @@ class LanguageConfig:
     warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
     decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
     checkpoint: str = option(
-        "", "folder or GGUF file of a checkpoint, or smollm2 (see weights); seeds are then runs", alias="--base"
+        "",
+        "folder or GGUF file of a checkpoint, smollm2 (see weights), or OWNER/NAME[@REVISION] on the Hub, in the "
+        "place of the compact model; seeds are then runs",
+        alias="--base",
     )
     other_checkpoint: str = option("", "another one, for students of another base")
     compute: str = option(
@@ -197,7 +201,17 @@ def configure_language(
     return replace(config, words=fingerprint(files)) if files else config
 
 
+def _here(checkpoint: str) -> str:
+    """A name or path as it was given, or the folder into which a model on the Hub was downloaded."""
+    folder = checkpoint_path(checkpoint)
+    return checkpoint if checkpoint in WEIGHTS or folder == Path(checkpoint) else str(folder)
+
+
 def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
+    config = replace(
+        config, checkpoint=_here(config.checkpoint),
+        other_checkpoint=config.other_checkpoint and _here(config.other_checkpoint),
+    )  # fmt: skip
     text = CheckpointTokenizer.load(checkpoint_path(config.checkpoint)).fingerprint
     if config.other_checkpoint:
         other = CheckpointTokenizer.load(checkpoint_path(config.other_checkpoint)).fingerprint

@@ -10,6 +10,7 @@ import optax
 from subliminal_theory.channel import Channel
 from subliminal_theory.divergence import NAMED
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.hub.download import resolve
 from subliminal_theory.language.hub.weights import WEIGHTS
 from subliminal_theory.study.run import Decay, Rule
 
@@ -50,15 +51,15 @@ def named_value(what: str, name: str, values: Mapping[str, T]) -> T:
     return values[name]
 
 
-def checkpoint_path(name: str) -> Path:
-    """The folder or GGUF file of a checkpoint: a path, or the name of weights that were fetched.
+def checkpoint_path(name: str, *, weights: bool = True) -> Path:
+    """The folder or GGUF file of a checkpoint: a path, weights that were fetched, or a model on the Hub.
 
     Raises:
-        InputError: the weights were not fetched; says how.
+        InputError: the weights were not fetched, says how; or as `resolve`.
     """
     path = Path(name)
     if name not in WEIGHTS or path.exists():
-        return path
+        return resolve(name, weights=weights)
     if not WEIGHTS[name].path.exists():
         raise InputError(f"the weights of {name} are not at {WEIGHTS[name].path}: fetch them with make weights")
     return WEIGHTS[name].path

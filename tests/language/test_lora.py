@@ -108,7 +108,7 @@ def test_factors_are_drawn_by_name() -> None:
     model = add_lora(from_nnx(MLP((400, 300, 200), rngs=nnx.Rngs(0))), ["*/kernel"], 50, 1.0, KEY)
     drawn = [leaf for name, leaf in leaves(model.params).items() if name.endswith("/a")]
     for leaf in drawn:
-        assert abs(np.mean(leaf**2) * leaf.shape[0] - 1) < 5 * np.sqrt(2 / leaf.size)
+        assert abs(np.mean(leaf**2) * leaf.shape[0] - 1 / 3) < 5 * np.sqrt(4 / 45 / leaf.size)
     assert abs(np.corrcoef(*(leaf[:300].ravel() for leaf in drawn))[0, 1]) < 0.05
     other = add_lora(from_nnx(MLP((400, 300, 200), rngs=nnx.Rngs(0))), ["*/1/kernel"], 50, 1.0, KEY)
     np.testing.assert_array_equal(leaves(other.params)["layers/1/kernel/a"], drawn[1])
@@ -221,3 +221,15 @@ def test_refusals(patterns, rank: int, alpha: float, message: str) -> None:
 def test_factors_of_factors_are_refused() -> None:
     with pytest.raises(InputError, match=r"^add_lora: the model has low-rank factors already; merge them first$"):
         add_lora(adapted(), ["*/base"], 2, 1.0, KEY)
+
+
+def test_factors_start_as_peft_draws_them() -> None:
+    """Kaiming's uniform law at a = sqrt(5): A is uniform on both sides of 0 up to inputs^(-1/2); B is 0."""
+    wide = Model(lambda params, inputs: inputs @ params["w"], {"w": jnp.zeros((400, 90))})
+    factors = add_lora(wide, ["w"], 64, 1.0, KEY).params["w"]
+    share = np.sort(np.asarray(factors.a).ravel()) * 400**0.5
+    law = np.linspace(-1, 1, share.size)
+    assert share.shape == (25_600,)
+    assert np.abs(share).max() <= 1
+    np.testing.assert_allclose(share, law, atol=0.03)
+    np.testing.assert_array_equal(factors.b, 0)

@@ -151,7 +151,7 @@ def _no_weights(folder: Path, names: Sequence[str]) -> str:
 
 def _open_index(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     index = folder / INDEX
-    files = _read_index(index)
+    files = read_index(index)
     listed = sorted(set(files.values()))
     if MODEL in names and MODEL not in listed:
         raise InputError(f"{folder} holds {MODEL} and {INDEX}, which does not list it: delete one of the two")
@@ -171,8 +171,12 @@ def _open_index(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: found[file][name] for name, file in files.items()}
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """The file of every tensor."""
+def read_index(path: Path) -> dict[str, str]:
+    """The file of every tensor that an index lists.
+
+    Raises:
+        InputError: it cannot be read, lists nothing, or names something else than files beside it.
+    """
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise InputError(f"{path} has no weight_map, the file of every tensor: download it again")

@@ -66,8 +66,9 @@ class Adapted:
 def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key: Key[Array, ""]) -> Model:
     """The same function, of which only low-rank changes of the matrices that match a glob pattern train.
 
-    A matrix W [inputs, outputs] is computed as W + (alpha / rank) A B, with A [inputs, rank] ~ N(0, 1 / inputs)
-    and B [rank, outputs] = 0, so that the start is the given model exactly. All given parameters are frozen.
+    A matrix W [inputs, outputs] is computed as W + (alpha / rank) A B, with A [inputs, rank] uniform between
+    -inputs^(-1/2) and inputs^(-1/2), as the library `peft` draws it, and B [rank, outputs] = 0, so that the start
+    is the given model exactly. All given parameters are frozen.
     Factors are in at least float32; they are multiplied by, or added to W, in the format of W.
 
     Raises:
@@ -98,7 +99,8 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
             return None
         inputs, outputs = leaf.shape
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        a = jax.random.normal(named(key, path_name(path)), (inputs, rank), dtype) * inputs**-0.5
+        bound = inputs**-0.5
+        a = jax.random.uniform(named(key, path_name(path)), (inputs, rank), dtype, -bound, bound)
         return Factored(None, a, jnp.zeros((rank, outputs), dtype))
 
     def base(path: Any, leaf: Array) -> Any:
