@@ -30,7 +30,7 @@ from .flags.language import (
     trait_matrices,
     variant_parts,
 )
-from .flags.recipe import MEDIUM, RANDOM
+from .flags.recipe import ANCHOR, MEDIUM, NUMBERS, ORDINARY, RANDOM
 
 LABELS = {
     "base": "base",
@@ -58,7 +58,7 @@ CONTROLS = {
 # What differs from the recipe's sampled tokens, and from a student of its own teacher's base.
 CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {"model": "base"}),
-    "teacher": ({}, {"model": "teacher"}),
+    "teacher": ({}, {"model": "teacher", "costs": True}),
     "student_masked": ({"channel": "masked"}, {"matrix": True}),
     "student_soft": ({"channel": "soft"}, {"matrix": True}),
     "student": ({}, {"matrix": True}),
@@ -74,6 +74,12 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # Conditions of what a teacher wrote, which have no meaning where nobody writes.
 OF_WRITERS = ("prefixed", "within", "across", "in_context")
+COSTS = {
+    "accepted": "of its answers accepted",
+    "unique_rows": "different rows",
+    "kl_per_token": "nats a token, KL(teacher || base) on its rows",
+    "divergence": "of tokens where teacher and base differ",
+}
 FEW = "base,teacher,student_masked,student,regular,within,cross_masked,cross"
 
 
@@ -87,7 +93,9 @@ class Config(LanguageConfig):
     traits: str = option(EIGHT, "built-in traits or trait files, separated by commas; all: animals and trees")
     rows: int = option(4096, "accepted answers that a student learns", minimum=1)
     steps: int = option(125, "steps of a student", minimum=1)
-    medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
+    ordinary: float = option(0.0, ORDINARY, minimum=0)
+    anchor: float = option(1.0, ANCHOR, positive=True)
+    medium: str = option("numbers", MEDIUM, choices=NUMBERS)
     conditions: str = option("all", f"what is asked, separated by commas: {', '.join(CONDITIONS)}")
 
 
@@ -200,6 +208,7 @@ def report(results: Results, config: Config) -> str:
     found = groups(results)
     lines = [HEADER]
     lines += [f"  {name:14} {t_interval(values)}" for name, values in found.items()]
+    lines += costs(results)
     lines.append("students less their controls, paired over runs; runs of one base are not independent")
     for (student, control), difference in differences(found).items():
         lines.append(f"  {student:14} less {control:14} {difference}: {told(difference)}")
@@ -211,6 +220,12 @@ def report(results: Results, config: Config) -> str:
                     f"{condition}: diagonal less rest {matrix.statistic:.3f}, permutation p = {matrix.p:.2g}"
                 )
     return "\n".join([*lines, verdict(found)])
+
+
+def costs(results: Results) -> list[str]:
+    """What teachers cost, a line for each measure."""
+    found = {name: results.values(condition="teacher", metric=name) for name in COSTS}
+    return [f"  {'teacher':14} {t_interval(values)} {COSTS[name]}" for name, values in found.items() if values]
 
 
 def color(name: str, found: dict[str, list[float]]) -> str:
