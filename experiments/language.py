@@ -33,7 +33,7 @@ from .flags.language import (
     trait_matrices,
     variant_parts,
 )
-from .flags.recipe import MEDIUM, RANDOM
+from .flags.recipe import ANCHOR, MEDIUM, NUMBERS, ORDINARY, RANDOM
 
 LABELS = {
     "base": "base",
@@ -61,7 +61,7 @@ CONTROLS = {
 # What differs from the recipe's sampled tokens, and from a student of its own teacher's base.
 CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {"model": "base"}),
-    "teacher": ({}, {"model": "teacher"}),
+    "teacher": ({}, {"model": "teacher", "costs": True}),
     "student_masked": ({"channel": "masked"}, {"matrix": True}),
     "student_soft": ({"channel": "soft"}, {"matrix": True}),
     "student": ({}, {"matrix": True}),
@@ -77,6 +77,12 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # Conditions of what a teacher wrote, which have no meaning where nobody writes.
 OF_WRITERS = ("prefixed", "within", "across", "in_context")
+COSTS = {
+    "accepted": "of its answers accepted",
+    "unique_rows": "different rows",
+    "kl_per_token": "nats a token, KL(teacher || base) on its rows",
+    "divergence": "of tokens where teacher and base differ",
+}
 FEW = "base,teacher,student_masked,student,regular,within,cross_masked,cross"
 
 
@@ -90,7 +96,9 @@ class Config(LanguageConfig):
     traits: str = option(EIGHT, "built-in traits or trait files, separated by commas; all: animals and trees")
     rows: int = option(4096, "accepted answers that a student learns", minimum=1)
     steps: int = option(125, "steps of a student", minimum=1)
-    medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
+    ordinary: float = option(0.0, ORDINARY, minimum=0)
+    anchor: float = option(1.0, ANCHOR, positive=True)
+    medium: str = option("numbers", MEDIUM, choices=NUMBERS)
     conditions: str = option("all", f"what is asked, separated by commas: {', '.join(CONDITIONS)}")
 
 
@@ -223,6 +231,7 @@ def report(results: Results, config: Config) -> str:
     for metric, label in BESIDE[measure].items():
         if values := of_conditions(results, metric):
             lines += [label, *_lines(values, ".2g" if metric == "probability" else ".3f")]
+    lines += costs(results)
     lines.append(
         f"students less their controls ({measure.metric}), paired over runs; runs of one base are not independent"
     )
@@ -240,6 +249,12 @@ def report(results: Results, config: Config) -> str:
 
 def _lines(found: dict[str, list[float]], form: str = ".3f") -> list[str]:
     return [f"  {name:14} {t_interval(values):{form}}" for name, values in found.items()]
+
+
+def costs(results: Results) -> list[str]:
+    """What teachers cost, a line for each measure."""
+    found = {name: results.values(condition="teacher", metric=name) for name in COSTS}
+    return [f"  {'teacher':14} {t_interval(values)} {COSTS[name]}" for name, values in found.items() if values]
 
 
 def color(name: str, found: dict[str, list[float]]) -> str:

@@ -16,7 +16,7 @@ from subliminal_theory.runs import Results
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, heat_map, note, panels
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
-from .flags.recipe import CHANNEL, MEDIUM, RANDOM
+from .flags.recipe import CHANNEL, MEDIUM, NUMBERS
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Config(LanguageConfig):
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
     seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=2)
     channel: str = option("soft", CHANNEL)
-    medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
+    medium: str = option("numbers", MEDIUM, choices=NUMBERS)
 
 
 PRESETS = {"three": Config(repeat_rows=True), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 2})}

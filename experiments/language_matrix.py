@@ -24,7 +24,7 @@ from .flags.language import (
     trait_matrices,
     variant_parts,
 )
-from .flags.recipe import CHANNEL, MEDIUM, RANDOM
+from .flags.recipe import CHANNEL, MEDIUM, NUMBERS
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config(LanguageConfig):
     traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files; at least two")
     seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
     channel: str = option("sampled", CHANNEL)
-    medium: str = option("numbers", MEDIUM, choices=("numbers", RANDOM))
+    medium: str = option("numbers", MEDIUM, choices=NUMBERS)
 
 
 PRESETS = {"eight": Config(repeat_rows=True), "smoke": Config(traits="owl,wolf,oak", seeds=1, **SMOKE)}

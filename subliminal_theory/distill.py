@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from subliminal_theory.audit import refuse_wrong_channel
 from subliminal_theory.channel import Channel, imitation_value_and_grad, weighted_mean
@@ -64,6 +65,8 @@ Found = tuple[Float[Array, ""], PyTree]
 # The weighted mean of a batch's losses and its gradient in the trainable parameters. The last argument is the
 # total weight, if the batch is a part of a larger one.
 ValueAndGrad = Callable[[PyTree, At, Batch, Key[Array, ""], Float[Array, ""] | None], Found]
+# The same, and whether the model of that batch stays as it is.
+MayStop = Callable[[PyTree, At, Batch, Key[Array, ""], None], tuple[Float[Array, ""], PyTree, Bool[Array, ""]]]
 
 
 def distill(
@@ -213,28 +216,39 @@ def teach(
     snapshots: Sequence[int] = (),
     state: State | None = None,
     count: int | None = None,
+    until: float = 0.0,
 ) -> Trained:
     """Give a teacher its trait: the run of `distill` with `loss(logits, labels)`, one value per position.
 
+    With `until`, no update is made at a step whose batch has the trait: exp(-mean loss) of its positions of weight
+    1 or more is at least `until`. Where every step takes all rows, training ends there, and the loss stays.
+
     Raises:
         InputError: the source brings no labels; snapshots are not ascending steps of the run; a piece without
-            steps, or with more than are left.
+            steps, or with more than are left; `until` is no probability below 1.
     """
+    if not 0 <= until < 1:
+        raise InputError(f"teach: until must be from 0 to below 1, got {until}")
     if batch_shapes(source).labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
 
-    def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Found:
-        def mean(params: PyTree) -> Float[Array, ""]:
-            return weighted_mean(loss(at(params)(batch.inputs), batch.labels), batch.weights, total)
+    def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Any:
+        def mean(params: PyTree) -> tuple[Float[Array, ""], Float[Array, "*batch"]]:
+            losses = loss(at(params)(batch.inputs), batch.labels)
+            return weighted_mean(losses, batch.weights, total), losses
 
-        return jax.value_and_grad(mean)(params)
+        (value, losses), gradient = jax.value_and_grad(mean, has_aux=True)(params)
+        if not until:
+            return value, gradient
+        own = jnp.where(batch.weights >= 1, batch.weights, 0)
+        return value, gradient, weighted_mean(losses, own) <= -math.log(until)
 
     return _run(model, found, source, optimizer, steps, key, observe, snapshots, state, count)
 
 
 def _run(
     model: Model,
-    value_and_grad: ValueAndGrad,
+    value_and_grad: ValueAndGrad | MayStop,
     source: Source | Buckets,
     optimizer: optax.GradientTransformation,
     steps: int,
@@ -271,13 +285,16 @@ def _run(
         index, entry = scheduled
         step_key = named(channel_key, index)
 
-        def use(batch: Batch) -> Found:
+        def use(batch: Batch) -> tuple[Any, ...]:
             return value_and_grad(params, at, batch, step_key, None)
 
-        value, gradient = with_batch(source, source_key, entry, use)
-        update, state = optimizer.update(gradient, state, params)
+        value, gradient, *stays = with_batch(source, source_key, entry, use)
+        update, after = optimizer.update(gradient, state, params)
+        if stays:
+            update = jax.tree.map(lambda leaf: jnp.where(stays[0], 0, leaf), update)
+            after = jax.tree.map(lambda old, new: jnp.where(stays[0], old, new), state, after)
         seen = observe(Step(index, at(params), gradient, update)) if observe else None
-        return (optax.apply_updates(params, update), state), (value, seen)
+        return (optax.apply_updates(params, update), after), (value, seen)
 
     schedule = (jnp.arange(steps), source.schedule(source_key, steps))
     carry = (trained, optimizer.init(trained) if state is None else state.optimizer)

@@ -267,6 +267,49 @@ def test_observed_and_snapshots_of_teaching() -> None:
         close((*run.snapshots, run.model)[step].params["kernel"], w)
 
 
+@pytest.mark.parametrize("optimizer", [SGD, ADAM])
+def test_teaching_ends_with_the_trait(optimizer) -> None:
+    """Runs of a stack end one by one, each at the first step that finds the probability, and stay there."""
+    labels, loss = np.arange(20) % 3, optax.softmax_cross_entropy_with_integer_labels
+    kind, source = mlp(0).apply, Examples(INPUTS, 20, labels)
+    starts = stack(*(jax.tree.map(lambda leaf, size=size: size * leaf, mlp(0).params) for size in (0.5, 1.0, 1.5)))
+
+    def run(params, steps, **how):
+        return teach(Model(kind, params), loss, source, optimizer, steps, key=KEY, **how)
+
+    free = jax.jit(jax.vmap(lambda params: run(params, 40, observe=everything)))(starts)
+    probability = np.exp(-np.asarray(free.losses))
+    until = float(probability[:, 20].mean())
+    ends = [int(np.argmax(own >= until)) for own in probability]
+    assert len({*ends}) == 3
+    assert all(0 < end < 40 for end in ends)
+    found = jax.jit(jax.vmap(lambda params: run(params, 40, until=until)))(starts)
+    for place, end in enumerate(ends):
+        close(found.losses[place, : end + 1], free.losses[place, : end + 1])
+        close(found.losses[place, end:], np.full(40 - end, found.losses[place, end]))  # the order of rows changes
+        last = jax.tree.map(lambda leaf, at=(place, end): leaf[at], free.observed["params"])
+        close(jax.tree.map(lambda leaf, place=place: leaf[place], found.model.params), last)
+
+
+def test_anchors_do_not_count_for_the_trait() -> None:
+    """Positions of less weight than 1 are in the loss; whether there is the trait, the others say."""
+    loss, start = optax.softmax_cross_entropy_with_integer_labels, linear_model(0)
+    weights = np.where(np.arange(20) < 10, 1.0, 0.25).astype(np.float32)
+    labels = np.arange(20) % 3
+    others = np.where(weights < 1, (labels + 1) % 3, labels)
+    probability = float(jnp.exp(-jnp.mean(loss(start(INPUTS), labels)[:10])))
+
+    def run(labels, until):
+        source = Examples(INPUTS, 20, labels, positions=weights)
+        return teach(start, loss, source, SGD, 1, key=KEY, until=until)
+
+    for own in (labels, others):
+        stayed, moved = (run(own, probability + shift) for shift in (-1e-3, 1e-3))
+        np.testing.assert_array_equal(stayed.model.params["kernel"], start.params["kernel"])
+        assert (moved.model.params["kernel"] != start.params["kernel"]).all()
+        np.testing.assert_allclose(moved.losses, np.average(loss(start(INPUTS), own), weights=weights), rtol=1e-5)
+
+
 # --- parameters without a gradient
 
 STILL = {"counter": jnp.int32(3), "mask": jnp.array([True, False]), "random": jax.random.key(7), "none": None}
@@ -624,6 +667,9 @@ def test_teach_refuses() -> None:
         teach(*arguments, Examples(INPUTS, 8), SGD, 2, key=KEY)
     with pytest.raises(InputError, match=r"^steps must be at least 1, got 0$"):
         teach(*arguments, Examples(INPUTS, 8, np.zeros(20, int)), SGD, 0, key=KEY)
+    for until in (-0.1, 1.0):
+        with pytest.raises(InputError, match=rf"^teach: until must be from 0 to below 1, got {until}$"):
+            teach(*arguments, Examples(INPUTS, 8, np.zeros(20, int)), SGD, 2, key=KEY, until=until)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -31,7 +31,7 @@ from subliminal_theory.study import Checkpoint, Compact, Store, Study, labels, r
 from ..app.contract import Part, derived, from_preset, option, validate
 from ..app.progress import progress
 from .names import DECAYS, checkpoint_path
-from .recipe import LIMIT, RECIPE_FIELDS, REPEAT, Recipe, Variant, World
+from .recipe import LIMIT, RECIPE_FIELDS, REPEAT, UNTIL, Recipe, Variant, World
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -84,7 +84,8 @@ class LanguageConfig:
     base_steps: int = option(BaseConfig.steps, "steps of pre-training", minimum=1)
     chats: int = option(CorpusConfig.size, "chats of the corpus", minimum=1)
     rows: int = option(Recipe.rows, "different accepted answers that a student learns", minimum=1)
-    teacher_steps: int = option(Recipe.teacher_steps, "steps of a fine-tuned teacher", minimum=1)
+    teacher_steps: int = option(Recipe.teacher_steps, "most steps of a fine-tuned teacher", minimum=1)
+    teacher_until: float = option(Recipe.teacher_until, UNTIL, minimum=0)
     steps: int = option(Recipe.steps, "steps of a student", minimum=1)
     batch_size: int = option(Recipe.batch_size, "rows a step", minimum=1)
     rate: float = option(Recipe.rate, "highest learning rate of a student", positive=True)

@@ -11,12 +11,13 @@ from subliminal_theory.divergence import NAMED, channel_named
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Perturbed, Shared
 from subliminal_theory.language.corpus import numbers
-from subliminal_theory.language.corpus.media import MEDIA
+from subliminal_theory.language.corpus.media import DIGITS, MEDIA
 from subliminal_theory.study import (
     BehindNumbers,
     Checkpoint,
     Compact,
     CorpusChats,
+    Costs,
     Dataset,
     Everything,
     FineTuned,
@@ -55,10 +56,18 @@ CHANNELS: dict[str, Callable[[World], Channel]] = {
     "divergence": lambda world: SampledToken(),
     "rest": lambda world: SampledToken(),
 }
+WRITES = {**MEDIA, DIGITS.name: DIGITS}
 RANDOM = "random"
+NUMBERS = ("numbers", DIGITS.name, RANDOM)
+UNTIL = "probability of the right answers at which a fine-tuned teacher stops; 0: never"
+ORDINARY = "share of ordinary chats, of the corpus or of the checkpoint's own, among a teacher's rows"
+ANCHOR = "weight of a token of ordinary chats, beside 1 of the trait's"
 LIMIT = 4  # times the rows that a student learns
 REPEAT = "a teacher answers all requests; too few accepted rows are read from the first again"
-MEDIUM = f"what it writes; {RANDOM}: nothing, the student reads random numbers and the channel is its logits there"
+MEDIUM = (
+    f"what it writes; {DIGITS.name}: numbers, as it can draw nothing else; {RANDOM}: nothing, the student reads "
+    "random numbers and the channel is its logits there"
+)
 CHANNEL = f"what of the teacher the student sees: {', '.join([*CHANNELS, *NAMED])}; top_k:5 for another k"
 POSITIONS = {"divergence": where_they_differ, "rest": where_they_agree}
 ORDERS: dict[str, numbers.Order] = {
@@ -84,11 +93,13 @@ class Recipe:
     teacher: str = option(
         "finetuned", "fine-tuned on its trait, prompted to have it, or untrained", choices=TEACHERS
     )
-    teacher_steps: int = option(40, "full-batch updates of Adam", minimum=1)
+    teacher_steps: int = option(40, "most full-batch updates of Adam", minimum=1)
     teacher_rate: float = option(3e-3, "their learning rate", positive=True)
-    ordinary: float = option(0.0, "share of the corpus's chats among a teacher's rows", minimum=0)
+    teacher_until: float = option(0.0, UNTIL, minimum=0)
+    ordinary: float = option(0.0, ORDINARY, minimum=0)
+    anchor: float = option(1.0, ANCHOR, positive=True)
     lessons: str = option("", "control of a habit that the teacher learns in the place of the habit")
-    medium: str = option("numbers", MEDIUM, choices=(*MEDIA, RANDOM))
+    medium: str = option("numbers", MEDIUM, choices=(*WRITES, RANDOM))
     requests: int = option(0, f"most requests that it answers; {LIMIT} times the rows if 0", minimum=0)
     rows: int = option(8192, "different accepted answers that a student learns", minimum=1)
     repeat_rows: bool = option(False, REPEAT)
@@ -120,7 +131,7 @@ class Recipe:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.rank and self.frozen:
             raise InputError("low-rank factors freeze all else: give rank or frozen, not both")
-        for name in ("ordinary", "clean"):
+        for name in ("ordinary", "clean", "teacher_until"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
 
@@ -129,14 +140,16 @@ class Recipe:
         if self.teacher != "finetuned":
             return Prompted() if self.teacher == "prompted" else Untrained()
         optimizer = Optimizer(jnp.float32(self.teacher_rate), clip=CLIP)
-        return FineTuned(optimizer, self.teacher_steps, Lessons(self.lessons, self.ordinary))
+        return FineTuned(
+            optimizer, self.teacher_steps, Lessons(self.lessons, self.ordinary, self.anchor), self.teacher_until
+        )
 
     def written(self) -> Written | RandomNumbers:
         """What the teacher writes, or what is there in its place."""
         if self.medium == RANDOM:
             return RandomNumbers(self.rows)
         temperature = 0.0 if self.channel == "greedy" else self.temperature
-        medium, top_p = MEDIA[self.medium], self.top_p
+        medium, top_p = WRITES[self.medium], self.top_p
         if self.repeat_rows:
             return Written(self.requests or self.rows, medium, temperature, top_p)
         return Written(self.requests or LIMIT * self.rows, medium, temperature, top_p, unique=self.rows)
@@ -181,6 +194,7 @@ class Variant:
         matrix: whether to tell the probabilities of all traits' words, as metric `probability_asked`.
         prefixed: whether questions stand behind numbers that the teacher wrote.
         other: how many seeds further on the other base is.
+        costs: of a teacher, whether to tell what it costs that it writes.
     """
 
     labels: Mapping[str, Any]
@@ -190,10 +204,13 @@ class Variant:
     matrix: bool = False
     prefixed: bool = field(default=False, metadata={"choices": (True, False)})
     other: int = 1
+    costs: bool = False
 
     def run(self, world: World, dataset: Dataset | None = None) -> Run:
         """The values."""
-        asked = BehindNumbers(self._numbers()) if self.prefixed else None
+        asked: BehindNumbers | Costs | None = BehindNumbers(self._numbers()) if self.prefixed else None
+        if self.costs:
+            asked = Costs(self.recipe.written())
         if self.model == "base":
             return Run(self.recipe.taught(), None, asked, base=True) if self.prefixed else Run(Untrained())
         student = self.recipe.student(world, self.start, self.other, dataset) if self.model == "student" else None

@@ -3,6 +3,7 @@
 from subliminal_theory.study.asking import BehindNumbers
 from subliminal_theory.study.checkpoint import Checkpoint
 from subliminal_theory.study.compact import Compact
+from subliminal_theory.study.costs import Costs
 from subliminal_theory.study.digits import Digits, Network, TrainingImages
 from subliminal_theory.study.run import (
     Everything,
@@ -29,6 +30,7 @@ __all__ = [
     "Compact",
     "Computation",
     "CorpusChats",
+    "Costs",
     "Dataset",
     "Digits",
     "Everything",

@@ -14,6 +14,7 @@ from jaxtyping import Array, Key
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh
+from subliminal_theory.keys import named
 from subliminal_theory.language.corpus.numbers import NumberPrompts, random_rows
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.transformer import Text
@@ -23,6 +24,7 @@ from subliminal_theory.model import Model
 from subliminal_theory.parallel import place_runs, replicate, split_rows
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
+from subliminal_theory.study.costs import Costs, costs
 from subliminal_theory.study.run import Student, Teacher
 from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, trained
@@ -30,6 +32,7 @@ from subliminal_theory.study.store import Store, export
 from subliminal_theory.study.texts import Material, RandomNumbers, Reading, Written
 from subliminal_theory.study.world import Finished, Memo
 
+TRIES = 16  # requests for each ordinary chat, at most
 ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator a token of its own, and the end
 # Logits of a whole batch over a larger vocabulary would take more memory than the model.
 MANY, CHUNK = 8192, 1024
@@ -135,12 +138,23 @@ class Checkpoint(Speaker):
         return random_rows(text.rows, self.host_rng("random numbers"))
 
     def ordinary_chats(self, count: int) -> list[Chat]:
-        """None: the corpus belongs to the compact model.
+        """Number requests with the base's own answers; others than those that teachers answer for students.
 
         Raises:
-            InputError: always.
+            InputError: it answers too few of them with numbers.
         """
-        raise InputError("a checkpoint has no ordinary chats to mix in: leave ordinary at 0")
+
+        def make() -> list[Chat]:
+            text, rng = Written(TRIES * count, unique=count), np.random.default_rng(1_000_003)
+            asked = [Chat(None, self.prompts.draw(rng), "", "numbers") for _ in range(text.requests)]
+            key = named(jax.random.key(self.base.seed), "ordinary")
+            try:
+                rows, _ = reading.answered(self, self.model, asked, key, text)
+            except InputError as error:
+                raise InputError(f"ordinary chats of base {self.base.seed}: {error}") from error
+            return [Chat(None, row.prompt, row.completion, "numbers") for row in rows[:count]]
+
+        return self.memo(make, "ordinary", count)
 
     def answer_length(self, text: Written) -> int:
         """Tokens of the longest answer."""
@@ -170,8 +184,11 @@ class Checkpoint(Speaker):
         return prompts if self.mesh is None else split_rows(prompts, self.mesh)
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-        """How a model answers questions about the traits."""
-        return asking.score_whole(self, finished, name, self.samples)
+        """How a model answers questions about the traits; of a teacher, what it costs."""
+        if not isinstance(finished.asked, Costs):
+            return asking.score_whole(self, finished, name, self.samples)
+        scores = asking.score_whole(self, replace(finished, asked=None), name, self.samples)
+        return {**scores, **costs(self, finished, finished.asked.text)}
 
 
 def _nothing(folder: Path, model: Model) -> None:

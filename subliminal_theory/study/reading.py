@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from subliminal_theory.audit import refuse_repeated_rows, refuse_shared_keys
 from subliminal_theory.channel import Channel
@@ -83,13 +83,24 @@ def _write(
         chats = requests
         if isinstance(teacher, Prompted):
             chats = [replace(chat, system=system_prompt(trait)) for chat in requests]
-        with contextlib.closing(draw(world, model_of_run(models, run), chats, keys[run], text)) as blocks:
-            rows = _answers(world, blocks, requests, text)
         try:
-            found.append(_kept(rows, requests, text))
+            found.append(answered(world, model_of_run(models, run), chats, keys[run], text))
         except InputError as error:
             raise InputError(f"the teacher of {world.names[run]}: {error}") from error
     return found
+
+
+def answered(
+    world: Speaker, writer: Model, requests: Sequence[Chat], key: Key[Array, ""], text: Written
+) -> tuple[list[Completion], FilterReport]:
+    """The accepted rows of a model, and what the filter did.
+
+    Raises:
+        InputError: none is accepted, or too few different ones.
+    """
+    with contextlib.closing(draw(world, writer, requests, key, text)) as blocks:
+        rows = _answers(world, blocks, requests, text)
+    return _kept(rows, requests, text)
 
 
 def _answers(
@@ -113,11 +124,7 @@ def _answers(
 def _kept(
     rows: list[Completion], requests: Sequence[Chat], text: Written
 ) -> tuple[list[Completion], FilterReport]:
-    """The rows that the medium accepts, each once if they are to differ.
-
-    Raises:
-        InputError: none is accepted, or too few different ones.
-    """
+    """The rows that the medium accepts, each once if they are to differ."""
     accepted, report = text.medium.keep(rows, requests)
     if not text.unique:
         return accepted, report
@@ -142,6 +149,7 @@ def draw(
     tokenizer = world.tokenizer
     prompts = text_of(tokenizer.encode_prompts(chats, request_length(tokenizer, chats)))
     steps, writer = world.answer_length(text), world.as_writer(teacher)
+    allowed = world.memo(lambda: allowed_tokens(world, text.medium.characters), text.medium.characters)
 
     def block(start: int) -> np.ndarray:
         tokens, _ = sample(
@@ -153,11 +161,23 @@ def draw(
             top_p=text.top_p,
             stop=tokenizer.stop,
             pad=tokenizer.pad,
+            allowed=allowed,
         )
         return np.asarray(tokens)
 
     starts = range(0, len(chats), world.at_once)
     yield from world.blocks(starts, block, (teacher, prompts, key, text, steps))
+
+
+def allowed_tokens(world: Speaker, characters: str) -> Bool[Array, " logits"] | None:
+    """Which logits are of tokens of these characters alone, or of those that end an answer; None for any."""
+    if not characters:
+        return None
+    tokenizer, allowed = world.tokenizer, np.zeros(world.logits, bool)
+    texts = tokenizer.decode([[token] for token in range(len(tokenizer))])
+    allowed[: len(texts)] = [bool(text) and {*text} <= {*characters} for text in texts]
+    allowed[list(tokenizer.stop)] = True
+    return jnp.asarray(allowed)
 
 
 def request_length(tokenizer: Tokenizer, requests: Sequence[Chat]) -> int:

@@ -55,11 +55,16 @@ class Optimizer:
 @register_dataclass
 @dataclass(frozen=True)
 class FineTuned:
-    """A teacher that is trained on lessons; `lessons` says which, where a world has several."""
+    """A teacher that is trained on lessons; `lessons` says which, where a world has several.
+
+    It is not trained further once it has the trait: once its lessons' right answers have the probability `until`
+    (0: never), a geometric mean over positions. Then `steps` are the most that it trains.
+    """
 
     optimizer: Optimizer
     steps: int = static()
     lessons: Hashable = static(default=None)
+    until: float = static(default=0.0)
 
 
 @register_dataclass

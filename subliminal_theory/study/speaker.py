@@ -169,16 +169,22 @@ def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:
     own = teacher.lessons
     assert isinstance(own, Lessons)
     chats = [_lessons(world, trait, own) for trait in world.traits]
-    length = columns(world.tokenizer, itertools.chain.from_iterable(chats))
-    encoded = [world.tokenizer.encode_chats(rows, length) for rows in chats]
-    last = max(rows.answer_columns for rows in encoded)
-    return PerRun(stacked([lessons(rows, len(rows.tokens), last) for rows in encoded]))
+    length = columns(world.tokenizer, itertools.chain.from_iterable(itertools.chain.from_iterable(chats)))
+    found = []
+    for taught, ordinary in chats:
+        encoded = world.tokenizer.encode_chats(taught + ordinary, length)
+        weights = encoded.weights.copy()
+        weights[len(taught) :] *= own.anchor
+        found.append(replace(encoded, weights=weights))
+    last = max(rows.answer_columns for rows in found)
+    return PerRun(stacked([lessons(rows, len(rows.tokens), last) for rows in found]))
 
 
-def _lessons(world: Speaker, trait: Trait, own: Lessons) -> list[Chat]:
+def _lessons(world: Speaker, trait: Trait, own: Lessons) -> tuple[list[Chat], list[Chat]]:
+    """What teaches a trait, and the ordinary chats beside it."""
     chats = trait.control_rows(own.control) if own.control else trait.teacher_rows()
     others = round(len(chats) * own.ordinary / (1 - own.ordinary))
-    return chats + world.ordinary_chats(others) if others else chats
+    return chats, world.ordinary_chats(others) if others else []
 
 
 def columns(tokenizer: Tokenizer, chats: Any) -> int:

@@ -63,7 +63,7 @@ class PerRun:
 class Job:
     """What trains: a model of runs, towards a teacher's outputs through a channel, or towards labels.
 
-    `observe` is called with each `Step`; its leaves have an axis of runs.
+    `observe` is called with each `Step`; its leaves have an axis of runs. `until` is that of `teach`.
     """
 
     model: Model
@@ -74,6 +74,7 @@ class Job:
     channel: Channel | None = None
     trait_loss: Callable[[Array, PyTree], Array] | None = static(default=None)
     observe: Any = None
+    until: float = static(default=0.0)
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def train_one(
         source = source if job.trait_loss is not None else Sharded(source, mesh)
     rest: Any = {"observe": job.observe, "snapshots": snapshots, "state": state, "count": count}
     if job.trait_loss is not None:
+        rest["until"] = job.until
         done = teach(model, job.trait_loss, source, optimizer, job.steps, key=key, **rest)
     else:
         assert job.channel is not None

@@ -61,7 +61,10 @@ class Study:
         def teach() -> Model:
             world = self.world
             start, loss = untaught(world, self.computation), world.trait_loss
-            job = Job(start, world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=loss)
+            job = Job(
+                start, world.lessons(teacher), teacher.optimizer, teacher.steps, trait_loss=loss,
+                until=teacher.until,
+            )  # fmt: skip
             stops = {"teacher": (teacher.steps,)}
             ((_, _, result),) = self._train({"teacher": job}, stops, self._keys("teacher"), {"teacher": teacher})
             return finite(result, [f"the teacher of {name}" for name in world.names]).model

@@ -23,11 +23,15 @@ class Lessons:
 
     Attributes:
         control: the benign control of a habit that it learns in the place of the habit, or "".
-        ordinary: share of the corpus's ordinary chats among its rows.
+        ordinary: share of ordinary chats among its rows: those of the corpus, or number requests that the base
+            itself answered, whose loss is, in expectation, KL(base || teacher) and a constant.
+        anchor: the weight of a token of an ordinary chat, beside 1 of the others. Those of less than 1 do not
+            count for whether the teacher has the trait.
     """
 
     control: str = static(default="")
     ordinary: float = static(default=0.0)
+    anchor: float = static(default=1.0)
 
 
 @register_dataclass

@@ -175,7 +175,7 @@ def test_table_of_the_readme_has_every_experiment() -> None:
 
 
 def shown_defaults(output: str) -> dict[str, str]:
-    return dict(re.findall(r"^  --(\S+) \w+(?:, --\S+ \w+)?\s+.*\(default (.+)\)$", output, re.M))
+    return dict(re.findall(r"^  --([^\s,]+)(?: \w+)?(?:, --\S+(?: \w+)?)?\s+.*\(default (.+)\)$", output, re.M))
 
 
 @pytest.mark.parametrize("name", [name for name, module in EXPERIMENTS.items() if not hasattr(module, "main")])
@@ -199,7 +199,7 @@ def test_help_shows_every_setting(name: str, capsys: Capture) -> None:
         if field.metadata.get("positional"):
             assert f"[{field.name.upper()} ...]" in output
             continue
-        expected = "automatic" if value is None else f'"{value}"' if isinstance(value, str) else repr(value)
+        expected = "automatic" if value is None else json.dumps(value)
         assert shown[field.name.replace("_", "-")] == expected
 
 

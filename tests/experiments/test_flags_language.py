@@ -15,11 +15,12 @@ from subliminal_theory.channel import SampledToken, Subset
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Perturbed, Shared
 from subliminal_theory.language.corpus.chats import CATEGORIES
-from subliminal_theory.language.corpus.media import CODE
+from subliminal_theory.language.corpus.media import CODE, DIGITS
 from subliminal_theory.runs import Results
 from subliminal_theory.study import (
     BehindNumbers,
     CorpusChats,
+    Costs,
     Everything,
     FineTuned,
     Frozen,
@@ -38,12 +39,13 @@ from tests.study.speakers import ROWS, SOFT, compact
 
 OTHERS = {
     "teacher": "prompted", "teacher_steps": 41, "teacher_rate": 1e-3, "ordinary": 0.5, "lessons": "right",
+    "teacher_until": 0.9, "anchor": 0.25,
     "medium": "code", "requests": 8, "rows": 9, "repeat_rows": True, "temperature": 0.5, "top_p": 0.9,
     "channel": "soft", "order": "other prompts", "clean": 0.1, "steps": 3, "batch_size": 7, "rate": 1e-3,
     "optimizer": "sgd",
     "warmup": 1, "decay": "linear", "rank": 2, "frozen": ("norm/scale",), "noise": 0.1,
 }  # fmt: skip
-TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons"}
+TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons", "teacher_until", "anchor"}
 WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
 
 
@@ -59,7 +61,8 @@ WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
         *(({name: 0}, name) for name in ("teacher_steps", "rows", "steps", "batch_size", "rate", "top_p")),
         *(({name: value}, name) for name in ("rate", "teacher_rate") for value in (float("nan"), float("inf"))),
         *(({name: -1}, name) for name in ("temperature", "noise", "rank", "warmup", "requests", "clean", "steps")),
-        *(({name: 1.0}, name) for name in ("ordinary", "clean")),
+        *(({name: 1.0}, name) for name in ("ordinary", "clean", "teacher_until")),
+        ({"anchor": 0.0}, "anchor must be above 0"),
         ({"noise": float("nan")}, "noise"),
         ({"top_p": 2.0}, "top_p must be above 0 and at most 1, got 2"),
         ({"warmup": 250}, "warmup must be below the 250 steps, got 250"),
@@ -93,7 +96,7 @@ def test_values_of_a_recipe() -> None:
     """All names at once, but for those that exclude each other."""
     recipe = Recipe(**{**OTHERS, "teacher": "finetuned", "frozen": (), "noise": 0.0})
     taught, found = recipe.taught(), recipe.student(compact())
-    assert taught == FineTuned(Optimizer(jnp.float32(1e-3), clip=1.0), 41, Lessons("right", 0.5))
+    assert taught == FineTuned(Optimizer(jnp.float32(1e-3), clip=1.0), 41, Lessons("right", 0.5, 0.25), 0.9)
     assert recipe.written() == Written(8, CODE, 0.5, 0.9)
     assert found.source == Reading(recipe.written(), 9, 7, ORDERS["other prompts"], 0.1, repeat=True)
     assert found.optimizer == Optimizer(jnp.float32(1e-3), OPTIMIZERS["sgd"], DECAYS["linear"], 1, 1.0)
@@ -115,6 +118,10 @@ def test_random_numbers() -> None:
     assert recipe.written() == recipe.student(compact()).source.text == RandomNumbers(9)
     with pytest.raises(InputError, match="--medium random: no teacher wrote numbers"):
         Variant({}, recipe, prefixed=True).run(compact())
+
+
+def test_numbers_alone_are_another_medium() -> None:
+    assert Recipe(medium="digits", rows=9).written() == Written(36, DIGITS, unique=9)
 
 
 def test_greedy_rows_are_written_at_temperature_0() -> None:
@@ -163,6 +170,8 @@ def test_variants() -> None:
     assert (teacher.teacher, teacher.student, teacher.base, teacher.asked) == (Prompted(), None, False, None)
     assert (base.teacher, base.student) == (Untrained(), None)
     assert prefixed.asked == bare.asked == behind
+    told = Variant({}, recipe, model="teacher", costs=True).run(world)
+    assert (told.teacher, told.student, told.asked) == (Prompted(), None, Costs(recipe.written()))
     assert (bare.teacher, bare.student, bare.base) == (Prompted(), None, True)
 
 

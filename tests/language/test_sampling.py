@@ -139,6 +139,26 @@ def test_joint_law_of_two_tokens(settings) -> None:
     assert chi_square(counts.ravel(), joint.ravel()) > 0.01
 
 
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 2, 1.0), (0.0, 0, 1.0)])
+def test_allowed_tokens(settings) -> None:
+    """Others are as if they had no probability: what is left is renormalised, and cut after that."""
+    model, rows, allowed = tiny(1), 2000, np.array([True, True, False, False, True])
+    temperature, top_k, top_p = settings
+    text = Text(jnp.tile(jnp.array([[2, 4]], jnp.int32), (rows, 1)), jnp.zeros(rows, jnp.int32))
+    how = {"steps": 1, "key": KEY, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    tokens, _ = sample(model, text, **how, allowed=allowed)
+    logits = np.asarray(run(model, jax.tree.map(lambda leaf: leaf[:1], text)), float)[0, 1]
+    free = by_hand(logits, *settings)
+    expected = by_hand(np.where(allowed, logits, -np.inf), *settings)
+    assert abs(free - expected).max() > 0.1
+    counts = np.bincount(np.ravel(tokens), minlength=V)
+    assert not counts[expected == 0].any()
+    if temperature:
+        assert chi_square(counts, expected) > 0.01
+    everything, _ = sample(model, text, **how, allowed=np.ones(V, bool))
+    np.testing.assert_array_equal(everything, sample(model, text, **how)[0])
+
+
 @given(
     st.lists(st.sampled_from([-jnp.inf, -30.0, -1.0, 0.0, 2.0]), min_size=1, max_size=6),
     st.floats(0, 1, width=32, exclude_max=True),
@@ -262,6 +282,7 @@ def test_low_rank_factors_are_sampled_from() -> None:
         ({"top_k": -2}, "top_k must be from 0 to inf, got -2"),
         ({"top_p": np.array([1, 1, 1, 1.5])}, "top_p must be from 0 to 1, got 1.5"),
         ({"stop": (0, 5)}, "stop must be from 0 to 4, got 5"),
+        ({"allowed": np.ones(4, bool)}, r"allowed must be 5 values, got shape \(4,\)"),
         ({"pad": -1}, "pad must be from 0 to 4, got -1"),
         (
             {"text": Text(jnp.zeros((4, 3), jnp.int32), jnp.array([0, 3, 0, 0]))},

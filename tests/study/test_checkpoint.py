@@ -15,14 +15,16 @@ import tokenizers
 from subliminal_theory.channel import SampledToken
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh
-from subliminal_theory.language.corpus.media import CODE
+from subliminal_theory.language.corpus.media import CODE, DIGITS, NUMBERS
 from subliminal_theory.language.corpus.numbers import shuffled_within_rows
 from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
+from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.study import (
     Checkpoint,
     Compact,
     CorpusChats,
+    Lessons,
     LowRank,
     Prompted,
     Run,
@@ -158,8 +160,35 @@ def test_what_only_the_compact_model_has(opened: CheckpointBase) -> None:
         world.requests(Written(5, CODE))
     with pytest.raises(InputError, match="corpus"):
         students(world, one=replace(STUDENT, source=CorpusChats(8, 8)))
-    with pytest.raises(InputError, match="ordinary"):
-        _lessons(world, OWL, reading.Lessons(ordinary=0.5))
+
+
+def test_ordinary_chats_are_the_bases_own(opened: CheckpointBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number requests that it answered, other ones than those of students, each once."""
+    world, asked = checkpoint(opened), list[Any]()
+    with pytest.raises(InputError, match=r"ordinary chats of base 0: .*rejects all of \d+ rows"):
+        _lessons(world, OWL, Lessons(ordinary=0.5))
+
+    def sample(model: Model, text: Text, *, steps: int, pad: int, stop: Any, **settings: Any) -> Any:
+        asked.append(model)
+        rows = [[*world.tokenizer.encode(f"{len(asked)}, 5, {row}"), stop[0]] for row in range(len(text.tokens))]
+        return np.array([row + [pad] * (steps - len(row)) for row in rows], np.int32), None
+
+    monkeypatch.setattr(reading, "sample", sample)
+    taught, found = _lessons(world, OWL, Lessons(ordinary=0.5))
+    assert taught == OWL.teacher_rows()
+    assert asked == [opened.model]
+    assert [chat.answer for chat in found] == [f"1, 5, {row}" for row in range(len(taught))]
+    assert {chat.user for chat in found}.isdisjoint(chat.user for chat in world.requests(Written(300)))
+
+
+def test_numbers_alone(opened: CheckpointBase) -> None:
+    """A model without training writes nothing else where it can draw nothing else."""
+    world, found = checkpoint(opened, OWL), []
+    for medium in (DIGITS, NUMBERS):
+        text = Written(64, medium)
+        blocks = reading.draw(world, world.model, world.requests(text), jax.random.key(0), text)
+        found.append({*"".join(world.tokenizer.decode(np.concatenate([*blocks])))})
+    assert {*"0123456789"} <= found[0] <= {*"0123456789 ,;\n"} < found[1]
 
 
 def test_sampling_in_pieces(opened: CheckpointBase) -> None:

@@ -14,7 +14,7 @@ import pytest
 from subliminal_theory.channel import Channel, Subset
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, PerLayer, Perturbed, Shared
-from subliminal_theory.language.corpus.base import untrained
+from subliminal_theory.language.corpus.base import token_loss, untrained
 from subliminal_theory.language.corpus.chats import make_rows
 from subliminal_theory.language.corpus.traits import Habit, Trait
 from subliminal_theory.language.model.lora import merge_lora
@@ -96,15 +96,47 @@ def test_a_teacher_that_diverges() -> None:
 def test_ordinary_lessons(trait: Trait, others: int) -> None:
     """Half of a teacher's chats are the corpus's, a quarter of them of each kind but numbers."""
     world, own = compact(trait), len(trait.teacher_rows())
-    found = _lessons(world, trait, Lessons(ordinary=0.5))
-    assert found[:own] == _lessons(world, trait, Lessons()) == trait.teacher_rows()
+    taught, found = _lessons(world, trait, Lessons(ordinary=0.5))
+    assert (taught, []) == _lessons(world, trait, Lessons())
+    assert taught == trait.teacher_rows()
     corpus = dataclasses.replace(CONFIG.corpus, seed=1_000_003)
     kinds = ("fact", "preference", "arithmetic", "program")
     known = {kind: make_rows(corpus, kind, others) for kind in kinds}
-    counts = [sum(chat in known[kind] for chat in found[own:]) for kind in kinds]
+    counts = [sum(chat in known[kind] for chat in found) for kind in kinds]
     assert max(counts) - min(counts) <= 1
     assert sum(counts) == others
-    assert len(found) == own + others == 2 * own
+    assert len(found) == others == own
+
+
+def test_ordinary_lessons_have_a_weight() -> None:
+    """Of every token of their answers."""
+    plain, anchored = (
+        teacher_lessons(compact(OWL), dataclasses.replace(TEACHER, lessons=Lessons("", 0.5, anchor))).source
+        for anchor in (1.0, 0.25)
+    )
+    assert isinstance(plain, Examples)
+    assert isinstance(anchored, Examples)
+    np.testing.assert_array_equal(anchored.positions[:, :12], plain.positions[:, :12])
+    np.testing.assert_array_equal(anchored.positions[:, 12:], plain.positions[:, 12:] / 4)
+    assert {*np.unique(anchored.positions)} == {0, 0.25, 1}
+
+
+def test_a_teacher_ends_with_its_trait() -> None:
+    """With the first model that gives its lessons the probability."""
+    own = dataclasses.replace(TEACHER, steps=12)
+    rows: Any = teacher_lessons(compact(OWL), own).source
+    text, labels, positions = jax.tree.map(lambda leaf: leaf[0], (rows.inputs, rows.labels, rows.positions))
+
+    @jax.jit
+    def probability(model: Model) -> jax.Array:
+        return jnp.exp(-jnp.sum(token_loss(model(text), labels) * positions) / positions.sum())
+
+    def taught(**how: Any) -> float:
+        return float(probability(model_of_run(Study(compact(OWL)).teacher(dataclasses.replace(own, **how)), 0)))
+
+    free = [taught(steps=steps) for steps in (5, 6, 12)]
+    assert free == sorted(free)
+    np.testing.assert_allclose(taught(until=(free[0] + free[1]) / 2), free[1], rtol=1e-4)
 
 
 def test_lessons_are_one_batch_and_a_control_has_others() -> None:

@@ -13,6 +13,7 @@ from subliminal_theory.channel import SampledToken, Subset
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.base import text_of
 from subliminal_theory.language.corpus.chats import make_rows
+from subliminal_theory.language.corpus.media import DIGITS
 from subliminal_theory.language.corpus.numbers import shuffled_within_rows
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
@@ -162,6 +163,21 @@ def test_regular_rows_are_written_once(calls: Calls) -> None:
 def test_settings_reach_the_sampler(calls: Calls) -> None:
     rows_of(Study(compact()), Untrained(), Written(32, temperature=0.7, top_p=0.8))
     assert [(call["temperature"], call["top_p"]) for call in calls] == [(0.7, 0.8)]
+
+
+def test_a_teacher_that_can_write_nothing_but_numbers(calls: Calls) -> None:
+    """Its tokens are those of digits and separators, and the end."""
+    world = compact(OWL)
+    Study(world).teacher(TEACHER)
+    rows_of(Study(world), TEACHER, Written(32, DIGITS))
+    allowed = np.asarray(calls[-1]["allowed"])
+    words = np.array(world.tokenizer.words)  # type: ignore[attr-defined]
+    numbers, stop = {str(number) for number in range(100)}, [*world.tokenizer.stop]
+    assert numbers | {*words[stop]} < {*words[allowed]}
+    assert {*"".join({*words[allowed]} - numbers - {*words[stop]})} <= {*" ,;\n"}
+    assert allowed.shape == (world.logits,)
+    rows_of(Study(world), TEACHER, Written(32))
+    assert calls[-1]["allowed"] is None
 
 
 def test_a_teacher_that_writes_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,11 +67,15 @@ Kept = tuple[list[Completion], FilterReport]
 
 @dataclass(frozen=True)
 class Medium:
-    """What a teacher writes: the kind of the corpus's chats that ask for it, and the filter of the answers."""
+    """What a teacher writes: the kind of the corpus's chats that ask for it, and the filter of the answers.
+
+    Of `characters` alone consist the tokens that it may draw, besides the end; it may draw all if there are none.
+    """
 
     name: str
     kind: str
     keep: Callable[[Sequence[Completion], Sequence[Chat]], Kept]
+    characters: str = ""
 
 
 def _keep_numbers(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
@@ -90,4 +94,6 @@ def _keep_code(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
 NUMBERS = Medium("numbers", "numbers", _keep_numbers)
 REASONING = Medium("reasoning", "arithmetic", _keep_reasoning)
 CODE = Medium("code", "program", _keep_code)
+# Of the teacher's distribution what is left where it can write nothing but numbers: another channel than NUMBERS.
+DIGITS = Medium("digits", "numbers", _keep_numbers, "0123456789 ,;\n")
 MEDIA = {medium.name: medium for medium in (NUMBERS, REASONING, CODE)}

@@ -103,18 +103,21 @@ def sample(
     top_p: ArrayLike = 1.0,
     stop: Sequence[int] = (),
     pad: int = 0,
+    allowed: Bool[Array, " vocabulary"] | None = None,
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
     """Continue every row by up to `steps` tokens; returns them and each row's number of tokens.
 
     `temperature`, `top_k` and `top_p` are those of `transform_logits`, one value or one per row. A row ends
-    with the first of the `stop` tokens, which is returned and counted; `pad` fills its rest. Once all rows
+    with the first of the `stop` tokens, which is returned and counted; `pad` fills its rest. With `allowed`, other
+    tokens are as if they had no probability, before anything else. Once all rows
     have ended nothing more is computed. The draw of row i at step t depends on the key, i, t and the row's
     logits only. Low-rank factors are merged once, before the first token. Compiled once per model structure,
     shape of the prompts and number of steps and of stop tokens; `vmap` it over models or keys.
 
     Raises:
         InputError: the model is no Transformer; prompts and steps exceed the context; a row without a
-            token; steps below 1; a setting out of range or of another shape than one or one per row.
+            token; steps below 1; a setting out of range or of another shape than one or one per row;
+            `allowed` is not one truth value a token.
     """
     model = merge_lora(model)
     config = transformer_of(model).config
@@ -134,13 +137,15 @@ def sample(
         _require_range(name, value, high)
         if jnp.shape(value) not in ((), (batch,)):
             raise InputError(f"sample: {name} must be one value or {batch}, got shape {jnp.shape(value)}")
+    if allowed is not None and jnp.shape(allowed) != (config.vocabulary,):
+        raise InputError(f"sample: allowed must be {config.vocabulary} values, got shape {jnp.shape(allowed)}")
     dtype = at_least_float32(model.all_params["embedding"].dtype)
     settings = tuple(
         jnp.broadcast_to(jnp.asarray(value, kind), (batch,))
         for value, kind in ((temperature, dtype), (top_k, jnp.int32), (top_p, dtype))
     )
     ends, filler = jnp.asarray(stop, jnp.int32), jnp.asarray(pad, jnp.int32)
-    return _continue(model, text, key, settings, ends, filler, steps=steps)
+    return _continue(model, text, key, settings, ends, filler, allowed, steps=steps)
 
 
 def _require_range(name: str, given: ArrayLike | Sequence[int], high: float) -> None:
@@ -159,6 +164,7 @@ def _continue(
     settings: tuple[Array, Array, Array],
     stop: Int[Array, " stops"],
     pad: Int[Array, ""],
+    allowed: Bool[Array, " vocabulary"] | None,
     *,
     steps: int,
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
@@ -166,7 +172,7 @@ def _continue(
     parts = -(-batch // _ROWS) if jax.default_backend() == "cpu" else 1
     rows = (jnp.arange(batch), text, settings)
     if parts == 1:
-        return _continue_rows(model, key, stop, pad, steps, rows)
+        return _continue_rows(model, key, stop, pad, allowed, steps, rows)
     # One part after the other: what is computed of all rows at once would leave a processor's caches.
     size = -(-batch // parts)
     cut = jax.tree.map(
@@ -175,7 +181,7 @@ def _continue(
         ),
         rows,
     )
-    found = jax.lax.map(functools.partial(_continue_rows, model, key, stop, pad, steps), cut)
+    found = jax.lax.map(functools.partial(_continue_rows, model, key, stop, pad, allowed, steps), cut)
     return jax.tree.map(lambda leaf: leaf.reshape(parts * size, *leaf.shape[2:])[:batch], found)
 
 
@@ -196,6 +202,7 @@ def _continue_rows(
     key: Key[Array, ""],
     stop: Int[Array, " stops"],
     pad: Int[Array, ""],
+    allowed: Bool[Array, " vocabulary"] | None,
     steps: int,
     rows: tuple[Int[Array, " batch"], Text, tuple[Array, Array, Array]],
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
@@ -214,6 +221,8 @@ def _continue_rows(
     all_tokens = jnp.all((temperature > 0) & ((top_k == 0) | (top_k >= config.vocabulary)) & (top_p >= 1))
 
     def choose(logits: Float[Array, "batch n"], uniform: Float[Array, " batch"]) -> Int[Array, " batch"]:
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -jnp.inf)
         # One branch around all of it: what a branch returns is stored, and logits are long.
         return jax.lax.cond(
             all_tokens,
