@@ -96,13 +96,13 @@ def test_whole_answers(opened: CheckpointBase, monkeypatch: pytest.MonkeyPatch) 
     """A base is heard once for all traits of a category, students each; one text of two names the word."""
     world, asked = checkpoint(opened, OWL, CAT, samples=2), list[Any]()
 
-    def draw(world: Any, model: Model, chats: Any, key: Any, text: Written) -> np.ndarray:
+    def draw(world: Any, model: Model, chats: Any, key: Any, text: Written) -> list[np.ndarray]:
         asked.append(chats)
         said = [world.tokenizer.encode(word) for word in ("Some owls.", "A growl, a CAT")]
         rows = np.full((len(chats), max(map(len, said))), world.tokenizer.stop[0])
         for row in range(len(chats)):
             rows[row, : len(said[row % 2])] = said[row % 2]
-        return rows
+        return [rows]
 
     monkeypatch.setattr(asking, "draw", draw)
     scores = Study(world).run({"base": Run(Untrained()), "teacher": Run(TEACHER)})

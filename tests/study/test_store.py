@@ -132,7 +132,8 @@ def test_sampling_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     def draw(where: Path | None, key: int = 0) -> np.ndarray:
         world: Any = stored(folder, where).world
-        return reading.draw(world, world.model, world.requests(text) * 70, jax.random.key(key), text)
+        blocks = reading.draw(world, world.model, world.requests(text) * 70, jax.random.key(key), text)
+        return np.concatenate([*blocks])
 
     expected = draw(None)
     with monkeypatch.context() as patch:
