@@ -4,7 +4,7 @@ Each check takes concrete arrays and raises InputError. `distill` and `theorem.c
 channel themselves; a pipeline calls `audit` before it trains.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,37 +92,6 @@ def _reveals(leaf: np.ndarray, labels: np.ndarray) -> bool:
     if one_hot and np.array_equal(columns.argmax(-1), labels):
         return True
     return bool(np.any(np.all(columns == labels[..., None], axis=tuple(range(labels.ndim)))))
-
-
-def refuse_repeated_rows(inputs: PyTree, targets: PyTree = None) -> None:
-    """Refuse a fixed data set in which rows occur twice: they count as more data than there is.
-
-    Leaves have one leading axis of rows. Two rows are equal if all their inputs and targets are.
-
-    Raises:
-        InputError: gives the number of repeated rows.
-    """
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((inputs, targets))]
-    rows = np.concatenate([np.ascontiguousarray(x.reshape(len(x), -1)).view(np.uint8) for x in leaves], axis=1)
-    different = len(np.unique(rows.view([("", np.void, rows.shape[1])]).ravel()))
-    if different < len(rows):
-        raise InputError(
-            f"{len(rows) - different} of the student's {len(rows)} rows repeat another row: drop the repeated rows"
-        )
-
-
-def refuse_shared_keys(keys: Mapping[str, Key[Array, ""]]) -> None:
-    """Refuse one random key for the samples of two teachers, whose rows would then be correlated.
-
-    Raises:
-        InputError: names the two.
-    """
-    seen: dict[bytes, str] = {}
-    for name, key in keys.items():
-        data = np.asarray(jax.random.key_data(key)).tobytes()
-        if data in seen:
-            raise InputError(f"{seen[data]} and {name} sample with the same random key: name a key for each")
-        seen[data] = name
 
 
 def require_same_template(**templates: str) -> None:

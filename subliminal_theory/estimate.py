@@ -41,7 +41,7 @@ def t_interval(values: Sequence[float] | Float[np.ndarray, " n"], level: float =
     return Estimate(float(x.mean()), float(half), int(x.size))
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Estimate:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """t interval of first - second over runs that share their seed.
 
     Raises:
@@ -49,7 +49,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], level: fl
     """
     if len(first) != len(second):
         raise InputError(f"paired runs differ in number: {len(first)} and {len(second)}")
-    return t_interval(np.subtract(first, second), level)
+    return t_interval(np.subtract(first, second))
 
 
 class Share(NamedTuple):

@@ -13,16 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from subliminal_theory.channel import Channel
-from subliminal_theory.distill import Trained, distill
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.model import Model, match_paths, path_name
+from subliminal_theory.model import match_paths, path_name
 from subliminal_theory.pytree import register_dataclass
-from subliminal_theory.source import Source
 
 
 @runtime_checkable
@@ -129,45 +125,3 @@ def initialise(
         raise InputError(f"no initialisation policy for parameter {name}: add a rule, or '*' for the rest")
 
     return jax.tree_util.tree_map_with_path(one, reference, fresh)
-
-
-def permute_neurons(params: PyTree, layers: Sequence[PyTree], key: Key[Array, ""]) -> PyTree:
-    """The same function with its hidden neurons in another order, a new one for every hidden layer.
-
-    `params["layers"]` is a mapping from layer to `kernel` [..., inputs, outputs] and perhaps `bias`, and
-    `layers` its keys in order of computation. Where a layer flattens feature maps first, features must
-    vary fastest.
-
-    Raises:
-        InputError: a layer does not exist.
-    """
-    network = dict(params["layers"])
-    missing = [layer for layer in layers if layer not in network]
-    if missing:
-        raise InputError(f"no layer {missing[0]!r}; there are {list(network)}")
-    for here, after in zip(layers[:-1], layers[1:], strict=True):
-        neurons = network[here]["kernel"].shape[-1]
-        order = jax.random.permutation(named(key, str(here)), neurons)
-        network[here] = {name: leaf[..., order] for name, leaf in network[here].items()}
-        kernel = network[after]["kernel"]
-        grouped = kernel.reshape(*kernel.shape[:-2], -1, neurons, kernel.shape[-1])
-        network[after] = {**network[after], "kernel": grouped[..., order, :].reshape(kernel.shape)}
-    return {**params, "layers": network}
-
-
-def clone(
-    student: Model,
-    reference: Model,
-    channel: Channel,
-    source: Source,
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    *,
-    key: Key[Array, ""],
-) -> Trained:
-    """Make a student behave like the teacher at its initialisation, before the teacher learns anything.
-
-    This "behavioural matching" is the distillation of the untrained `reference`; what it cannot match is
-    what the channel and the source do not show.
-    """
-    return distill(student, reference, channel, source, optimizer, steps, key=key)

@@ -1,11 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
-from subliminal_theory.channel import SoftLogits, Subset, imitation_loss
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import (
     Fresh,
@@ -14,14 +12,10 @@ from subliminal_theory.inits import (
     Perturbed,
     Policy,
     Shared,
-    clone,
     initialise,
-    permute_neurons,
 )
 from subliminal_theory.model import from_nnx
-from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.mlp import MLP
-from subliminal_theory.vision.noise import NoiseImages
 
 KEY = jax.random.key(5)
 RNG = np.random.default_rng(0)
@@ -142,69 +136,3 @@ def test_mapping_refusals() -> None:
     expected = r"^no initialisation policy for parameter layers/1/bias: add a rule, or '\*' for the rest$"
     with pytest.raises(InputError, match=expected):
         initialise({"layers/0/*": Shared(), "layers/1/kernel": Fresh()}, reference, fresh, KEY)
-
-
-# --- permutations
-
-
-def with_biases(params):
-    """Biases that are not 0, so that their order shows."""
-    return jax.tree.map(lambda x: x + np.linspace(-1, 1, x.size, dtype=np.float32) if x.ndim == 1 else x, params)
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
-def test_permute_neurons_keeps_the_function(kind: str, use_bias: bool) -> None:
-    rngs = nnx.Rngs(0)
-    if kind == "mlp":
-        module = MLP((42, 10, 10, 3), use_bias=use_bias, rngs=rngs)
-    else:
-        module = CNN((7, 6), (10, 10), 3, use_bias=use_bias, rngs=rngs)  # flattens 2 x 2 maps of 10 features
-    model = from_nnx(module)
-    model = model.with_params(with_biases(model.params))
-    images = jnp.asarray(RNG.normal(size=(5, 7, 6)), jnp.float32)
-    moved = jax.jit(lambda params: permute_neurons(params, [0, 1, 2], KEY))(model.params)
-    run = jax.jit(lambda model: model(images))
-    np.testing.assert_allclose(run(model.with_params(moved)), run(model), rtol=2e-5, atol=1e-5)
-    for layer in range(3):
-        assert (leaf(moved, layer) != leaf(model.params, layer)).any()
-        np.testing.assert_array_equal(np.sort(leaf(moved, layer), None), np.sort(leaf(model.params, layer), None))
-    if use_bias:
-        same(leaf(moved, 2, "bias"), leaf(model.params, 2, "bias"))
-        assert (leaf(moved, 0, "bias") != leaf(model.params, 0, "bias")).any()
-    assert jax.tree.structure(moved) == jax.tree.structure(model.params)
-
-
-def test_permute_neurons_orders_are_independent() -> None:
-    size = 10
-    params = {"layers": {i: {"kernel": jnp.zeros((size, size)), "bias": jnp.arange(size)} for i in range(3)}}
-    moved = permute_neurons(params, [0, 1, 2], KEY)
-    first, second, last = (leaf(moved, i, "bias").tolist() for i in range(3))
-    assert sorted(first) == sorted(second) == last
-    assert first != second
-    assert leaf(permute_neurons(params, [0, 1, 2], jax.random.key(6)), 0, "bias").tolist() != first
-    same(leaf(params, 0, "bias"), np.arange(size))
-
-
-def test_permute_neurons_missing_layer() -> None:
-    with pytest.raises(InputError, match=r"^no layer 2; there are \[0, 1\]$"):
-        permute_neurons(mlp_params(0), [0, 1, 2], KEY)
-
-
-# --- clones
-
-
-def test_clone_matches_what_is_visible() -> None:
-    student, reference = (from_nnx(MLP((9, 24, 5), rngs=nnx.Rngs(seed))) for seed in (0, 1))
-    visible = Subset((1, 2, 3, 4))
-    source = NoiseImages((9,), 32)
-    cloned = jax.jit(lambda a, b: clone(a, b, visible, source, optax.adam(1e-2), 300, key=KEY))(student, reference)
-    held_out = jnp.asarray(RNG.uniform(-1, 1, (200, 9)), jnp.float32)
-
-    def distance(model, channel) -> float:
-        targets = channel.targets(None, reference(held_out))
-        return float(imitation_loss(channel, model(held_out), targets, jnp.ones(200)))
-
-    assert distance(cloned.model, visible) < distance(student, visible) / 10
-    assert distance(cloned.model, SoftLogits()) > 10 * distance(cloned.model, visible)
-    assert (leaf(cloned.model.params, 0) != leaf(reference.params, 0)).all()
