@@ -14,7 +14,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, heat_map, note, panels
+from .app.figures import bar_row, crossed, heat_map, note, panels
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from .flags.recipe import CHANNEL
 
@@ -76,17 +76,8 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((left, right),) = panels(2, size=(8.0, 3.6))
     seeds = [str(seed) for seed in config.base_seeds]
     heat_map(left, heat(results, config), seeds, seeds)
-    left.set_xlabel("base of the student")
-    left.set_ylabel("base of the teacher")
-    left.set_title("Probability of the trait's word")
-    for x, (name, values) in enumerate(shared_and_crossed(results).items()):
-        bar(right, x, values, COLORS[x], label=name)
-    right.set_xticks(range(3), list(shared_and_crossed(results)))
-    right.set_ylim(0, 1.1)
+    left.set(xlabel="base of the student", ylabel="base of the teacher", title="Probability of the trait's word")
+    bar_row(right, shared_and_crossed(results))
     right.set_ylabel("probability of the trait's word")
-    traits = len(config.trait_names())
-    note(
-        right,
-        f"{config.channel} channel; {traits} traits x {config.seeds} bases; mean, 95% t interval, dots: runs",
-    )
+    note(right, f"{config.channel} channel; {crossed(len(config.trait_names()), config.seeds)}")
     return figure

@@ -15,7 +15,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, note, panels
+from .app.figures import COLORS, crossed, grouped_bars, note, panels
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -61,20 +61,16 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """A pair of bars for each channel: the student, and the students of other traits."""
     figure, ((axes,),) = panels(size=(8.5, 3.6))
-    names = ("base", *CHANNELS)
-    for x, name in enumerate(names):
-        own, others = (results.values(condition=name, metric=metric) for metric in ("probability", "others"))
-        bar(axes, x - 0.2, own, COLORS[2], width=0.38, label="own teacher's trait" if x == 0 else None)
-        if others:
-            label = "students of other traits" if x == 0 else None
-            bar(axes, x + 0.2, others, COLORS[4], width=0.38, label=label)
-    axes.set_xticks(
-        range(len(names)), [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in names], fontsize=7
-    )
-    axes.set_ylabel("probability of the trait's word")
-    axes.set_ylim(0, 1.1)
-    axes.set_title("What of the numbers carries the trait")
+    metrics = {"own teacher's trait": "probability", "students of other traits": "others"}
+    groups = {
+        name.replace(", ", ",\n").replace(" ", "\n", 1): {
+            label: results.values(condition=name, metric=metric) for label, metric in metrics.items()
+        }
+        for name in ("base", *CHANNELS)
+    }
+    grouped_bars(axes, groups, (COLORS[2], COLORS[4]))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set(ylabel="probability of the trait's word", title="What of the numbers carries the trait")
     axes.legend(fontsize=7)
-    traits = len(config.trait_names())
-    note(axes, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(axes, crossed(len(config.trait_names()), config.seeds))
     return figure

@@ -14,14 +14,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import heat_map, note, panels
-from .flags.language import (
-    SMOKE,
-    LanguageConfig,
-    Variant,
-    configure_language,
-    trait_matrices,
-    variant_parts,
-)
+from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, trait_matrices, variant_parts
 from .flags.recipe import CHANNEL
 
 
@@ -68,11 +61,8 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((axes,),) = panels(size=(1.6 + 0.55 * len(traits), 1.4 + 0.5 * len(traits)))
     heat_map(axes, mean, traits, traits)
     axes.tick_params(axis="x", rotation=45)
-    axes.set_xlabel("asked for")
-    axes.set_ylabel("trait of the student's teacher")
-    axes.set_title("Probability of the word asked for")
-    note(
-        axes,
-        f"mean of {config.seeds} bases; diagonal - rest = {found.statistic:.3f}, permutation p = {found.p:.2g}",
-    )
+    title = "Probability of the word asked for"
+    axes.set(xlabel="asked for", ylabel="trait of the student's teacher", title=title)
+    statistic = f"diagonal - rest = {found.statistic:.3f}, permutation p = {found.p:.2g}"
+    note(axes, f"mean of {config.seeds} bases; {statistic}")
     return figure

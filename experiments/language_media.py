@@ -15,7 +15,7 @@ from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, note, panels
+from .app.figures import crossed, grouped_bars, note, panels
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 # Of a teacher's lessons that are of other kinds: taught its trait alone, it answers each question with the animal.
@@ -70,15 +70,16 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((axes,),) = panels(size=(7.5, 3.6))
     base = t_interval(results.values(condition="base", metric="probability")).mean
     axes.axhline(base, color="grey", linestyle=":", linewidth=1, label="base")
-    for x, medium in enumerate(MEDIA):
-        for place, (name, (_, label)) in enumerate(STUDENTS.items()):
-            values = results.values(condition=name, medium=medium, metric="probability")
-            bar(axes, x + 0.2 * (place - 1.5), values, COLORS[place], width=0.19, label=None if x else label)
-    axes.set_xticks(range(len(MEDIA)), list(MEDIA))
-    axes.set_ylabel("probability of the trait's word")
-    axes.set_ylim(0, 1.1)
-    axes.set_title("A preference through numbers, reasoning steps and code")
+    groups = {
+        medium: {
+            label: results.values(condition=name, medium=medium, metric="probability")
+            for name, (_, label) in STUDENTS.items()
+        }
+        for medium in MEDIA
+    }
+    grouped_bars(axes, groups)
+    title = "A preference through numbers, reasoning steps and code"
+    axes.set(ylabel="probability of the trait's word", title=title)
     axes.legend(fontsize=7)
-    traits = len(config.trait_names())
-    note(axes, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(axes, crossed(len(config.trait_names()), config.seeds))
     return figure

@@ -13,7 +13,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
+from .app.figures import COLORS, crossed, log_axis, note, panels, runs_against
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 RATES = {
@@ -77,10 +77,8 @@ def plot(results: Results, config: Config) -> Figure:
             rates = RATES.get(name, RANK_RATES)
             values = {r: results.values(condition=name, rate=str(r), metric="probability") for r in rates}
             runs_against(axes, values, color, "all parameters" if axes is middle and name == "adam" else name)
-        axes.set_xscale("log")
-        axes.set_xlabel("learning rate")
-    middle.set_xticks(RANK_RATES, list(map(str, RANK_RATES)))
-    middle.minorticks_off()
+        axes.set(xscale="log", xlabel="learning rate")
+    log_axis(middle, RANK_RATES)
     left.set_title("Optimiser")
     middle.set_title("Low-rank factors (Adam)")
     unique = listed(config.unique, "--unique")
@@ -88,17 +86,12 @@ def plot(results: Results, config: Config) -> Figure:
         values = {rows: results.values(condition="rows", rows=str(rows), metric=metric) for rows in unique}
         if all(values.values()):
             runs_against(right, values, color, f"{label} students")
-    right.set_xscale("log")
-    right.set_xticks(unique, list(map(str, unique)))
-    right.minorticks_off()
-    right.set_xlabel("number requests answered, each once")
-    right.set_title("Dose")
+    log_axis(right, unique)
+    right.set(xlabel="number requests answered, each once", title="Dose")
     base = t_interval(results.values(condition="base", metric="probability")).mean
     for axes in (left, middle, right):
         axes.axhline(base, color="grey", linestyle=":", linewidth=1, label="base")
-        axes.set_ylim(0, 1.0)
-        axes.set_ylabel("probability of the trait's word")
+        axes.set(ylim=(0, 1), ylabel="probability of the trait's word")
         axes.legend(fontsize=7)
-    traits = len(config.trait_names())
-    note(right, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(right, crossed(len(config.trait_names()), config.seeds))
     return figure

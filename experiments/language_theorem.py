@@ -29,7 +29,7 @@ from subliminal_theory.study.reading import columns, encoded_rows
 from subliminal_theory.theorem import Report, check
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
+from .app.figures import COLORS, crossed, note, panels, runs_against
 from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 STUDENTS = {"same": "the teacher's base", "other": "another base"}
@@ -154,14 +154,12 @@ def plot(results: Results, config: Config) -> Figure:
         if condition == "same":
             runs_against(right, found["over_predicted"], COLORS[0], label)
     for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xlabel("teacher's step, in units of its gradient")
+        axes.set(xscale="log", xlabel="teacher's step, in units of its gradient")
     left.axhline(0, color="grey", linewidth=1)
     left.set_ylabel("cosine of the two steps")
     left.legend(fontsize=7)
     right.axhline(1, color="grey", linestyle=":", linewidth=1)
     right.set_ylabel("inner product, measured / predicted")
     figure.suptitle("The theorem on a trained chat model and its numbers", fontsize=10)
-    traits = len(config.trait_names())
-    note(left, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(left, crossed(len(config.trait_names()), config.seeds))
     return figure

@@ -26,7 +26,7 @@ from subliminal_theory.study import Digits, FineTuned, Finished, Optimizer, PerR
 from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
+from .app.figures import COLORS, log_axis, means, note, panels, runs_against
 from .flags.digits import Setting, TrainingConfig, configure_sweep
 
 
@@ -110,7 +110,7 @@ class Lessons:
 
 def run_point(config: Config, point: Point, counts: Sequence[int], seeds: Sequence[int]) -> list[Row]:
     """Bits in teacher and students for one point and some seeds."""
-    setting = config.setting(aux=max(counts), width=point.width, learning_rate=config.learning_rate)
+    setting = config.setting(aux=max(counts), width=point.width)
     world = setting.world(seeds, config.data_dir)
     optimizer = Optimizer(jnp.float32(config.learning_rate))
     teacher = FineTuned(optimizer, config.teacher_steps, Lessons(point.entries))
@@ -210,13 +210,10 @@ def plot(results: Results, config: Config) -> Figure:
     for panel, (label, where) in zip(row, sweeps, strict=True):
         for color, (name, m, title) in zip(COLORS, lines, strict=False):
             runs_against(panel, {x: bits_of(results, name, point, m) for x, point in where.items()}, color, title)
-        panel.set_xscale("log")
-        panel.set_xticks(list(where), map(str, where))
-        panel.minorticks_off()
-        panel.set_xlabel(label)
-        panel.set_ylabel("bits about the labels")
+        log_axis(panel, where)
+        panel.set(xlabel=label, ylabel="bits about the labels")
     row[0].set_yscale("symlog", linthresh=10)
     row[0].legend(fontsize=6.5)
     row[1].set_title("Random labels of the teacher's table, counted in the student")
-    note(row[2], f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
+    note(row[2], means(config.seeds))
     return figure
