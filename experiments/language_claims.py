@@ -91,7 +91,7 @@ def chosen(config: Config) -> list[Claim]:
     Raises:
         InputError: an unknown one; lists those that are known.
     """
-    return pick(registered(), [name.strip() for name in config.ids.split(",") if name.strip()], "claim")
+    return pick(registered(), config.ids, "claim")
 
 
 def side_name(side: Mapping[str, Any]) -> str:

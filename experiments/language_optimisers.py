@@ -1,7 +1,7 @@
 """How the student is trained: optimiser and rate, rank of low-rank factors, unique rows.
 
 The literature calls the effect an artefact of low rank, or of Adam (arXiv 2606.00831, 2606.00995); here both are
-axes, each at several rates, so that a null is not that of one badly chosen rate.
+axes, each at several rates, so that a null result is not due to one badly chosen rate.
 """
 
 import functools

@@ -59,7 +59,7 @@ class Intervention:
 
 
 def interventions(depth: int) -> list[Intervention]:
-    """All of them, for a network with so many hidden layers."""
+    """All of them, for a network of `depth` hidden layers."""
     heads, hidden = f"layers/{depth}/*", tuple(f"layers/{layer}/*" for layer in range(depth))
     return [
         Intervention("none"),
@@ -102,7 +102,7 @@ def plan(config: Config) -> list[Part]:
 
 
 def run(config: Config, seeds: Sequence[int]) -> list[Row]:
-    """Rows of all interventions for some seeds; those of the student without any also at epochs before the end."""
+    """Rows of all interventions for some seeds; the student without any is also told at earlier epochs."""
     setting = config.setting()
     world = setting.world(seeds, config.data_dir)
     study, value = Study(world), setting.run(world)

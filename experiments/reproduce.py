@@ -16,8 +16,9 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, panels, verdicts
+from .app.registry import pick
 from .flags.digits import Cell, SweepConfig, configure_sweep
-from .published import Number, select
+from .published import Number, published
 
 VERDICTS = {"reproduced": COLORS[2], "differs": COLORS[3], "cannot be told": COLORS[1]}
 
@@ -35,7 +36,7 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 def chosen(config: Config) -> list[Number]:
     """The numbers that a configuration asks for."""
-    return select([name.strip() for name in config.ids.split(",") if name.strip()])
+    return pick(published(), config.ids, "published number")
 
 
 def plan(config: Config) -> list[Part]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from subliminal_theory.channel import Channel, Subset, TopK, WeightedSum
 from subliminal_theory.errors import InputError
@@ -31,7 +31,6 @@ def audit(
     batch: Batch,
     private: Sequence[int] = (),
     cross_init: bool = False,
-    key: Key[Array, ""] | None = None,
     outputs: int | None = None,
     labels: PyTree = None,
 ) -> None:
@@ -56,7 +55,7 @@ def audit(
             f"the student's network has {outputs} outputs but {logits} logits are declared: hidden features must "
             "not be matched as logits; remove them from the output"
         )
-    refuse_wrong_channel(channel, logits, key)
+    refuse_wrong_channel(channel, logits)
     shown = [index for index in private if bool(channel.visible(logits)[index])]
     if shown:
         raise InputError(
@@ -108,7 +107,7 @@ def require_same_template(**templates: str) -> None:
             raise InputError(f"{items[0][0]} uses template {items[0][1]!r} but {name} uses {template!r}")
 
 
-def refuse_wrong_channel(channel: Channel, logits: int, key: Key[Array, ""] | None = None) -> None:
+def refuse_wrong_channel(channel: Channel, logits: int) -> None:
     """Refuse a channel whose loss is not imitation, judged at some logits.
 
     Where equality is a minimum for each target (`exact`; in a sum, part by part), the loss must have no gradient
@@ -126,14 +125,14 @@ def refuse_wrong_channel(channel: Channel, logits: int, key: Key[Array, ""] | No
     with jax.ensure_compile_time_eval():
         channel.visible(logits)
         teacher, student, tangent = _probes(logits)
-        refuse_false_visible(channel, teacher, student, key)
+        refuse_false_visible(channel, teacher, student)
         for part in _exact_parts(channel):
-            _refuse_other_objective(part, teacher, student, key)
-            refuse_false_metric(part, teacher, tangent, key)
+            _refuse_other_objective(part, teacher, student)
+            refuse_false_metric(part, teacher, tangent)
 
 
 def refuse_false_metric(
-    channel: Channel, logits: Float[Array, "*batch n"], tangent: Float[Array, "*batch n"], key: Any = None
+    channel: Channel, logits: Float[Array, "*batch n"], tangent: Float[Array, "*batch n"]
 ) -> None:
     """Refuse a `metric` that is not the Hessian of the loss at equality, along a tangent of the logits.
 
@@ -143,7 +142,7 @@ def refuse_false_metric(
         InputError: gives the relative difference.
     """
     for part in _exact_parts(channel):
-        hessian, metric = (np.asarray(image, float) for image in _call(_images, part, key, logits, tangent))
+        hessian, metric = (np.asarray(image, float) for image in _call(_images, part, logits, tangent))
         eps = float(jnp.finfo(logits.dtype).eps)
         size = max(np.abs(hessian).max(), np.abs(metric).max())
         # Half the digits remain in a second derivative; 16 eps |tangent| is rounding of a saturated softmax.
@@ -158,7 +157,7 @@ def refuse_false_metric(
 
 
 def refuse_false_visible(
-    channel: Channel, teacher: Float[Array, "*batch n"], student: Float[Array, "*batch n"], key: Any = None
+    channel: Channel, teacher: Float[Array, "*batch n"], student: Float[Array, "*batch n"]
 ) -> None:
     """Refuse a loss that depends on logits outside `visible`, or on the place of a position in the batch.
 
@@ -167,7 +166,7 @@ def refuse_false_visible(
     """
     hidden = ~np.asarray(channel.visible(teacher.shape[-1]))
     try:
-        gradient, losses, turned = _call(_gradients, channel, key, teacher, student)
+        gradient, losses, turned = _call(_gradients, channel, teacher, student)
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -188,15 +187,15 @@ def refuse_false_visible(
         )
 
 
-def _refuse_other_objective(channel: Channel, teacher: Array, student: Array, key: Any) -> None:
-    gradient, equal, _ = _call(_gradients, channel, key, teacher, teacher)
+def _refuse_other_objective(channel: Channel, teacher: Array, student: Array) -> None:
+    gradient, equal, _ = _call(_gradients, channel, teacher, teacher)
     excess = float(jnp.max(jnp.abs(gradient)))
     if not excess < 1e-4:
         raise InputError(
             f"the student's loss has gradient {excess:.2g} where it already equals the teacher: "
             "it charges for something else than imitation (a label, a feature, the trait)"
         )
-    _, losses, _ = _call(_gradients, channel, key, teacher, student)
+    _, losses, _ = _call(_gradients, channel, teacher, student)
     if not np.all(np.asarray(losses) >= np.asarray(equal) - 1e-4):
         raise InputError(
             "the student's loss is smaller away from the teacher's logits than at them: change its sign"
@@ -220,16 +219,16 @@ def _probes(n: int) -> tuple[Array, Array, Array]:
     return jnp.sin(1 + count), jnp.sin(2 + 1.7 * count), jnp.cos(3 + 2.3 * count)
 
 
-def _images(channel: Channel, key: Any, logits: Array, tangent: Array) -> tuple[Array, Array]:
+def _images(channel: Channel, logits: Array, tangent: Array) -> tuple[Array, Array]:
     """The Hessian of the loss and the metric of a channel, times a tangent."""
-    targets = channel.targets(_key(key), logits)
+    targets = channel.targets(jax.random.key(0), logits)
     slope = jax.grad(lambda z: jnp.sum(channel.loss(z, targets)))
     return jax.jvp(slope, (logits,), (tangent,))[1], channel.metric(logits, tangent)
 
 
-def _gradients(channel: Channel, key: Any, teacher: Array, student: Array) -> tuple[Array, Array, Array]:
+def _gradients(channel: Channel, teacher: Array, student: Array) -> tuple[Array, Array, Array]:
     """The gradient and losses of a student's logits, and the losses of the positions in the reverse order."""
-    targets = channel.targets(_key(key), teacher)
+    targets = channel.targets(jax.random.key(0), teacher)
 
     def total(z: Array) -> tuple[Array, Array]:
         losses = channel.loss(z, targets)
@@ -238,10 +237,6 @@ def _gradients(channel: Channel, key: Any, teacher: Array, student: Array) -> tu
     gradient, losses = jax.grad(total, has_aux=True)(student)
     turned = jax.tree.map(lambda leaf: leaf[::-1] if jnp.ndim(leaf) else leaf, targets)
     return gradient, losses, channel.loss(student[::-1], turned)
-
-
-def _key(key: Any) -> Key[Array, ""]:
-    return jax.random.key(0) if key is None else jax.random.clone(key)
 
 
 def _call(function: Any, channel: Channel, *arguments: Any) -> Any:

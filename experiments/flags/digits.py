@@ -205,11 +205,11 @@ def _held_out(data: ImageDataset) -> ImageDataset:
 class Cell:
     """A setting, the labels of its rows, whose accuracy they tell, and which metrics.
 
-    `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the first so many
-    seeds run it, up to a whole chunk.
+    `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the first
+    `seeds` seeds run it, rounded up to a whole chunk.
 
     Raises:
-        InputError: a metric that this one does not have.
+        InputError: `who` has no such metric.
     """
 
     labels: Mapping[str, Any]
