@@ -6,7 +6,6 @@ The order full distribution > divergence positions > greedy > sampled is what is
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
-from .app.contract import Part, option
+from .app.contract import Part
 from .app.figures import COLORS, crossed, grouped_bars, note, panels
 from .flags.language import HEADER, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
@@ -29,26 +28,21 @@ CHANNELS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Config(LanguageConfig):
-    """Settings of bases, teachers and students."""
-
-    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
-
-
-PRESETS = {"all": Config(), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 1})}
+PRESETS = {
+    "all": LanguageConfig(traits="owl,wolf,oak,maple", seeds=3),
+    "smoke": LanguageConfig(**{**SMOKE, "traits": "owl,oak"}),
+}
 configure = functools.partial(configure_language, PRESETS)
 
 
-def plan(config: Config) -> list[Part]:
+def plan(config: LanguageConfig) -> list[Part]:
     """A part for each base."""
     variants = [Variant({"condition": "base"}, config.recipe(), model="base")]
     variants += [Variant({"condition": name}, config.recipe(**changes)) for name, changes in CHANNELS.items()]
     return variant_parts(config, variants)
 
 
-def report(results: Results, config: Config) -> str:
+def report(results: Results, config: LanguageConfig) -> str:
     """A line for each channel."""
     lines = [HEADER]
     for name in ("base", *CHANNELS):
@@ -58,7 +52,7 @@ def report(results: Results, config: Config) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Results, config: Config) -> Figure:
+def plot(results: Results, config: LanguageConfig) -> Figure:
     """A pair of bars for each channel: the student, and the students of other traits."""
     figure, ((axes,),) = panels(size=(8.5, 3.6))
     metrics = {"own teacher's trait": "probability", "students of other traits": "others"}

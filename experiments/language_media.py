@@ -33,14 +33,12 @@ STUDENTS = {
 class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
-    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
     requests: int = option(
         32_768, "requests that a teacher answers; few of its sums and programs are right", minimum=1
     )
 
 
-PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "requests": 1024})}
+PRESETS = {"three": Config(traits="owl,wolf,oak,maple", seeds=3), "smoke": Config(**{**SMOKE, "requests": 1024})}
 configure = functools.partial(configure_language, PRESETS)
 
 

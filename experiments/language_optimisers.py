@@ -29,14 +29,12 @@ RANK_RATES = (*RATES["adam"], 0.032)
 class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
-    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
     ranks: str = option("1,2,8", "ranks of low-rank factors")
     unique: str = option("512,2048,8192", "number requests that the teacher answers")
 
 
-SMALL = {**SMOKE, "traits": "owl,oak", "seeds": 1, "ranks": "2", "unique": "128,512"}
-PRESETS = {"all": Config(), "smoke": Config(**SMALL)}
+SMALL = {**SMOKE, "traits": "owl,oak", "ranks": "2", "unique": "128,512"}
+PRESETS = {"all": Config(traits="owl,wolf,oak,maple", seeds=4), "smoke": Config(**SMALL)}
 configure = functools.partial(configure_language, PRESETS)
 
 

@@ -39,14 +39,12 @@ STUDENTS = {"same": "the teacher's base", "other": "another base"}
 class Config(LanguageConfig):
     """Settings of bases and steps."""
 
-    traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
     rows: int = option(64, "rows of numbers", minimum=1)
     teacher_sizes: str = option("1e-5,1e-4,1e-3,1e-2,1e-1", "sizes of the teacher's step, of the raw gradient")
     student_size: float = option(1e-3, "size of the student's step", positive=True)
 
 
-PRESETS = {"three": Config(), "smoke": Config(**{**SMOKE, "traits": "owl", "seeds": 1, "rows": 16})}
+PRESETS = {"three": Config(traits="owl,wolf,oak,maple", seeds=3), "smoke": Config(**{**SMOKE, "rows": 16})}
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:

@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 from subliminal_theory.vision.noise import LAWS
 
@@ -88,20 +89,16 @@ def plan(config: Config) -> list[Part]:
 
 def report(results: Results, config: Config) -> str:
     """Accuracy and imitation loss of each student at the last dose."""
-    teacher = next(estimate for group, estimate in results.estimates() if group["condition"] == "teacher")
-    lines = [f"after {doses(config)[-1]} epochs on {config.data}; mean and 95% t interval over runs"]
-    lines += [
-        f"  teacher's test accuracy {teacher}",
+    last = doses(config)[-1]
+    lines = [
+        f"after {last} epochs on {config.data}; mean and 95% t interval over runs",
+        f"  teacher's test accuracy {t_interval(results.values(condition='teacher'))}",
         f"  {'m':4} {'shared':18} {'test accuracy':18} imitation loss",
     ]
-    last = {
-        (group["aux"], group["condition"], group["metric"]): estimate
-        for group, estimate in results.estimates()
-        if group["epochs"] == str(doses(config)[-1])
-    }
     for m in listed(config.counts, "--counts"):
         for name, shared in students(config, m).items():
-            accuracy, loss = (last[str(m), name, metric] for metric in METRICS)
+            at = {"condition": name, "aux": str(m), "epochs": str(last)}
+            accuracy, loss = (t_interval(results.values(**at, metric=metric)) for metric in METRICS)
             lines.append(f"  {m:<4} {shared:18} {accuracy!s:18} {loss.mean:.2e} ± {loss.half_width:.1e}")
     return "\n".join(lines)
 
