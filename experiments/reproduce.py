@@ -84,7 +84,7 @@ def plot(results: Results, config: Config) -> Figure:
         published_half = None if math.isnan(number.interval) else number.interval
         axes.errorbar(
             number.value, y, xerr=published_half, fmt="D", color="black", markersize=4, fillstyle="none",
-            label="published" if y == 0 else None,
+            zorder=5, label="published" if y == 0 else None,
         )  # fmt: skip
     verdicts(axes, rows, VERDICTS, "ours: ")
     axes.grid(axis="y", linewidth=0.3)
