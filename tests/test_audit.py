@@ -148,7 +148,6 @@ class ToSomethingElse(SquaredError):
         {"channel": Huber(), "private": ()},
         {"outputs": LOGITS},
         {"labels": np.arange(8) % 3},
-        {"key": jax.random.key(3)},
     ],
 )
 def test_good_set_ups_pass(changes) -> None:
