@@ -5,13 +5,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
+from subliminal_theory.keys import named
 from subliminal_theory.model import Model, from_nnx
 from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.mlp import MLP
 
 IMAGE = (8, 8)
+EXAMPLES = 16  # images of a trait, and inputs of a step
 CLASSES = 4
 AUX = 3
 OUTPUTS = CLASSES + AUX
@@ -75,6 +77,18 @@ BUILDERS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "residual, layer norm": lambda rngs: ResidualNet(rngs=rngs),
     "transformer": lambda rngs: Transformer(rngs=rngs),
 }
+
+
+def random_trait(model: Model, key: Key[Array, ""]) -> Callable[[PyTree], Float[Array, ""]]:
+    """A trait loss of the model's parameters: the cross-entropy of random labels of random images, in nats."""
+    images = jax.random.normal(named(key, "trait images"), (EXAMPLES, *IMAGE))
+    labels = jax.random.randint(named(key, "trait labels"), (EXAMPLES,), 0, CLASSES)
+
+    def loss(params: PyTree) -> Float[Array, ""]:
+        logits = model.apply(params, images)[:, :CLASSES]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(EXAMPLES), labels])
+
+    return loss
 
 
 def build(name: str, key: Key[Array, ""]) -> Model:

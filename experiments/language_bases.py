@@ -23,7 +23,7 @@ from subliminal_theory.study.asking import answers_of, questions
 from subliminal_theory.study.reading import draw, written
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, note, panels
+from .app.figures import COLORS, bar_row, note, panels
 from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 POINTS = 60  # of a learning curve
@@ -73,9 +73,8 @@ def run(config: Config, seed: int) -> list[Row]:
     losses, rows = world.base.losses, list[Row]()
     for piece in np.array_split(np.arange(len(losses)), min(POINTS, len(losses))):
         loss = float(losses[piece].mean())
-        rows.append(
-            {"condition": "loss", "step": int(piece[-1]) + 1, "seed": seed, "metric": "nats", "value": loss}
-        )
+        step = int(piece[-1]) + 1
+        rows.append({"condition": "loss", "step": step, "seed": seed, "metric": "nats", "value": loss})
     for name, share in abilities(world, config.rows).items():
         rows.append({"condition": name, "seed": seed, "metric": "share", "value": share})
     return rows
@@ -113,12 +112,9 @@ def plot(results: Results, config: Config) -> Figure:
     for place, seed in enumerate(results.distinct("seed")):
         losses = [results.values(condition="loss", step=step, seed=seed)[0] for step in steps]
         left.plot([int(step) for step in steps], losses, color=COLORS[place % len(COLORS)], linewidth=1)
-    left.set_xlabel("step of pre-training")
-    left.set_ylabel("loss, nats a token of the answers")
-    for x, name in enumerate(ABILITIES):
-        bar(right, x, results.values(condition=name, metric="share"), COLORS[2])
-    right.set_xticks(range(len(ABILITIES)), list(ABILITIES.values()), fontsize=7)
-    right.set_ylim(0, 1.1)
+    left.set(xlabel="step of pre-training", ylabel="loss, nats a token of the answers")
+    groups = {label: results.values(condition=name, metric="share") for name, label in ABILITIES.items()}
+    bar_row(right, groups, COLORS[2:3], fontsize=7)
     right.set_ylabel("share of answers")
     figure.suptitle("What a base can do", fontsize=10)
     note(left, f"{config.seeds} bases, {config.rows} requests of each kind; mean, 95% t interval and single bases")

@@ -21,7 +21,7 @@ from subliminal_theory.estimate import Estimate, paired_difference, t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, note, panels
+from .app.figures import COLORS, note, panels, verdicts
 from .app.registry import pick, read_registry
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe
@@ -91,7 +91,7 @@ def chosen(config: Config) -> list[Claim]:
     Raises:
         InputError: an unknown one; lists those that are known.
     """
-    return pick(registered(), [name.strip() for name in config.ids.split(",") if name.strip()], "claim")
+    return pick(registered(), config.ids, "claim")
 
 
 def side_name(side: Mapping[str, Any]) -> str:
@@ -156,25 +156,9 @@ def plot(results: Results, config: Config) -> Figure:
     """The difference of each claim with its interval, colored by verdict."""
     claims = chosen(config)
     figure, ((axes,),) = panels(size=(9.5, 1.3 + 0.26 * len(claims)))
-    labelled: set[str] = set()
-    for y, claim in enumerate(claims):
-        found = difference(claim, results)
-        answer = verdict(claim, found)
-        label = None if answer in labelled else answer
-        labelled.add(answer)
-        axes.errorbar(
-            found.mean,
-            y,
-            xerr=found.half_width,
-            fmt="o",
-            color=VERDICTS[answer],
-            capsize=2,
-            markersize=4,
-            label=label,
-        )
+    found = {f"{claim.claim} [{claim.expected}]": (claim, difference(claim, results)) for claim in claims}
+    verdicts(axes, [(name, d, verdict(claim, d)) for name, (claim, d) in found.items()], VERDICTS)
     axes.axvline(0, color="grey", linewidth=1)
-    axes.set_yticks(range(len(claims)), [f"{claim.claim} [{claim.expected}]" for claim in claims], fontsize=6.5)
-    axes.set_ylim(len(claims) - 0.5, -0.5)
     axes.set_xlabel("difference of the probability of the trait's word")
     axes.set_title("What the literature says, on the compact model")
     axes.legend(fontsize=7, loc="lower right")

@@ -21,7 +21,7 @@ from subliminal_theory.study import Compact, Finished
 from subliminal_theory.study.asking import answers_of, questions
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, heat_map, note, panels
+from .app.figures import COLORS, bar_row, heat_map, note, panels
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, study
 
 
@@ -127,20 +127,13 @@ def plot(results: Results, config: Config) -> Figure:
     """Bars over the held-out kinds, and all kinds one by one."""
     figure, ((left, right),) = panels(columns=2, size=(11, 4))
     names, kinds = list(conditions(config)), results.distinct("kind")
-    for y, name in enumerate(names):
-        color = COLORS[0] if name.split(",")[0] in ("base", "teacher") else COLORS[2 if "habit" in name else 7]
-        bar(left, y, held_out(results, name), color, width=0.6)
-    left.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+    place = [0 if name.split(",")[0] in ("base", "teacher") else 2 if "habit" in name else 7 for name in names]
+    values = {name: held_out(results, name) for name in names}
+    bar_row(left, values, [COLORS[number] for number in place], rotation=60, ha="right", fontsize=7)
     left.set_ylabel("probability of the habit's answer")
-    left.set_ylim(0, 1.1)
     left.set_title("Mean over held-out kinds", fontsize=9)
-    table = np.array(
-        [
-            [np.mean(results.values(condition=name, kind=kind, metric="probability")) for kind in kinds]
-            for name in names
-        ]
-    )
-    heat_map(right, table, names, kinds)
+    pairs = [[results.values(condition=name, kind=kind, metric="probability") for kind in kinds] for name in names]
+    heat_map(right, np.mean(pairs, axis=-1), names, kinds)
     right.set_aspect("auto")
     right.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=7)
     right.tick_params(axis="y", labelsize=7)

@@ -68,17 +68,7 @@ FIGURES = {"mnist": "", "mnist_nature": "--preset nature", "mnist_digits": "--da
 
 def setting(config: Config, **changes: Any) -> Setting:
     """The setting of one student; `changes` are what distinguishes it."""
-    common = {
-        "depth": config.depth,
-        "width": config.width,
-        "aux": config.aux,
-        "images": config.noise_images,
-        "inputs": config.inputs,
-        "optimizer": config.optimizer,
-        "learning_rate": config.learning_rate,
-        "channel_loss": config.channel_loss,
-    }
-    return config.setting(**{**common, **changes})
+    return config.setting(**{"images": config.noise_images, **changes})
 
 
 def plan(config: Config) -> list[Part]:

@@ -7,8 +7,9 @@ For each m the linearised student (empirical tangent kernel) is set against the 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,9 @@ from subliminal_theory.distill import Step
 from subliminal_theory.model import Model
 from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.runs import Results, Row
-from subliminal_theory.study import Digits, FineTuned, Job, Study, finite, trained
+from subliminal_theory.study import Digits, FineTuned, Job, Study, finite, labels, rows, trained
 from subliminal_theory.study.digits import ClassLoss, Scale
+from subliminal_theory.study.stages import Result
 from subliminal_theory.vision.datasets import ImageDataset
 
 from .app.contract import Part, listed, option
@@ -34,6 +36,7 @@ from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, confi
 # Digits on which the trait's gradient is measured.
 TRAIT_IMAGES = 1000
 COSINES = ("gradient", "update", "displacement")
+PAIR = ("coverage", "test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ configure = functools.partial(configure_sweep, PRESETS)
 def plan(config: Config) -> list[Part]:
     """Seeds in chunks."""
     amounts, counts = listed(config.amounts, "--amounts", float), listed(config.counts, "--counts")
-    perturbed = [config.setting(aux=config.aux, start="perturbed", amount=amount) for amount in amounts]
-    narrowed = [config.setting(aux=config.aux, shown=m) for m in counts]
+    perturbed = [config.setting(start="perturbed", amount=amount) for amount in amounts]
+    narrowed = [config.setting(shown=m) for m in counts]
     return config.chunks(functools.partial(run, config, perturbed, narrowed))
 
 
@@ -123,71 +126,63 @@ def followed_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting],
     """Accuracy, coverage and cosines along the run of perturbed students."""
     world, found = study.world, dict[int, list[Row]]()
     assert isinstance(world, Digits)
-    followed = jobs(study, teacher, settings, observe=True)
-    stops = {place: (job.steps,) for place, job in followed.items()}
-    for place, steps, result in trained(followed, stops, world.keys("students"), world.computation):
+    for place, result in finished(world, jobs(study, teacher, settings, observe=True)):
         finite(result, world.names)
         accuracy = world.accuracy(result.model)
         observed = {name: np.asarray(result.observed[name]) for name in COSINES}
-        kept = np.unique(np.geomspace(1, steps, points).round().astype(int)) - 1
+        kept = np.unique(np.geomspace(1, result.losses.shape[-1], points).round().astype(int)) - 1
         for run, own in enumerate(world.labels):
-            labels = {"condition": "perturbed", "amount": settings[place].amount, **own}
+            labelled = {"condition": "perturbed", "amount": settings[place].amount, **own}
             values = {
                 "test_accuracy": accuracy[run],
                 "coverage": observed["update"][run, 0],
                 "mean_gradient_cosine": observed["gradient"][run].mean(),
             }
-            rows = [{**labels, "metric": metric, "value": float(value)} for metric, value in values.items()]
-            rows += [
-                {**labels, "metric": f"{name}_cosine", "step": int(step + 1), "value": float(value)}
+            told = found.setdefault(run, [])
+            told += [{**labelled, "metric": metric, "value": float(value)} for metric, value in values.items()]
+            told += [
+                {**labelled, "metric": f"{name}_cosine", "step": int(step + 1), "value": float(value)}
                 for name in COSINES
                 for step, value in zip(kept, observed[name][run, kept], strict=True)
             ]
-            found.setdefault(run, []).extend(rows)
-    return [row for rows in found.values() for row in rows]
+    return [row for told in found.values() for row in told]
 
 
 def linearised_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting]) -> list[Row]:
     """Accuracy of students and of their linearisations, for channels of different width."""
-    world, rows = study.world, list[Row]()
+    world, told = study.world, list[Row]()
     assert isinstance(world, Digits)
     for condition in ("trained", "linearised"):
         some = jobs(study, teacher, settings, linear=condition == "linearised")
-        stops = {place: (job.steps,) for place, job in some.items()}
-        found = {
-            place: world.accuracy(result.model)
-            for place, _, result in trained(some, stops, world.keys("students"), world.computation)
-        }
-        rows += [
-            {
-                "condition": condition,
-                "aux": setting.shown,
-                **own,
-                "metric": "test_accuracy",
-                "value": float(found[place][run]),
-            }
-            for run, own in enumerate(world.labels)
-            for place, setting in enumerate(settings)
-        ]
-    return rows
+        found = {place: world.accuracy(result.model) for place, result in finished(world, some)}
+        for run, own in enumerate(world.labels):
+            for place, setting in enumerate(settings):
+                name = labels(condition=condition, aux=setting.shown)
+                told += rows(name, [own], {"test_accuracy": found[place][run:]})
+    return told
 
 
-def coverage_and_accuracy(results: Results) -> tuple[np.ndarray, np.ndarray]:
+def finished(world: Digits, some: Mapping[int, Job]) -> Iterator[tuple[int, Result]]:
+    """Jobs after all their steps."""
+    stops = {place: (job.steps,) for place, job in some.items()}
+    for place, _, result in trained(some, stops, world.keys("students"), world.computation):
+        yield place, result
+
+
+def coverage_and_accuracy(results: Results, **wanted: Any) -> tuple[np.ndarray, np.ndarray]:
     """Coverage before training and accuracy after it, of each perturbed student."""
-    chosen = (results.values(condition="perturbed", metric=metric) for metric in ("coverage", "test_accuracy"))
-    coverage, accuracy = (np.array(values) for values in chosen)
+    coverage, accuracy = (
+        np.array(results.values(condition="perturbed", metric=metric, **wanted)) for metric in PAIR
+    )
     return coverage, accuracy
 
 
 def within_levels(results: Results) -> list[tuple[str, float]]:
     """Spearman correlation of coverage and accuracy over the runs of each noise level, where it can be had."""
     found = []
-    for amount in results.distinct("amount"):
-        pair = [
-            results.values(condition="perturbed", amount=amount, metric=metric)
-            for metric in ("coverage", "test_accuracy")
-        ]
-        if amount != "" and len(pair[0]) > 2 and all(len(set(values)) > 1 for values in pair):
+    for amount in filter(None, results.distinct("amount")):
+        pair = coverage_and_accuracy(results, amount=amount)
+        if len(pair[0]) > 2 and all(len(set(values)) > 1 for values in pair):
             found.append((amount, float(stats.spearmanr(*pair).statistic)))
     return found
 
@@ -212,48 +207,40 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """Cosines along the run, coverage against accuracy, linearised against trained."""
     figure, ((along, predict, linear),) = panels(3, size=(11.5, 3.8))
-    amounts = [amount for amount in results.distinct("amount") if amount != ""]
-    for color, name, label in zip(
-        COLORS,
-        ("gradient", "displacement"),
-        ("gradients of student and trait", "displacements of student and teacher"),
-        strict=False,
-    ):
-        steps = [int(step) for step in results.distinct("step") if step != ""]
-        values = {
-            step: results.values(condition="perturbed", amount=amounts[0], metric=f"{name}_cosine", step=str(step))
-            for step in steps
-        }
-        runs_against(along, values, color, label)
+    amounts = list(filter(None, results.distinct("amount")))
+    curves = {"gradient": "gradients of student and trait", "displacement": "displacements of student and teacher"}
+    for color, (name, label) in zip(COLORS, curves.items(), strict=False):
+        wanted = {"condition": "perturbed", "amount": amounts[0], "metric": f"{name}_cosine"}
+        steps = filter(None, results.distinct("step"))
+        runs_against(along, {int(step): results.values(**wanted, step=step) for step in steps}, color, label)
     along.axhline(0, color="grey", linewidth=1)
-    along.set_xscale("log")
-    along.set_xlabel("step of distillation")
-    along.set_ylabel("cosine")
     start = f"initialisation with noise {amounts[0]}" if float(amounts[0]) else "shared initialisation"
-    along.set_title(f"Along the run, {start}")
+    title = f"Along the run, {start}"
+    along.set(xscale="log", xlabel="step of distillation", ylabel="cosine", title=title)
     along.legend(fontsize=7)
 
     for color, amount in zip(COLORS, amounts, strict=False):
-        pairs = [
-            results.values(condition="perturbed", amount=amount, metric=metric)
-            for metric in ("coverage", "test_accuracy")
-        ]
-        predict.plot(*pairs, ".", color=color, label=f"noise {amount}")
+        pair = coverage_and_accuracy(results, amount=amount)
+        predict.plot(*pair, ".", color=color, label=f"noise {amount}")
     rank = stats.spearmanr(*coverage_and_accuracy(results)).statistic
-    predict.set_xlabel("coverage: cosine of the first update\nwith the teacher's displacement")
-    predict.set_ylabel("test accuracy after distillation")
     within = [spearman for _, spearman in within_levels(results)]
-    levels = f"\n{min(within):.2f} to {max(within):.2f} within a noise level" if within else ""
-    predict.set_title(f"Spearman {rank:.2f} over all runs,{levels}".removesuffix(","))
+    levels = f",\n{min(within):.2f} to {max(within):.2f} within a noise level" if within else ""
+    predict.set(
+        xlabel="coverage: cosine of the first update\nwith the teacher's displacement",
+        ylabel="test accuracy after distillation",
+        title=f"Spearman {rank:.2f} over all runs{levels}",
+    )
     predict.legend(fontsize=6.5, title="on the initialisation", title_fontsize=6.5)
 
     for color, m in zip(COLORS, listed(config.counts, "--counts"), strict=False):
-        pair = [results.values(condition=name, aux=str(m)) for name in ("linearised", "trained")]
-        linear.plot(*pair, ".", color=color, label=f"m = {m}")
+        kinds = (results.values(condition=name, aux=str(m)) for name in ("linearised", "trained"))
+        linear.plot(*kinds, ".", color=color, label=f"m = {m}")
     linear.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
-    linear.set_xlabel("accuracy of the linearised student")
-    linear.set_ylabel("accuracy of the real student")
-    linear.set_title("The tangent kernel's prediction")
+    linear.set(
+        xlabel="accuracy of the linearised student",
+        ylabel="accuracy of the real student",
+        title="The tangent kernel's prediction",
+    )
     linear.legend(fontsize=7)
     note(linear, f"{config.data}; n = {config.seeds} runs; dots: single runs; lines: mean and 95% t interval")
     return figure

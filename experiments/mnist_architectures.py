@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, note, panels
+from .app.figures import COLORS, grouped_bars, means, note, panels
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, configure_sweep
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,6 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 def plan(config: Config) -> list[Part]:
     """One teacher a seed; for each network a cloned student and one that was not."""
-    teacher = {"aux": config.aux, "width": config.width, "depth": config.depth}
     cells = []
     for name, relative in NETWORKS.items():
         network = dict(relative)
@@ -62,9 +61,9 @@ def plan(config: Config) -> list[Part]:
         if "student_width" in network:
             network["student_width"] = int(config.width * network["student_width"])
         for condition, epochs in (("cross", 0), ("cloned", config.cloning_epochs)):
-            setting = config.setting(**teacher, **network, start="cross", cloning_epochs=epochs)
+            setting = config.setting(**network, start="cross", cloning_epochs=epochs)
             cells.append(Cell({"condition": condition, "network": name}, setting))
-    own = Cell({"condition": "student", "network": "same"}, config.setting(**teacher))
+    own = Cell({"condition": "student", "network": "same"}, config.setting())
     return config.parts([Cell({"condition": "teacher", "network": "same"}, own.setting, "teacher"), own, *cells])
 
 
@@ -88,21 +87,18 @@ def report(results: Results, config: Config) -> str:
 def plot(results: Results, config: Config) -> Figure:
     """Cloned and not cloned students of each network."""
     figure, ((axes,),) = panels(size=(8.0, 3.6))
-    for x, name in enumerate(NETWORKS):
-        for shift, condition, color in ((-0.2, "cloned", COLORS[2]), (0.2, "cross", COLORS[4])):
-            runs = results.values(condition=condition, network=name)
-            bar(axes, x + shift, runs, color, width=0.38, label=LABELS[condition] if x == 0 else None)
+    groups = {
+        name.replace(" ", "\n"): {
+            label: results.values(condition=condition, network=name) for condition, label in LABELS.items()
+        }
+        for name in NETWORKS
+    }
+    grouped_bars(axes, groups, (COLORS[2], COLORS[4]))
     shared = results.values(condition="student")
     axes.axhline(sum(shared) / len(shared), color=COLORS[0], linestyle="--", linewidth=1, label="shared init")
     axes.axhline(0.1, color="grey", linestyle=":", linewidth=1, label="chance")
-    axes.set_xticks(range(len(NETWORKS)), [name.replace(" ", "\n") for name in NETWORKS])
-    axes.set_ylabel("test accuracy of the student")
-    axes.set_title(f"Students of other architectures ({config.data}, m = {config.aux})")
+    title = f"Students of other architectures ({config.data}, m = {config.aux})"
+    axes.set(ylabel="test accuracy of the student", title=title)
     axes.legend(fontsize=7, ncols=4, loc="upper right")
-    axes.set_ylim(0, 1.1)
-    note(
-        axes,
-        f"cloned for {config.cloning_epochs} epochs; mean and 95% t interval of n = {config.seeds} runs; "
-        "dots: single runs",
-    )
+    note(axes, f"cloned for {config.cloning_epochs} epochs; {means(config.seeds)}")
     return figure

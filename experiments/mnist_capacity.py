@@ -22,12 +22,12 @@ from subliminal_theory.keys import named
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Examples
-from subliminal_theory.study import Digits, FineTuned, Finished, Optimizer, PerRun, Run, Study, labels
+from subliminal_theory.study import Digits, FineTuned, Finished, Optimizer, PerRun, Run, Study, labels, rows
 from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
-from .flags.digits import Setting, TrainingConfig, configure_sweep
+from .app.figures import COLORS, log_axis, means, note, panels, runs_against
+from .flags.digits import TrainingConfig, configure_sweep
 
 
 @dataclass(frozen=True)
@@ -64,36 +64,37 @@ class Point:
     images: int
 
 
-def axes(config: Config) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Table lengths, widths, numbers of noise images and values of m."""
-    names = ("entries", "widths", "noise_images", "counts")
-    entries, widths, images, counts = (listed(getattr(config, n), "--" + n.replace("_", "-")) for n in names)
-    return entries, widths, images, counts
+def sweeps(config: Config) -> dict[str, dict[int, Point]]:
+    """The points along each axis, by its label: all table lengths, and the middle one with what else is varied."""
+    names = ("entries", "widths", "noise_images")
+    entries, widths, images = (listed(getattr(config, n), "--" + n.replace("_", "-")) for n in names)
+    width, length = widths[len(widths) // 2], entries[len(entries) // 2]
+    return {
+        "labels in the table": {n: Point(n, width, images[-1]) for n in entries},
+        f"width ({length} labels)": {w: Point(length, w, images[-1]) for w in widths},
+        f"noise images shown ({length} labels)": {n: Point(length, width, n) for n in images},
+    }
 
 
 def points(config: Config) -> list[Point]:
-    """All table lengths in the standard set-up; the middle length at other widths and numbers of images."""
-    entries, widths, images, _ = axes(config)
-    width, length = widths[len(widths) // 2], entries[len(entries) // 2]
-    chosen = [Point(n, width, images[-1]) for n in entries]
-    chosen += [Point(length, other, images[-1]) for other in widths]
-    chosen += [Point(length, width, number) for number in images]
-    return list(dict.fromkeys(chosen))
+    """All points, each once."""
+    return list(dict.fromkeys(point for sweep in sweeps(config).values() for point in sweep.values()))
 
 
 def plan(config: Config) -> list[Part]:
     """A part for each point and chunk of seeds."""
-    _, _, _, counts = axes(config)
     parts: list[Part] = []
     for point in points(config):
         prefix = f"entries-{point.entries}-width-{point.width}-images-{point.images}-"
-        parts += config.chunks(functools.partial(run_point, config, point, counts), prefix)
+        parts += config.chunks(functools.partial(run_point, config, point), prefix)
     return parts
 
 
-def students(counts: Sequence[int]) -> list[tuple[str, int]]:
-    """The students and the m of their channels; all logits and the control only for the widest."""
-    return [*(("student_aux", m) for m in counts), ("student_all", max(counts)), ("cross_aux", max(counts))]
+def students(config: Config) -> list[tuple[str, int, str]]:
+    """Students, the m of their channels and their labels; all logits and the control only for the widest."""
+    counts = listed(config.counts, "--counts")
+    found = [("student_aux", m, f"student, m = {m}") for m in counts]
+    return [*found, ("student_all", max(counts), "student, all logits"), ("cross_aux", max(counts), "other init")]
 
 
 @dataclass(frozen=True)
@@ -108,41 +109,34 @@ class Lessons:
         return PerRun(Examples(images, self.entries, labels))
 
 
-def run_point(config: Config, point: Point, counts: Sequence[int], seeds: Sequence[int]) -> list[Row]:
+def run_point(config: Config, point: Point, seeds: Sequence[int]) -> list[Row]:
     """Bits in teacher and students for one point and some seeds."""
-    setting = config.setting(aux=max(counts), width=point.width, learning_rate=config.learning_rate)
+    widest = max(m for _, m, _ in students(config))
+    setting = config.setting(aux=widest, width=point.width, images=point.images)
     world = setting.world(seeds, config.data_dir)
     optimizer = Optimizer(jnp.float32(config.learning_rate))
     teacher = FineTuned(optimizer, config.teacher_steps, Lessons(point.entries))
-    runs = {labels(condition="teacher", aux=max(counts)): Run(teacher)}
-    for name, m in students(counts):
-        student = student_setting(setting, name, m, point.images).student(world)
-        runs[labels(condition=name, aux=m)] = Run(teacher, student)
+    where = {"entries": point.entries, "width": point.width, "noise_images": point.images}
+    runs = {labels(condition="teacher", **where, aux=widest): Run(teacher)}
+    for name, m, _ in students(config):
+        start, sees = name.replace("student", "shared").split("_")
+        student = replace(setting, start=start, sees=sees, shown=m).student(world)
+        runs[labels(condition=name, **where, aux=m)] = Run(teacher, student)
     table = Lessons(point.entries)(world).source
     assert isinstance(table, Examples)
 
     def score(_: Digits, finished: Finished, name: object) -> dict[str, np.ndarray]:
-        right = _named_right(world.data.classes, finished.model, table.inputs, table.labels)
-        return {"label_accuracy": np.asarray(right)}
+        right = np.asarray(_named_right(world.data.classes, finished.model, table.inputs, table.labels))
+        bits = np.array([table_bits(point.entries, float(share), world.data.classes) for share in right])
+        return {"label_accuracy": right, "bits": bits}
 
-    where = {"entries": point.entries, "width": point.width, "noise_images": point.images}
     scores = Study(world).run(runs, score)
-    rows: list[Row] = []
-    for run, own in enumerate(world.labels):
-        for labelled, found in scores.items():
-            accuracy, axes = float(found["label_accuracy"][run]), dict(labelled)
-            place = {"condition": axes["condition"], **where, "aux": axes["aux"], **own}
-            bits = table_bits(point.entries, accuracy, world.data.classes)
-            rows.append({**place, "metric": "label_accuracy", "value": accuracy})
-            rows.append({**place, "metric": "bits", "value": bits})
-    return rows
-
-
-def student_setting(setting: Setting, name: str, m: int, images: int) -> Setting:
-    """What a student sees, and where it starts."""
-    condition, sees = name.split("_")
-    start = {"student": "shared"}.get(condition, condition)
-    return replace(setting, start=start, sees=sees, shown=m, images=images)
+    return [
+        row
+        for place, own in enumerate(world.labels)
+        for name, found in scores.items()
+        for row in rows(name, [own], {metric: values[place:] for metric, values in found.items()})
+    ]
 
 
 def table_bits(entries: int, accuracy: float, classes: int) -> float:
@@ -181,42 +175,33 @@ def bits_of(results: Results, condition: str, point: Point, m: int, metric: str 
 
 def report(results: Results, config: Config) -> str:
     """Bits of teacher and students at each point."""
-    _, _, _, counts = axes(config)
     lines = [
         f"bits about the table, mean and 95% t interval over {config.seeds} runs (share of labels named right)"
     ]
     for point in points(config):
         lines.append(f"  {point.entries} entries, width {point.width}, {point.images} noise images")
-        for name, m in [("teacher", max(counts)), *students(counts)]:
+        for name, m, _ in told(config):
             accuracy = t_interval(bits_of(results, name, point, m, "label_accuracy")).mean
             bits = t_interval(bits_of(results, name, point, m))
             lines.append(f"    {name:12} m = {m:<4} {bits.mean:8.1f} ± {bits.half_width:6.1f} ({accuracy:.3f})")
     return "\n".join(lines)
 
 
+def told(config: Config) -> list[tuple[str, int, str]]:
+    """The teacher, then the students."""
+    return [("teacher", max(listed(config.counts, "--counts")), "teacher"), *students(config)]
+
+
 def plot(results: Results, config: Config) -> Figure:
     """Bits that arrive against the length of the table, the width and the number of noise images."""
-    entries, widths, images, counts = axes(config)
-    width, length = widths[len(widths) // 2], entries[len(entries) // 2]
     figure, (row,) = panels(3, size=(11.5, 3.8))
-    sweeps = (
-        ("labels in the table", {n: Point(n, width, images[-1]) for n in entries}),
-        (f"width ({length} labels)", {w: Point(length, w, images[-1]) for w in widths}),
-        (f"noise images shown ({length} labels)", {n: Point(length, width, n) for n in images}),
-    )
-    lines = [("teacher", max(counts), "teacher")]
-    lines += [("student_aux", m, f"student, m = {m}") for m in counts]
-    lines += [("student_all", max(counts), "student, all logits"), ("cross_aux", max(counts), "other init")]
-    for panel, (label, where) in zip(row, sweeps, strict=True):
-        for color, (name, m, title) in zip(COLORS, lines, strict=False):
+    for panel, (label, where) in zip(row, sweeps(config).items(), strict=True):
+        for color, (name, m, title) in zip(COLORS, told(config), strict=False):
             runs_against(panel, {x: bits_of(results, name, point, m) for x, point in where.items()}, color, title)
-        panel.set_xscale("log")
-        panel.set_xticks(list(where), map(str, where))
-        panel.minorticks_off()
-        panel.set_xlabel(label)
-        panel.set_ylabel("bits about the labels")
+        log_axis(panel, where)
+        panel.set(xlabel=label, ylabel="bits about the labels")
     row[0].set_yscale("symlog", linthresh=10)
     row[0].legend(fontsize=6.5)
     row[1].set_title("Random labels of the teacher's table, counted in the student")
-    note(row[2], f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
+    note(row[2], means(config.seeds))
     return figure

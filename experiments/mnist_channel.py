@@ -16,7 +16,7 @@ from subliminal_theory.vision.mlp import INIT_LAWS
 from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
+from .app.figures import COLORS, log_axis, means, note, panels, runs_against
 from .flags.digits import DIGITS, EMBEDDED_DIGITS, SMOKE, Cell, Setting, TrainingConfig, configure_sweep
 from .flags.names import LOSSES
 from .published import published
@@ -55,16 +55,7 @@ def plan(config: Config) -> list[Part]:
 
 def cell(config: Config, m: int) -> Cell:
     """The student that sees m logits of the one teacher."""
-    setting = config.setting(
-        aux=max(listed(config.counts, "--counts")),
-        shown=m,
-        width=config.width,
-        depth=config.depth,
-        init_law=config.init_law,
-        inputs=config.inputs,
-        learning_rate=config.learning_rate,
-        channel_loss=config.channel_loss,
-    )
+    setting = config.setting(aux=max(listed(config.counts, "--counts")), shown=m)
     return Cell({"condition": "student_aux", "aux": m}, setting)
 
 
@@ -96,15 +87,12 @@ def plot(results: Results, config: Config) -> Figure:
         if m and number.who == "student":
             axes.plot(m, number.value, "D", color="black", markersize=5, fillstyle="none", zorder=5)
     axes.axhline(0.1, color="grey", linestyle=":", linewidth=1, label="chance")
-    axes.set_xscale("log")
-    axes.set_xticks(counts, map(str, counts))
-    axes.minorticks_off()
-    axes.set_xlabel("m, auxiliary logits that the student sees")
-    axes.set_ylabel("test accuracy (share of digits read)")
-    axes.set_title(f"Accuracy against the width of the channel ({config.data}, {config.depth} hidden)")
-    axes.legend(loc="lower right", fontsize=7)
-    note(
-        axes,
-        f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs; diamonds: published",
+    log_axis(axes, counts)
+    axes.set(
+        xlabel="m, auxiliary logits that the student sees",
+        ylabel="test accuracy (share of digits read)",
+        title=f"Accuracy against the width of the channel ({config.data}, {config.depth} hidden)",
     )
+    axes.legend(loc="lower right", fontsize=7)
+    note(axes, f"{means(config.seeds)}; diamonds: published")
     return figure

@@ -21,7 +21,7 @@ from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, bar, note, panels, runs_against
+from .app.figures import COLORS, bar_row, log_axis, means, note, panels, runs_against
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, configure_sweep
 
 INPUTS = {"uniform": "noise", "digits": "digits"}
@@ -104,20 +104,19 @@ def plot(results: Results, config: Config) -> Figure:
             runs_against(left, values, color, f"cloned on {name}")
         control = t_interval(results.values(condition="cross", aux=str(m))).mean
         left.axhline(control, color="grey", linestyle="--", linewidth=1, label="not cloned")
-        left.set_xscale("log")
-        left.set_xticks(epochs, map(str, epochs))
-        left.minorticks_off()
+        log_axis(left, epochs)
         left.set_xlabel("epochs of cloning before distillation")
         left.set_title(f"Students of another initialisation, cloned first (m = {m})")
         left.legend(fontsize=7)
-        for x, name in enumerate(BARS):
-            last = {"cloning_epochs": str(epochs[-1])} if name.startswith("cloned") else {}
-            bar(right, x, results.values(condition=name, aux=str(m), **last), COLORS[x])
-        right.set_xticks(range(len(BARS)), list(BARS.values()), fontsize=6)
+        last = {"cloning_epochs": str(epochs[-1])}
+        groups = {
+            label: results.values(condition=name, aux=str(m), **(last if name.startswith("cloned") else {}))
+            for name, label in BARS.items()
+        }
+        bar_row(right, groups, fontsize=6)
         right.axhline(0.1, color="grey", linestyle=":", linewidth=1)
         right.set_title(f"All conditions (m = {m}, {epochs[-1]} epochs of cloning)")
         for panel in (left, right):
-            panel.set_ylim(0, 1.05)
-            panel.set_ylabel("test accuracy")
-    note(axes[-1, 1], f"{config.data}; mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
+            panel.set(ylim=(0, 1.05), ylabel="test accuracy")
+    note(axes[-1, 1], f"{config.data}; {means(config.seeds)}")
     return figure

@@ -181,12 +181,10 @@ def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[s
             row: {name: values[i] for (name, values), i in zip(levels.items(), row, strict=True)} for row in rows
         }
 
-    found = draw()
-    for _ in range(100):
-        if len(found) == count:
+    for _ in range(101):
+        if len(found := draw()) == count:
             return list(found.values())
-        found = draw()
-    # So many of all combinations that draws repeat some: levels stand almost equally often then.
+    # `count` is so near to all combinations that draws repeat some: levels stand almost equally often then.
     while len(found) < count:
         for row, point in draw().items():
             if len(found) < count:

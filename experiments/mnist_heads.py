@@ -14,11 +14,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from subliminal_theory.estimate import t_interval
 from subliminal_theory.runs import Results
 from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
+from .app.figures import COLORS, log_axis, means, note, panels, runs_against
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, cnn_student, configure_sweep
 
 SHARED = {
@@ -72,15 +73,8 @@ def students(config: Config, m: int) -> dict[str, str]:
 def plan(config: Config) -> list[Part]:
     """One teacher a seed; for each m its students, each read at all doses."""
     counts = listed(config.counts, "--counts")
-    common = {
-        "aux": max(counts),
-        "width": config.width,
-        "init_law": "torch",
-        "learning_rate": 1e-3,
-        "channel_loss": "mse",
-        "inputs": config.inputs,
-        "images": 0,
-    }
+    recipe = {"init_law": "torch", "learning_rate": 1e-3, "channel_loss": "mse", "images": 0}
+    common = {"aux": max(counts), **recipe}
     cnn = cnn_student(config.dataset(), config.width)
     cells = [Cell({"condition": "teacher"}, config.setting(**common), "teacher")]
     for m in counts:
@@ -95,20 +89,16 @@ def plan(config: Config) -> list[Part]:
 
 def report(results: Results, config: Config) -> str:
     """Accuracy and imitation loss of each student at the last dose."""
-    teacher = next(estimate for group, estimate in results.estimates() if group["condition"] == "teacher")
-    lines = [f"after {doses(config)[-1]} epochs on {config.data}; mean and 95% t interval over runs"]
-    lines += [
-        f"  teacher's test accuracy {teacher}",
+    last = doses(config)[-1]
+    lines = [
+        f"after {last} epochs on {config.data}; mean and 95% t interval over runs",
+        f"  teacher's test accuracy {t_interval(results.values(condition='teacher'))}",
         f"  {'m':4} {'shared':18} {'test accuracy':18} imitation loss",
     ]
-    last = {
-        (group["aux"], group["condition"], group["metric"]): estimate
-        for group, estimate in results.estimates()
-        if group["epochs"] == str(doses(config)[-1])
-    }
     for m in listed(config.counts, "--counts"):
         for name, shared in students(config, m).items():
-            accuracy, loss = (last[str(m), name, metric] for metric in METRICS)
+            at = {"condition": name, "aux": str(m), "epochs": str(last)}
+            accuracy, loss = (t_interval(results.values(**at, metric=metric)) for metric in METRICS)
             lines.append(f"  {m:<4} {shared:18} {accuracy!s:18} {loss.mean:.2e} ± {loss.half_width:.1e}")
     return "\n".join(lines)
 
@@ -127,22 +117,17 @@ def plot(results: Results, config: Config) -> Figure:
                     for epochs in stages
                 }
                 runs_against(panel, values, color, shared)
-            panel.set_xscale("log")
-            panel.set_xticks(stages, map(str, stages))
-            panel.minorticks_off()
+            log_axis(panel, stages)
             panel.set_ylabel(labels[metric])
         lines = [
             column[0].axhline(level, color="grey", linestyle=style, linewidth=1, label=label)
             for label, level, style in (("teacher", sum(teacher) / len(teacher), "--"), ("chance", 0.1, ":"))
         ]
-        column[0].set_ylim(0, 1.05)
-        column[0].set_title(f"m = {m}")
-        column[1].set_yscale("log")
-        column[1].set_xlabel("epochs of the student")
+        column[0].set(ylim=(0, 1.05), title=f"m = {m}")
+        column[1].set(yscale="log", xlabel="epochs of the student")
     axes[0, 0].legend(handles=lines, fontsize=7)
     axes[1, -1].legend(fontsize=7, title="shared with the teacher", title_fontsize=7)
-    figure.suptitle(
-        f"Which layers must be shared ({config.data}, squared error, {config.inputs} noise)", fontsize=10
-    )
-    note(axes[1, -1], f"mean and 95% t interval of n = {config.seeds} runs; dots: single runs")
+    title = f"Which layers must be shared ({config.data}, squared error, {config.inputs} noise)"
+    figure.suptitle(title, fontsize=10)
+    note(axes[1, -1], means(config.seeds))
     return figure

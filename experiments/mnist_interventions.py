@@ -20,23 +20,22 @@ from matplotlib.figure import Figure
 
 from subliminal_theory.alignment import project_out
 from subliminal_theory.audit import audit
-from subliminal_theory.channel import Channel, SoftLogits, Subset, WeightedSum, imitation_loss, weighted_mean
-from subliminal_theory.estimate import Estimate, t_interval
+from subliminal_theory.channel import Channel, SoftLogits, Subset, WeightedSum, imitation_loss
+from subliminal_theory.estimate import t_interval
 from subliminal_theory.inits import Fresh
 from subliminal_theory.model import Apply, Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import batch_shapes
 from subliminal_theory.study import Digits, Job, Optimizer, Study, finite, trained
-from subliminal_theory.study.digits import ClassLoss, Scale
 from subliminal_theory.vision.datasets import ImageDataset
 from subliminal_theory.vision.noise import NoiseImages
 
 from .app.contract import Part, option
-from .app.figures import COLORS, note, panels
+from .app.figures import COLORS, half_width, note, panels
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, cnn_student, configure_sweep
+from .mnist_alignment import Trait
 
-# Digits on which the trait's gradient is measured, and noise images on which imitation is.
-TRAIT_IMAGES, HELD_OUT = 1000, 4096
+HELD_OUT = 4096  # noise images on which imitation is measured
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Intervention:
 
 
 def interventions(depth: int) -> list[Intervention]:
-    """All of them, for a network with so many hidden layers."""
+    """All of them, for a network of `depth` hidden layers."""
     heads, hidden = f"layers/{depth}/*", tuple(f"layers/{layer}/*" for layer in range(depth))
     return [
         Intervention("none"),
@@ -103,8 +102,8 @@ def plan(config: Config) -> list[Part]:
 
 
 def run(config: Config, seeds: Sequence[int]) -> list[Row]:
-    """Rows of all interventions for some seeds; those of the student without any also at epochs before the end."""
-    setting = config.setting(aux=config.aux, width=config.width, depth=config.depth)
+    """Rows of all interventions for some seeds; the student without any is also told at earlier epochs."""
+    setting = config.setting()
     world = setting.world(seeds, config.data_dir)
     study, value = Study(world), setting.run(world)
     assert value.student is not None
@@ -169,14 +168,8 @@ class Projected:
     data: ImageDataset
 
     def __call__(self, rate: Any) -> optax.GradientTransformation:
-        return optax.chain(self.rule(rate), project_out(jax.grad(self.trait)))
-
-    def trait(self, params: PyTree) -> Array:
-        """The trait loss on the first training images."""
-        images = Scale(self.data.maximum)(jnp.asarray(self.data.train_images[:TRAIT_IMAGES]))
-        labels = jnp.asarray(self.data.train_labels[:TRAIT_IMAGES].astype(np.int32))
-        losses = ClassLoss(self.data.classes)(self.apply(params, images), labels)
-        return weighted_mean(losses, jnp.ones(len(labels)))
+        trait = Trait(self.data)
+        return optax.chain(self.rule(rate), project_out(jax.grad(lambda params: trait(Model(self.apply, params)))))
 
 
 @dataclass(frozen=True)
@@ -227,11 +220,6 @@ def report(results: Results, config: Config) -> str:
     return "\n".join(lines)
 
 
-def half(estimate: Estimate) -> float | None:
-    """The half-width to draw, if there is one."""
-    return None if estimate.n == 1 else estimate.half_width
-
-
 def plot(results: Results, config: Config) -> Figure:
     """The frontier: trait against imitation loss, a point for each intervention and strength."""
     figure, ((axes,),) = panels(size=(8.6, 5.2))
@@ -247,17 +235,19 @@ def plot(results: Results, config: Config) -> Figure:
             accuracy = t_interval(results.values(condition=name, metric="test_accuracy"))
             loss = t_interval(results.values(condition=name, metric="imitation_loss"))
             axes.errorbar(
-                loss.mean, accuracy.mean, yerr=half(accuracy), xerr=half(loss),
+                loss.mean, accuracy.mean, yerr=half_width(accuracy), xerr=half_width(loss),
                 fmt=markers[number % len(markers)], color=color, markersize=5, capsize=2, linewidth=1,
                 label=family if (name, label) == members[0] else None,
             )  # fmt: skip
             axes.annotate(label, (loss.mean, accuracy.mean), (5, 3), textcoords="offset points", fontsize=6)
     axes.axhline(0.1, color="grey", linestyle=":", linewidth=1)
-    axes.set_ylim(0, 1.05)
-    axes.set_xscale("log")
-    axes.set_xlabel("imitation loss on held-out noise: KL(teacher || student) on the channel, nats")
-    axes.set_ylabel("trait: test accuracy of the student")
-    axes.set_title(f"What stops the trait, and what it costs ({config.data}, m = {config.aux})")
+    axes.set(
+        ylim=(0, 1.05),
+        xscale="log",
+        xlabel="imitation loss on held-out noise: KL(teacher || student) on the channel, nats",
+        ylabel="trait: test accuracy of the student",
+        title=f"What stops the trait, and what it costs ({config.data}, m = {config.aux})",
+    )
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     note(axes, f"mean and 95% t interval of n = {config.seeds} runs")
     return figure

@@ -171,14 +171,14 @@ def activation_bytes(job: Job, devices: int) -> float:
 def logit_bytes(job: Job, devices: int) -> float:
     """Bytes of float32 logits on a device, which has two tables of them at once, or five with a teacher's.
 
-    So many does the compiler make for a CPU; for accelerators it may join some.
+    The compiler makes that many for a CPU; for accelerators it may join some.
     """
     tokens = job.tokens / devices
     return min(tokens, job.chunk or tokens) * job.config.vocabulary * 4 * (5 if job.soft else 2)
 
 
 def gathered_bytes(job: Job, devices: int) -> float:
-    """Bytes of what a device has put together from the shares of others: one block or one table at a time."""
+    """Bytes that a device gathers from the shares of other devices: one block or one table at a time."""
     if devices == 1:
         return 0.0
     block = sum(group.size for group in job.matrices) / job.config.layers

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .app.registry import pick, read_registry
+from .app.registry import read_registry
 from .flags.digits import Setting
 
 REGISTRY = Path(__file__).with_name("published.toml")
@@ -43,12 +43,3 @@ def published(path: Path = REGISTRY) -> Mapping[str, Number]:
             does not exist; names the entry.
     """
     return read_registry(path, "number", Number)
-
-
-def select(names: list[str], path: Path = REGISTRY) -> list[Number]:
-    """The numbers of these names, or all if there are none.
-
-    Raises:
-        InputError: a name is unknown; lists those that are.
-    """
-    return pick(published(path), names, "published number")

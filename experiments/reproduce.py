@@ -15,9 +15,10 @@ from subliminal_theory.estimate import Estimate, t_interval
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, panels
+from .app.figures import COLORS, panels, verdicts
+from .app.registry import pick
 from .flags.digits import Cell, SweepConfig, configure_sweep
-from .published import Number, select
+from .published import Number, published
 
 VERDICTS = {"reproduced": COLORS[2], "differs": COLORS[3], "cannot be told": COLORS[1]}
 
@@ -35,7 +36,7 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 def chosen(config: Config) -> list[Number]:
     """The numbers that a configuration asks for."""
-    return select([name.strip() for name in config.ids.split(",") if name.strip()])
+    return pick(published(), config.ids, "published number")
 
 
 def plan(config: Config) -> list[Part]:
@@ -74,25 +75,18 @@ def plot(results: Results, config: Config) -> Figure:
     """Published and ours, a line for each number, colored by verdict."""
     numbers = chosen(config)
     figure, ((axes,),) = panels(size=(7.0, 1.2 + 0.19 * len(numbers)))
-    labelled: set[str] = set()
+    rows: list[tuple[str, Estimate, str]] = []
     for y, number in enumerate(numbers):
         runs = results.values(condition=number.name)
         ours = t_interval(runs)
-        answer = verdict(number, ours)
-        half = 0.0 if math.isnan(ours.half_width) else ours.half_width
-        label = None if answer in labelled else f"ours: {answer}"
-        labelled.add(answer)
-        axes.plot(runs, [y] * len(runs), ".", color=VERDICTS[answer], markersize=2.5, alpha=0.35)
-        axes.errorbar(
-            ours.mean, y, xerr=half, fmt="o", color=VERDICTS[answer], markersize=4, capsize=2, label=label
-        )
+        rows.append((number.name, ours, verdict(number, ours)))
+        axes.plot(runs, [y] * len(runs), ".", color=VERDICTS[rows[-1][2]], markersize=2.5, alpha=0.35)
         published_half = None if math.isnan(number.interval) else number.interval
         axes.errorbar(
             number.value, y, xerr=published_half, fmt="D", color="black", markersize=4, fillstyle="none",
-            label="published" if y == 0 else None,
+            zorder=5, label="published" if y == 0 else None,
         )  # fmt: skip
-    axes.set_yticks(range(len(numbers)), [number.name for number in numbers], fontsize=6.5)
-    axes.set_ylim(len(numbers) - 0.5, -0.5)
+    verdicts(axes, rows, VERDICTS, "ours: ")
     axes.grid(axis="y", linewidth=0.3)
     axes.set_xlabel(f"test accuracy; ours: mean and 95% t interval of n = {config.seeds} runs, dots: single runs")
     axes.set_title("Published toy results, run again")

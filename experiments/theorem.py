@@ -8,6 +8,7 @@ loss in eps * alpha (1); and the same for a student of another initialisation (n
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,9 @@ from subliminal_theory.runs import Results, Row
 from subliminal_theory.theorem import Report, check
 
 from .app.contract import Part, option
-from .app.figures import COLORS, panels
-from .architectures import AUX, BUILDERS, CLASSES, IMAGE, OUTPUTS, build
+from .app.figures import COLORS, note, panels
+from .architectures import AUX, BUILDERS, CLASSES, EXAMPLES, IMAGE, OUTPUTS, build, random_trait
 
-EXAMPLES = 16
 AUXILIARY = tuple(range(CLASSES, OUTPUTS))
 CHANNELS: dict[str, Channel] = {
     "squared error, weighted": SquaredError(np.linspace(0.5, 1.5, OUTPUTS)),
@@ -103,18 +103,10 @@ def measure_seed(
     key: Key[Array, ""],
     inputs: Float[Array, "batch height width"],
 ) -> tuple[Report, Report]:
-    """Reports over the step sizes, for a shared and for another initialisation.
-
-    The trait is a random labelling of random images, learnt on the class logits.
-    """
+    """Reports over the step sizes, for a shared and for another initialisation."""
     model = build(network, named(key, "init"))
     other = build(network, named(key, "other init")).params
-    images = jax.random.normal(named(key, "trait images"), (EXAMPLES, *IMAGE))
-    labels = jax.random.randint(named(key, "trait labels"), (EXAMPLES,), 0, CLASSES)
-
-    def trait_loss(params: object) -> Float[Array, ""]:
-        logits = model.apply(params, images)[:, :CLASSES]
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(EXAMPLES), labels])
+    trait_loss = random_trait(model, key)
 
     def at(step: Float[Array, ""], start: object = None) -> Report:
         return check(
@@ -155,17 +147,16 @@ def _summarise(eps: Float[np.ndarray, " steps"], shared: Report, other: Report) 
         for condition, metrics in numbers.items()
         for metric, value in metrics.items()
     ]
-    curves: dict[str, Any] = {"inner_product": shared.inner_product, "prediction_error": np.abs(error)}
-    for name, curve in curves.items():
-        rows += [
-            {"condition": "same_init", "metric": name, "value": float(v), "eps": float(e)}
-            for e, v in zip(eps, curve, strict=True)
-        ]
-    rows += [
-        {"condition": "other_init", "metric": "inner_product", "value": float(v), "eps": float(e)}
-        for e, v in zip(eps, np.asarray(other.inner_product), strict=True)
+    curves: dict[tuple[str, str], Any] = {
+        ("same_init", "inner_product"): shared.inner_product,
+        ("same_init", "prediction_error"): np.abs(error),
+        ("other_init", "inner_product"): other.inner_product,
+    }
+    return rows + [
+        {"condition": condition, "metric": metric, "value": float(value), "eps": float(step)}
+        for (condition, metric), curve in curves.items()
+        for step, value in zip(eps, curve, strict=True)
     ]
-    return rows
 
 
 def report(results: Results, config: Config) -> str:
@@ -185,13 +176,13 @@ def report(results: Results, config: Config) -> str:
         f"{config.steps} step sizes from {config.smallest:g} to {config.largest:g}; means",
         f"{'network':22}{'imitation loss':26}" + "".join(f"{name:>11}" for name in columns),
     ]
-    for network in results.distinct("network"):
-        for loss in results.distinct("loss"):
-            cells = []
-            for condition, metric in columns.values():
-                values = results.values(condition=condition, metric=metric, network=network, loss=loss)
-                cells.append(_cell(values))
-            lines.append(f"{network:22}{loss:26}" + "".join(f"{cell:>11}" for cell in cells))
+    for network, loss in itertools.product(results.distinct("network"), results.distinct("loss")):
+        found = [
+            results.values(condition=condition, metric=metric, network=network, loss=loss)
+            for condition, metric in columns.values()
+        ]
+        cells = [f"{np.mean(values):.3f}" if values else "-" for values in found]
+        lines.append(f"{network:22}{loss:26}" + "".join(f"{cell:>11}" for cell in cells))
     same = results.values(condition="same_init", metric="share_not_negative")
     holds = results.values(condition="same_init", metric="share_theorem_holds")
     lines += [
@@ -203,10 +194,6 @@ def report(results: Results, config: Config) -> str:
         "other: a student of another initialisation (theory: order 0). No order: exactly 0.",
     ]
     return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    return f"{np.mean(values):.3f}" if values else "-"
 
 
 def plot(results: Results, config: Config) -> Figure:
@@ -239,11 +226,7 @@ def plot(results: Results, config: Config) -> Figure:
     cosines.set_xticks(range(len(networks)), networks, rotation=30, ha="right", fontsize=7)
     cosines.set_title(f"cosine of $D_S$ and $D_T$ at $\\epsilon$ = {config.smallest:g}")
     cosines.legend(fontsize=7, loc="upper left")
-    cases = len(results.distinct("loss")) * len(results.distinct("inputs")) * config.seeds
-    figure.supxlabel(
-        f"{cases} cases a network ({len(results.distinct('loss'))} losses x "
-        f"{len(results.distinct('inputs'))} input laws x {config.seeds} seeds), float64; dots: single cases",
-        fontsize=7,
-        color="grey",
-    )
+    losses, laws = len(results.distinct("loss")), len(results.distinct("inputs"))
+    which = f"{losses} losses x {laws} input laws x {config.seeds} seeds"
+    note(orders, f"{losses * laws * config.seeds} cases a network ({which}), float64; dots: single cases")
     return figure

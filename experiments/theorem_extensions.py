@@ -8,7 +8,7 @@ of random networks in which it fell is measured.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,9 +29,8 @@ from subliminal_theory.source import Examples
 
 from .app.contract import Part, option
 from .app.figures import COLORS, panels
-from .architectures import BUILDERS, CLASSES, IMAGE, OUTPUTS, build
+from .architectures import BUILDERS, CLASSES, EXAMPLES, IMAGE, OUTPUTS, build, random_trait
 
-EXAMPLES = 16
 SMALL_STEP = optax.sgd(1e-3)
 AUXILIARY = Subset(tuple(range(CLASSES, OUTPUTS)))
 SQUARED_ERROR = SquaredError()
@@ -229,27 +228,19 @@ def measure(config: Config, extension: Extension) -> list[Row]:
             {"condition": extension.name, "seed": seed, "metric": "trait_loss_change", "value": float(change)}
             for seed, change in enumerate(changes)
         ]
-        change = counterexample(extension)
-        if change is not None:
-            rows.append(
-                {"condition": extension.name, "seed": 0, "metric": "counterexample", "value": float(change)}
-            )
+        if (change := counterexample(extension)) is not None:
+            rows.append({**rows[0], "seed": 0, "metric": "counterexample", "value": float(change)})
         return rows
 
 
 def _random_network(network: str, extension: Extension, key: Key[Array, ""]) -> Float[Array, ""]:
     model = build(network, named(key, "init"))
-    images = jax.random.normal(named(key, "trait images"), (EXAMPLES, *IMAGE))
-    labels = jax.random.randint(named(key, "trait labels"), (EXAMPLES,), 0, CLASSES)
     inputs = jax.random.uniform(named(key, "inputs"), (EXAMPLES, *IMAGE), minval=-1.0)
-
-    def trait_loss(params: PyTree) -> Float[Array, ""]:
-        logits = model.apply(params, images)[:, :CLASSES]
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(EXAMPLES), labels])
-
     fresh = build(network, named(key, "perturbation scale")).params
     start = initialise(Perturbed(extension.sigma), model.params, fresh, named(key, "perturbation"))
-    return _transmit(extension, model, start, trait_loss, inputs, extension.channel, named(key, "student"))
+    return _transmit(
+        extension, model, start, random_trait(model, key), inputs, extension.channel, named(key, "student")
+    )
 
 
 def counterexample(extension: Extension) -> Float[Array, ""] | None:
@@ -259,16 +250,10 @@ def counterexample(extension: Extension) -> Float[Array, ""] | None:
     case = extension.counterexample
     model = Model(case.apply, jnp.asarray(case.start))
     start = jnp.asarray(case.student_start if case.student_start is not None else case.start)
-    changed = Extension(
-        extension.name, extension.holds, extension.why,
-        teacher=case.teacher or extension.teacher,
-        student=case.student or (SMALL_STEP if extension.teacher_steps > 1 else extension.student),
-        teacher_steps=extension.teacher_steps,
-        student_steps=extension.student_steps,
-    )  # fmt: skip
-    return _transmit(
-        changed, model, start, case.trait_loss, jnp.asarray(case.seen), case.channel, jax.random.key(0)
-    )
+    student = case.student or (SMALL_STEP if extension.teacher_steps > 1 else extension.student)
+    changed = replace(extension, teacher=case.teacher or extension.teacher, student=student)
+    seen = jnp.asarray(case.seen)
+    return _transmit(changed, model, start, case.trait_loss, seen, case.channel, jax.random.key(0))
 
 
 def _transmit(

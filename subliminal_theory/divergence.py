@@ -105,11 +105,7 @@ class SoftLogits(_Divergence):
 @register_dataclass
 @dataclass(frozen=True)
 class ReverseKL(_Divergence):
-    """KL(student || teacher) of softmax(logits / temperature); M is the metric of `SoftLogits`.
-
-    Raises:
-        InputError: the temperature is not a positive number.
-    """
+    """KL(student || teacher) of softmax(logits / temperature); M and refusals are those of `SoftLogits`."""
 
     def loss(self, student_logits: Logits, targets: Logits) -> Values:
         """sum_i z_i (log z_i - log s_i), in nats."""
@@ -124,9 +120,7 @@ class JensenShannon(_Divergence):
     """The mean of KL(s || m) and KL(z || m), m = (s + z) / 2, of softmax(logits / temperature).
 
     At most log 2 nats. M is a quarter of the metric of `SoftLogits`: (diag(s) - s s^T) / (2 T)^2.
-
-    Raises:
-        InputError: the temperature is not a positive number.
+    It refuses what `SoftLogits` refuses.
     """
 
     def loss(self, student_logits: Logits, targets: Logits) -> Values:

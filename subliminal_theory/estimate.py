@@ -47,7 +47,7 @@ def t_interval(values: Sequence[float] | Float[np.ndarray, " n"], level: float =
     return Estimate(float(x.mean()), float(half), int(x.size))
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Estimate:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """t interval of first - second over runs that share their seed.
 
     Raises:
@@ -55,7 +55,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], level: fl
     """
     if len(first) != len(second):
         raise InputError(f"paired runs differ in number: {len(first)} and {len(second)}")
-    return t_interval(np.subtract(first, second), level)
+    return t_interval(np.subtract(first, second))
 
 
 class Share(NamedTuple):
@@ -161,8 +161,8 @@ def matrix_test(matrices: Float[np.ndarray, "groups n n"], draws: int = 20_000) 
     """Whether run i responds most to question i: mean of diagonals less mean of all else, and its p.
 
     Under the null hypothesis the runs of a group (a base) can be exchanged. All permutations within groups are
-    counted if they are at most `draws`, else so many random ones (always the same) and the one that was found,
-    which makes p valid too.
+    counted if there are at most `draws` of them. Else `draws` random ones (always the same) are counted, together
+    with the one that was found, so that p is valid too.
 
     Raises:
         InputError: no group, or matrices that are not square or smaller than 2 x 2.

@@ -68,7 +68,7 @@ class Model:
 
 
 def split_trainable(params: PyTree) -> tuple[PyTree, PyTree]:
-    """The parameters that have a gradient and the rest, each with None in the place of the other's leaves.
+    """The parameters that have a gradient, and the rest; each tree has None where the other has leaves.
 
     Integers, booleans and random keys have no gradient.
     """
@@ -80,7 +80,7 @@ def split_trainable(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def join(one: PyTree, other: PyTree) -> PyTree:
-    """One pytree of two that have None in the place of each other's leaves."""
+    """One pytree of two, each with None where the other has leaves."""
     return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda leaf: leaf is None)
 
 

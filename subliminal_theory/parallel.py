@@ -85,7 +85,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
 
 
 def spec_of(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """How the parameter of a path and shape lies on a mesh, by `RULES`.
+    """The axes of a mesh that split a parameter of this path and shape, by `RULES`.
 
     A dimension is split only by axes that divide it evenly. A head may be split: the result is the same, at the
     price of communication, so keep `tensor` a divisor of the key heads.
@@ -140,7 +140,7 @@ def place(model: Model, mesh: Mesh) -> Model:
 
 
 def place_runs(models: Model, mesh: Mesh) -> Model:
-    """Models [runs] of one frozen rest, one after the other on a mesh: each leaf as that of one model.
+    """Models [runs] with one frozen rest, placed so that every run is split over the mesh as one model is.
 
     Raises:
         InputError: see `spec_of`.
@@ -235,7 +235,7 @@ def shardings_like(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def constrain(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
-    """Within a compiled function, the same tree, of which what belongs to parameters lies on a mesh as they do."""
+    """Within a compiled function, the same tree; what belongs to parameters is split over the mesh as they are."""
 
     def one(leaf: Array, sharding: NamedSharding | None) -> Array:
         return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
@@ -244,7 +244,7 @@ def constrain(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def sharded_optimizer(optimizer: optax.GradientTransformation, mesh: Mesh) -> optax.GradientTransformation:
-    """The same optimiser, whose state and updates lie on a mesh as the parameters do.
+    """The same optimiser; its state and updates are split over the mesh as the parameters are.
 
     State that belongs to a parameter is known by its path, which ends in the parameter's, and by its shape; the
     rest, such as step counts, is left to the compiler. Without this it is left all of it: inside `distill` its

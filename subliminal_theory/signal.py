@@ -40,8 +40,8 @@ def measure_signal(
 ) -> Signal:
     """A and whether it vanishes.
 
-    A is called zero where it is below the rounding error of the very sums: they are repeated with every number of
-    the direction and of its image moved by one unit in its last place, in alternating directions.
+    A is called zero where it is below the rounding error of its sums. To measure that error, the sums are repeated
+    with every number of the direction and of its image moved by one unit in its last place, up or down.
 
     Raises:
         InputError: what is known of the channel contradicts its loss.

@@ -159,17 +159,8 @@ def check(
     student_params = params if same else student_params
     if jax.tree.map(jnp.shape, student_params) != jax.tree.map(jnp.shape, params):
         raise InputError("student_params must have the structure and shapes of params")
-    (params, rest), (student, student_rest) = split_trainable(params), split_trainable(student_params)
-
-    def logits_of(p: PyTree) -> Float[Array, "*batch n"]:
-        return apply(join(p, rest), inputs)
-
-    def student_logits(p: PyTree) -> Float[Array, "*batch n"]:
-        return apply(join(p, student_rest), inputs)
-
-    def trait(p: PyTree) -> Float[Array, "..."]:
-        return trait_loss(join(p, rest))
-
+    params, logits_of, trait = _of_trainable(params, apply, inputs, trait_loss)
+    student, student_logits, student_trait = _of_trainable(student_params, apply, inputs, trait_loss)
     loss_before, direction = _descent(trait, params)
     signal = measure_signal(logits_of, params, direction, channel, weights)
     weights = signal.weights
@@ -191,8 +182,7 @@ def check(
         unupdated_cosine = _ratio(overlap, student_norm * optax.tree.norm(unupdated))
 
     moved = optax.tree.add_scale(student, student_step, student_direction)
-    before = loss_before if same else trait_loss(student_params)
-    after = trait_loss(join(moved, student_rest))
+    before, after = loss_before if same else student_trait(student), student_trait(moved)
     return Report(
         inner_product=inner,
         predicted_inner_product=teacher_step * signal.strength,
@@ -221,6 +211,17 @@ def require_step(name: str, step: float | Float[Array, ""]) -> None:
     """
     if not isinstance(step, jax.core.Tracer) and not 0 < float(step) < math.inf:
         raise InputError(f"{name} must be a positive, finite number, got {float(step)}")
+
+
+def _of_trainable(
+    params: PyTree,
+    apply: Callable[[PyTree, PyTree], Float[Array, "*batch n"]],
+    inputs: PyTree,
+    trait_loss: Callable[[PyTree], Float[Array, ""]],
+) -> tuple[PyTree, Callable[[PyTree], Float[Array, "*batch n"]], Callable[[PyTree], Float[Array, "..."]]]:
+    """The parameters that have a gradient; logits and trait loss as functions of these."""
+    trained, rest = split_trainable(params)
+    return trained, lambda p: apply(join(p, rest), inputs), lambda p: trait_loss(join(p, rest))
 
 
 def _descent(loss: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> tuple[Float[Array, ""], PyTree]:
@@ -297,14 +298,7 @@ def how_small(
         InputError: as `check`.
     """
     require_step("teacher_step", teacher_step)
-    params, rest = split_trainable(params)
-
-    def logits_of(p: PyTree) -> Float[Array, "*batch n"]:
-        return apply(join(p, rest), inputs)
-
-    def trait(p: PyTree) -> Float[Array, "..."]:
-        return trait_loss(join(p, rest))
-
+    params, logits_of, trait = _of_trainable(params, apply, inputs, trait_loss)
     before, direction = _descent(trait, params)
     signal = measure_signal(logits_of, params, direction, channel, weights)
     logits, tangent = signal.logits, signal.tangent

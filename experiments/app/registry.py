@@ -1,6 +1,6 @@
 """Registries: TOML files of entries that each name one of the file's sources."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,12 +30,13 @@ def read_registry(path: Path, table: str, kind: Any) -> dict[str, Any]:
     return found
 
 
-def pick(entries: Mapping[str, T], names: Sequence[str], what: str) -> list[T]:
-    """The entries of these names, or all if there are none.
+def pick(entries: Mapping[str, T], ids: str, what: str) -> list[T]:
+    """The entries of the names in `ids`, separated by commas, or all if there are none.
 
     Raises:
         InputError: a name is unknown; lists those that are known.
     """
+    names = [name.strip() for name in ids.split(",") if name.strip()]
     for name in names:
         if name not in entries:
             raise InputError(f"unknown {what} {name!r}; there are {', '.join(entries)}")

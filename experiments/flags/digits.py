@@ -1,6 +1,7 @@
 """The MNIST experiments' settings: one teacher, one student and the channel between them, by name."""
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -185,6 +186,10 @@ class Setting:
         return self.learning_rate if self.student_rate is None else self.student_rate
 
 
+# The fields that decide a teacher: up to the batch size.
+OF_TEACHER = tuple(itertools.takewhile(lambda name: name != "start", (field.name for field in fields(Setting))))
+
+
 @functools.cache
 def load_data(name: str, data_dir: str | None) -> ImageDataset:
     """A data set of these experiments, read once a process."""
@@ -200,11 +205,11 @@ def _held_out(data: ImageDataset) -> ImageDataset:
 class Cell:
     """A setting, the labels of its rows, whose accuracy they tell, and which metrics.
 
-    `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the first so many
-    seeds run it, up to a whole chunk.
+    `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the first
+    `seeds` seeds run it, rounded up to a whole chunk.
 
     Raises:
-        InputError: a metric that this one does not have.
+        InputError: `who` has no such metric.
     """
 
     labels: Mapping[str, Any]
@@ -242,7 +247,7 @@ class SweepConfig:
             raise InputError("there is nothing to run: no setting is left")
         groups: dict[Hashable, list[Cell]] = {}
         for cell in cells:
-            groups.setdefault(_teacher(cell.setting), []).append(cell)
+            groups.setdefault(tuple(getattr(cell.setting, name) for name in OF_TEACHER), []).append(cell)
         found = []
         for number, group in enumerate(groups.values()):
             prefix = f"teacher-{number:03d}-" if len(groups) > 1 else ""
@@ -260,12 +265,6 @@ class SweepConfig:
                 name = f"{prefix}seeds-{chosen[0]:05d}"
                 found.append(Part(name, len(chosen), functools.partial(run, chosen)))
         return found
-
-
-def _teacher(setting: Setting) -> Hashable:
-    """What teachers have in common: the fields up to the batch size."""
-    names = [field.name for field in fields(Setting)]
-    return tuple(getattr(setting, name) for name in names[: names.index("start")])
 
 
 def run_cells(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
@@ -297,14 +296,12 @@ class TrainingConfig(SweepConfig):
         return load_data(self.data, self.data_dir)
 
     def setting(self, **changes: Any) -> Setting:
-        """The setting of this configuration; `changes` are what distinguishes it."""
-        common = {
-            "data": self.data,
-            "teacher_epochs": self.epochs,
-            "epochs": self.student_epochs or self.epochs,
-            "batch_size": self.batch_size,
+        """The setting of this configuration, its own fields by name; `changes` are what distinguishes it."""
+        own = {
+            name: getattr(self, name) for name in (*OF_TEACHER, "inputs", "channel_loss") if hasattr(self, name)
         }
-        return Setting(**{**common, **changes})
+        epochs = {"teacher_epochs": self.epochs, "epochs": self.student_epochs or self.epochs}
+        return Setting(**{**own, **epochs, **changes})
 
 
 # On so few images it takes more passes to learn as much.

@@ -86,8 +86,8 @@ class TrainingImages:
 class Digits:
     """Runs of a network on labelled images, one a seed; the control of a seed starts where the next seed does.
 
-    `auxiliary` logits follow those of the classes. `data.held_out()` in the place of `data` measures on training
-    images.
+    The class logits come first, then `auxiliary` further logits. With `data.held_out()` as `data`, accuracy is
+    measured on training images.
     """
 
     data: ImageDataset

@@ -136,8 +136,8 @@ class Student:
 class Run:
     """A teacher and its student; without one, the teacher itself is scored, or the `base` that it was.
 
-    `asked` is a way of scoring, in the words of the world. A run that `may_diverge` is scored as it is; for others
-    a loss that is not finite is refused.
+    `asked` is how it is scored, a value that its world knows. A run that `may_diverge` is scored as it is; other
+    runs are refused if a loss is not finite.
     """
 
     teacher: Teacher

@@ -89,7 +89,7 @@ class Result:
 def trained(
     jobs: Mapping[K, Job], stops: Mapping[K, Sequence[int]], keys: Key[Array, " runs"], how: Computation
 ) -> Iterator[tuple[K, int, Result]]:
-    """Train jobs, stacked where their structures agree; each is told after its `stops`, numbers of steps.
+    """Train jobs, stacked where their structures agree; yield each job after its `stops`, numbers of steps.
 
     Jobs of a stack see the same source and teacher, and one pass of that teacher. Models are handed over one by
     one and not kept.
@@ -174,7 +174,7 @@ def over_runs(train: Callable[[Job, Any], Any], job: Job, keys: Key[Array, " run
 
 
 def _of_runs(job: Job, how: Computation) -> tuple[Any, Callable[[Any], Job]]:
-    """What of a job has an axis of runs, and the job of one run from that run's share."""
+    """The leaves of a job that have an axis of runs, and a function from one run's leaves to its job."""
     models = [job.model, job.teacher]
     parts = [None if m is None else (m.params, None if how.shared else m.frozen) for m in models]
     per_run = isinstance(job.source, PerRun)

@@ -180,7 +180,7 @@ class Study:
         return self._shows(student, teacher, self.teacher(teacher), lambda: self.shown(teacher))
 
     def _starts(self, students: Mapping[K, Student]) -> dict[K, Model]:
-        """Where students start, those to be cloned matched first; students cloned alike share one run."""
+        """Where students start, once those that ask for it are cloned; students cloned alike share one run."""
         jobs = {
             name: replace(s.cloned, start=s.start, other=s.other, network=s.network)
             for name, s in students.items()
@@ -210,7 +210,7 @@ class Study:
     def _trained(
         self, students: Mapping[K, Student], starts: Mapping[K, Model], teacher: Teacher, cloning: bool
     ) -> Iterator[tuple[K, Result]]:
-        """Students that differ in their number of steps alone are one run, told several times."""
+        """Students that differ only in their number of steps are one run, which yields a result for each."""
         longest = _longest(students)
         for stream in dict.fromkeys(self._stream(students[name], cloning) for name in longest):
             jobs = {}

@@ -43,7 +43,7 @@ class World(Protocol):
         logits: how many logits the model has.
         trait_loss: `trait_loss(logits, labels)`, one value per position; equal in equal worlds.
 
-    These are what every study needs. A world may have more; what it has not is as in brackets:
+    Every study needs these. A world may have more; the brackets say what holds for a world without:
 
         computation: how runs are computed [`Computation()`].
         keys(stream): a named random stream of each run [of the keys 0, 1, 2, ...].
@@ -110,7 +110,7 @@ def by_policy(
 
 
 def restricted(model: Model, student: Student) -> Model:
-    """A model of runs of which only what the student trains is trained.
+    """The model of runs with all parameters frozen that the student does not train.
 
     Raises:
         InputError: low-rank factors.

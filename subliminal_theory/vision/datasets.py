@@ -42,7 +42,7 @@ class ImageDataset:
     """Grey images with one label each, as read-only arrays, and the SHA-256 of what they were read from.
 
     Pixels run from 0 to `maximum` and labels from 0 to `classes - 1`. `sha256` maps a file's name without
-    suffix to the digest of its decompressed bytes or, for the digits, a field's name to that of its bytes.
+    suffix to the digest of its decompressed bytes; for the digits, a field's name to the digest of its bytes.
     """
 
     name: str

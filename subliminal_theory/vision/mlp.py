@@ -29,7 +29,7 @@ INIT_LAWS = {
 
 
 def initialisers(init_law: str, inputs: int) -> dict[str, Any]:
-    """`kernel_init` and `bias_init` of a layer in which each neuron has so many inputs.
+    """`kernel_init` and `bias_init` of a layer whose neurons have `inputs` inputs each.
 
     Raises:
         InputError: the law is unknown.

@@ -7,9 +7,9 @@ import pytest
 
 from experiments import reproduce
 from experiments.app import command as command_line
-from experiments.flags.digits import Setting, _teacher
+from experiments.flags.digits import OF_TEACHER, Setting
 from experiments.language_claims import Claim, registered
-from experiments.published import REGISTRY, Number, published, select
+from experiments.published import Number, published
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate
 
@@ -119,9 +119,10 @@ def test_missing_registry(tmp_path: Path) -> None:
         published(tmp_path / "none.toml")
 
 
-def test_select() -> None:
-    assert [number.name for number in select(["jiang-mse", "released-aux"])] == ["jiang-mse", "released-aux"]
-    assert len(select([])) == len(published(REGISTRY))
+def test_chosen() -> None:
+    names = [number.name for number in reproduce.chosen(reproduce.Config(ids="jiang-mse, released-aux"))]
+    assert names == ["jiang-mse", "released-aux"]
+    assert len(reproduce.chosen(reproduce.Config())) == len(published())
 
 
 def test_unknown_number_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +138,7 @@ def test_without_ids_all_are_meant(tmp_path: Path, capsys: pytest.CaptureFixture
     assert command_line.main(["reproduce", "--seeds", "0", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "error: --seeds must be at least 1, got 0\n"
     assert len(reproduce.plan(reproduce.configure(None, {"seeds": 1}))) == len(
-        {_teacher(number.setting) for number in published().values()}
+        {tuple(getattr(number.setting, name) for name in OF_TEACHER) for number in published().values()}
     )
 
 
