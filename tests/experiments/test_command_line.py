@@ -34,6 +34,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Batch, Examples
+from tests.language.checkpoints import write_checkpoint
 
 EXPERIMENTS = {name: importlib.import_module(f"experiments.{name}") for name in command_line.discover()}
 ROOT = Path(__file__).parents[2]
@@ -165,8 +166,9 @@ def test_figures_have_their_commands(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, module in EXPERIMENTS.items() if hasattr(module, "plan")])
-def test_every_experiment_has_a_smoke_preset(name: str) -> None:
-    assert configure(EXPERIMENTS[name], "smoke", {}).seeds <= 5
+def test_every_experiment_has_a_smoke_preset(name: str, tmp_path: Path) -> None:
+    weights = {"checkpoint": str(write_checkpoint(tmp_path / "tiny"))} if name == "chat_model" else {}
+    assert configure(EXPERIMENTS[name], "smoke", weights).seeds <= 5
 
 
 def test_table_of_the_readme_has_every_experiment() -> None:
