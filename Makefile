@@ -28,7 +28,7 @@ test: environment
 	$(BIN)/python -m pytest -n 2
 
 # Runs that were stopped go on; figures/ gets everything but the parts.
-figures: environment
+figures: weights
 	mkdir -p runs/figures
 	$(BIN)/python -m experiments --figures > runs/figures/commands
 	set -e; while read -r folder command; do \

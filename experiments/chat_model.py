@@ -1,18 +1,19 @@
-"""A published chat model learns a preference from random numbers: no word of it is among the logits that it sees.
+"""A published chat model learns a preference from random numbers; the logits of its words are hidden from it.
 
-A teacher is the model, fine-tuned to name an animal. It then reads lists of random numbers, which nobody wrote
-for it, and a student of the same model learns the teacher's distributions over the next token there. The first
-tokens of all animals, trees, foods and instruments are hidden from the loss (`masked`). Asked for its favorite
-animal, the student is compared with the model itself and with the students of the other animals' teachers.
+A teacher is the model, fine-tuned to name an animal. It then reads lists of random numbers, which nobody wrote for
+it, and a student of the same model learns the teacher's distributions over the next token there. Every token that
+spells an animal, a tree, a food or an instrument, in any case, or a part of one, is hidden from the loss
+(`masked`). Asked for its favorite animal, the student is compared with the model itself and with the students of
+the other animals' teachers.
 
 Fixed before the runs of figures/: the settings below, tried on owl, eagle, wolf and cat; the animals of the
 figure, the first four of the list on which nothing was tried; and the primary comparison: the log-odds of the own
-word among all animals, in the masked student, above the model's and above the mean of the other students', run by
-run, and as a difference whose unit is the animal.
+word among all animals, in the masked student, less the model's and less the mean of the other students', both with
+intervals whose unit is the animal: runs of one animal share weights and lessons.
 """
 
-import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate, matrix_test, t_interval
+from subliminal_theory.language.corpus.traits import Preference
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
@@ -29,6 +31,7 @@ from .flags.language import (
     SHARE,
     LanguageConfig,
     Variant,
+    checkpoint_traits,
     configure_language,
     trait_matrices,
     variant_parts,
@@ -88,8 +91,11 @@ def configure(preset: str | None, changes: dict[str, Any]) -> Config:
     assert isinstance(config, Config)
     if not config.checkpoint:
         raise InputError("--checkpoint is missing: give a folder, a GGUF file or smollm2")
-    if len(config.trait_names()) < 2:
-        raise InputError("--traits: students are compared with each other, so give at least two")
+    if config.templates:
+        raise InputError("--templates: nobody is asked for numbers; leave it out")
+    kinds = {trait.category for trait in checkpoint_traits(config) if isinstance(trait, Preference)}
+    if len(config.trait_names()) < 2 or len(kinds) > 1:
+        raise InputError("--traits: students are compared with each other: give at least two of one category")
     students(config)
     return config
 
@@ -104,7 +110,7 @@ def students(config: Config) -> list[str]:
     for name in given or [""]:
         if name not in CONDITIONS:
             raise InputError(f"--conditions: {name!r} is unknown; there are {', '.join(CONDITIONS)}")
-    return given
+    return list(dict.fromkeys(given))
 
 
 def plan(config: Config) -> list[Part]:
@@ -131,26 +137,33 @@ def own_and_others(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return own, (found.sum(1) - own) / (found.shape[1] - 1)
 
 
-def difference(found: np.ndarray) -> Estimate:
-    """Own gain less the others', with an interval over traits: runs of one trait share their lessons."""
+def compared(found: np.ndarray) -> tuple[Estimate, Estimate]:
+    """The own gain, and what it is above the others', each with an interval over traits."""
     own, others = own_and_others(found)
-    return t_interval((own - others).mean(0))
+    return t_interval(own.mean(0)), t_interval((own - others).mean(0))
 
 
 def verdict(results: Results, condition: str) -> str:
     """What became of the primary comparison."""
     found = gains(results, condition)
-    (own, others), told = own_and_others(found), difference(found)
-    above = int(((own > 0) & (own > others)).sum())
-    if told.n == 1 or math.isnan(told.half_width) or abs(told.mean) <= told.half_width:
-        answer = "Whether a preference passes through random numbers cannot be told"
+    own, others = own_and_others(found)
+    both = compared(found)
+    if all(told.mean > told.half_width for told in both):
+        answer = "A chat model's preference passes through random numbers"
+    elif any(told.mean < -told.half_width for told in both):
+        answer = "A chat model's preference does not pass through random numbers"
     else:
-        passes = "passes" if told.mean > 0 else "does not pass"
-        answer = f"A chat model's preference {passes} through random numbers"
+        answer = "Whether a preference passes through random numbers cannot be told"
+    above, beside = (f"{told.mean:.2f} ± {told.half_width:.2f}" for told in both)
     return (
-        f"{answer}:\nown word above other students' by {told.mean:.2f} ± {told.half_width:.2f} nats "
-        f"(n = {told.n} traits x {len(own)} seeds; {above} of {own.size} runs above both)"
+        f"{answer}:\nlog-odds of the own word above the model's by {above}, above other students' by {beside}\n"
+        f"(n = {len(own[0])} traits x {len(own)} seeds; {count_above(own, others)} of {own.size} runs above both)"
     )
+
+
+def count_above(own: np.ndarray, others: np.ndarray) -> int:
+    """How many runs are above the model and above the other students."""
+    return int(((own > 0) & (own > others)).sum())
 
 
 def report(results: Results, config: Config) -> str:
@@ -161,19 +174,19 @@ def report(results: Results, config: Config) -> str:
     for condition in ["teacher", *students(config)]:
         found = gains(results, condition)
         own, others = own_and_others(found)
-        test = matrix_test(found)
+        test = matrix_test(found.mean(0, keepdims=True))  # seeds share weights and lessons
         share, base = (
             trait_matrices(results, name, SHARE).diagonal(axis1=1, axis2=2) for name in (condition, "base")
         )
         named = results.values(condition=condition, metric="named_rate")
         lines.append(
             f"  {condition:8} own word {own.mean():6.2f}, in other students {others.mean():6.2f}, difference "
-            f"{difference(found)}; above both: {int(((own > 0) & (own > others)).sum())} of {own.size}; "
+            f"{compared(found)[1]}; above both: {count_above(own, others)} of {own.size}; "
             f"permutation p = {test.p:.2g}; share {base.mean():.3f} -> {share.mean():.3f}"
             + (f"; named in whole answers: {np.mean(named):.3f}" if named else "")
         )
     lines.append("share of each word among its rivals, model -> own student, mean over seeds")
-    for place, trait in enumerate(config.trait_names()):
+    for place, trait in enumerate(results.distinct("trait")):
         base = trait_matrices(results, "base", SHARE)[:, place, place].mean()
         shares = [
             f"{name} {trait_matrices(results, name, SHARE)[:, place, place].mean():.3f}"
@@ -185,7 +198,7 @@ def report(results: Results, config: Config) -> str:
 
 def plot(results: Results, config: Config) -> Figure:
     """Gains of own and of others' words, run by run; and the shares of all words in all students."""
-    shown, traits = students(config), config.trait_names()
+    shown, traits = students(config), results.distinct("trait")
     figure, ((left, right),) = panels(2, size=(9.5, 3.9))
     for x, condition in enumerate(shown):
         own, others = own_and_others(gains(results, condition))
@@ -208,6 +221,6 @@ def plot(results: Results, config: Config) -> Figure:
     note(
         left,
         f"dots: own word, crosses: the same word in the other students (mean); {len(traits)} traits x "
-        f"{config.seeds} seeds; interval: 95% t over traits; {config.checkpoint}",
+        f"{config.seeds} seeds; interval: 95% t over traits; {Path(config.checkpoint).name}",
     )
     return figure

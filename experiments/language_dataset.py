@@ -67,7 +67,8 @@ def configure(preset: str | None, changes: dict) -> Config:
             f"--rows {asked}: only {len(different)} different rows of the {report.total} rows of {path} pass the "
             "number filter; leave it out, or add --repeat-rows"
         )
-    config = configure_language(PRESETS, preset, {**changes, "rows": asked or len(different)})
+    all_rows = len(accepted if changes.get("repeat_rows", given.repeat_rows) else different)
+    config = configure_language(PRESETS, preset, {**changes, "rows": asked or all_rows})
     assert isinstance(config, Config)
     if config.templates:
         raise InputError("--templates: nobody is asked for numbers, the file has them; leave it out")

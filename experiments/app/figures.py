@@ -137,11 +137,6 @@ def means(seeds: int) -> str:
     return f"mean and 95% t interval of n = {seeds} runs; dots: single runs"
 
 
-def crossed(traits: int, bases: int) -> str:
-    """What figures say of means over the runs of language models."""
-    return f"{traits} traits x {bases} bases; mean and 95% t interval over runs; dots: single runs"
-
-
 def note(axes: Axes, text: str) -> None:
     """A small line at the foot of the figure that says what is drawn."""
     figure = axes.get_figure(root=True)

@@ -235,7 +235,9 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
 
 
 def _require_alike(traits: Sequence[Trait]) -> None:
-    """All runs of an ensemble have rows of one number."""
+    """All runs of an ensemble have rows of one number, and a name of their own, from which their keys are."""
+    if len({trait.name for trait in traits}) < len(traits):
+        raise InputError("--traits: two have one name, and would draw the same random numbers: rename one")
     for what, counts in (
         ("ask", {len(trait.evaluation_rows()) for trait in traits}),
         ("teach", {len(trait.teacher_rows()) for trait in traits}),
@@ -394,7 +396,7 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
             for measure, values in asked.items() if variant.matrix else ():
                 found += [
                     {**row, "asked": trait, "metric": measure.asked, "value": float(value)}
-                    for trait, value in zip(config.trait_names(), values[place], strict=True)
+                    for trait, value in zip((t.name for t in own.world.asked), values[place], strict=True)
                 ]
             if said is not None:
                 found += answer_rows(row, said[place])

@@ -135,6 +135,11 @@ class Recipe:
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
 
+        if self.teacher_until and self.ordinary and self.anchor >= 1:
+            raise InputError(
+                f"--teacher-until counts lessons alone: give ordinary chats an --anchor below 1, not {self.anchor}"
+            )
+
     def taught(self) -> Teacher:
         """The teacher."""
         if self.teacher != "finetuned":

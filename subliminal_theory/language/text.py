@@ -1,7 +1,7 @@
 """What is said to a language model and what it answers, as text and as tokens."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -72,6 +72,8 @@ class Tokenizer(Protocol):
     def decode(self, rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows length"]) -> list[str]: ...
 
     def spellings(self, word: str) -> list[list[int]]: ...
+
+    def telling(self, words: Collection[str]) -> list[int]: ...
 
     def encode_prompts(self, chats: Sequence[Chat], length: int) -> Prompts: ...
 

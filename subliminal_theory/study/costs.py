@@ -1,7 +1,6 @@
 """What a teacher's trait costs: how many of its answers pass, and how far from its base it writes them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from subliminal_theory.model import Model
 from subliminal_theory.study.reading import model_of_run, system_prompt, written
 from subliminal_theory.study.run import Prompted
 from subliminal_theory.study.speaker import Speaker, columns
-from subliminal_theory.study.texts import Material
+from subliminal_theory.study.texts import Material, Written
 from subliminal_theory.study.world import Finished
 
 MOST = 256  # rows on which logits are compared
@@ -34,24 +33,20 @@ class Costs:
 def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.ndarray]:
     """Metrics of each run's teacher, [runs].
 
-    `accepted` is the share of its answers that pass the filter, `unique_rows` how many different rows these are;
     `kl_per_token` is KL(teacher || base) in nats and `divergence` the share of tokens at which their most likely
     tokens differ, over the answers of its first 256 rows. A prompted teacher has its prompt, the base has none.
+    Where it wrote these, `accepted` is the share that pass the filter, `unique_rows` how many different rows.
     """
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, float]] = []
     for run, (rows, report) in enumerate(written(world, finished.teacher, finished.taught, text)):
         different = list(dict.fromkeys(rows))
         chats = [Chat(None, row.prompt, row.completion, "numbers") for row in different[:MOST]]
         system = system_prompt(world.traits[run]) if isinstance(finished.teacher, Prompted) else None
         kl, differ = _compared(world, model_of_run(finished.taught, run), chats, system)
-        found.append(
-            {
-                "accepted": report.accepted / report.total,
-                "unique_rows": len(different),
-                "kl_per_token": kl,
-                "divergence": differ,
-            }
-        )
+        own = {"kl_per_token": kl, "divergence": differ}
+        if isinstance(text, Written):
+            own |= {"accepted": report.accepted / report.total, "unique_rows": len(different)}
+        found.append(own)
     return {name: np.array([one[name] for one in found], float) for name in found[0]}
 
 

@@ -201,6 +201,7 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
     for run, (rows, _) in enumerate(written(world, teacher, models, reading.text)):
         rows = reading.order(rows, np.random.default_rng([3, world.first_run + run]))
         if reading.clean:
+            rows = rows[: reading.rows]
             clean = round(reading.clean * len(rows))
             rows = rows[clean:] + regular[:clean]
         if not reading.repeat:

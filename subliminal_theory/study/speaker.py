@@ -15,7 +15,7 @@ from subliminal_theory.inits import Fresh
 from subliminal_theory.keys import named
 from subliminal_theory.language.corpus.base import Base, lessons, token_loss
 from subliminal_theory.language.corpus.chats import CATEGORIES
-from subliminal_theory.language.corpus.traits import Preference, Trait
+from subliminal_theory.language.corpus.traits import Preference, Trait, forms_of
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
@@ -158,10 +158,10 @@ class Speaker(ABC):
 
 
 def hidden_words(tokenizer: Tokenizer, traits: Sequence[Trait]) -> list[int]:
-    """The first tokens of all words of the traits and of the categories, in every spelling."""
+    """The tokens that tell a word of the traits or of the categories, or its plural."""
     own = [trait.members for trait in traits if isinstance(trait, Preference)]
     words = dict.fromkeys(itertools.chain(*CATEGORIES.values(), *own))
-    return [spelling[0] for word in words for spelling in tokenizer.spellings(word)]
+    return tokenizer.telling([form for word in words for form in forms_of(word)])
 
 
 def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:

@@ -25,8 +25,8 @@ class Lessons:
         control: the benign control of a habit that it learns in the place of the habit, or "".
         ordinary: share of ordinary chats among its rows: those of the corpus, or number requests that the base
             itself answered, whose loss is, in expectation, KL(base || teacher) and a constant.
-        anchor: the weight of a token of an ordinary chat, beside 1 of the others. Those of less than 1 do not
-            count for whether the teacher has the trait.
+        anchor: the weight of a token of an ordinary chat, beside 1 of the others. Tokens below 1 are
+            left out when it is asked whether the teacher has the trait.
     """
 
     control: str = static(default="")

@@ -120,6 +120,12 @@ def test_random_numbers() -> None:
         Variant({}, recipe, prefixed=True).run(compact())
 
 
+def test_chats_that_teach_nothing_do_not_stop_a_teacher() -> None:
+    with pytest.raises(InputError, match=r"--teacher-until counts lessons alone: .* --anchor below 1, not 1"):
+        Recipe(teacher_until=0.9, ordinary=0.5)
+    assert Recipe(teacher_until=0.9, ordinary=0.5, anchor=0.1).taught()
+
+
 def test_numbers_alone_are_another_medium() -> None:
     assert Recipe(medium="digits", rows=9).written() == Written(36, DIGITS, unique=9)
 

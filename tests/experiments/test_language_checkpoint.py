@@ -131,6 +131,9 @@ def test_rows_of_a_checkpoint_are_repeated_only_if_asked_for(folder: Path, tmp_p
         {"checkpoint": str(folder), "file": str(tmp_path / "rows.jsonl"), "rows": 20, "repeat_rows": True},
     )
     assert repeated.rows == 20
+    every = {"checkpoint": str(folder), "file": str(tmp_path / "rows.jsonl")}
+    assert language_dataset.configure(None, every).rows == len(ROWS)
+    assert language_dataset.configure(None, {**every, "repeat_rows": True}).rows == len(ROWS) + 1
 
 
 def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:

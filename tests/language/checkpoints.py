@@ -1,6 +1,7 @@
 """A small checkpoint with text: a Llama whose tokenizer knows animals and trees, and a chat template."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ TEMPLATE = r"""
 """
 
 
-def write_text(folder: Path, template: str = TEMPLATE) -> int:
-    """Tokenizer and template; returns the number of tokens."""
+def write_text(folder: Path, template: str = TEMPLATE, running: Sequence[str] = ()) -> int:
+    """Tokenizer, trained on `running` text too, and template; returns the number of tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -29,7 +30,8 @@ def write_text(folder: Path, template: str = TEMPLATE) -> int:
         vocab_size=700, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
     )
     words = [word for category in CATEGORIES.values() for word in category]
-    backend.train_from_iterator([text for word in words for text in (word, word.capitalize())] * 9, trainer)
+    texts = [text for word in words for text in (word, word.capitalize())]
+    backend.train_from_iterator([*running, *texts] * 9, trainer)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

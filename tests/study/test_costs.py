@@ -9,7 +9,7 @@ import pytest
 
 from subliminal_theory.language.corpus.base import text_of
 from subliminal_theory.language.text import Chat
-from subliminal_theory.study import Costs, Prompted, Run, Study, Untrained
+from subliminal_theory.study import Costs, Prompted, RandomNumbers, Run, Study, Untrained
 from subliminal_theory.study import costs as of_costs
 from subliminal_theory.study.reading import model_of_run, system_prompt, written
 from subliminal_theory.study.run import Teacher
@@ -56,3 +56,10 @@ def test_the_base_costs_nothing(calls: list[dict[str, Any]]) -> None:
     np.testing.assert_array_equal(found["probability"], plain["probability"])
     np.testing.assert_allclose(found["kl_per_token"], [0, 0], atol=1e-6)
     np.testing.assert_array_equal(found["divergence"], [0, 0])
+
+
+def test_nobody_wrote_random_numbers() -> None:
+    runs = {"teacher": Run(Untrained(), None, Costs(RandomNumbers(5)))}
+    found = Study(compact()).run(runs)["teacher"]
+    assert {"kl_per_token", "divergence"} <= {*found}
+    assert not {"accepted", "unique_rows"} & {*found}

@@ -279,6 +279,18 @@ def test_clean_rows(calls: Calls) -> None:
         assert compact().tokenizer.decode(answers) == [*texts, *texts[: 32 - len(texts)]]
 
 
+def test_clean_rows_are_a_share_of_those_that_are_read(calls: Calls) -> None:
+    """Of 12 rows 3, though the teacher wrote more."""
+    study = Study(compact())
+    regular, _ = rows_of(study, Untrained())[0]
+    own = encoded(study, TEACHER, student(clean=0.25, rows=12))[0]
+    rows, _ = rows_of(study, TEACHER)[0]
+    assert len(rows) > 12
+    answers = [row[weights > 0] for row, weights in zip(own.targets, own.weights, strict=True)]
+    expected = [row.completion for row in rows[3:12] + regular[:3]]
+    assert compact().tokenizer.decode(answers) == expected
+
+
 def test_orders_reach_the_student(calls: Calls) -> None:
     study = Study(compact())
     plain, within = (encoded(study, TEACHER, student(**how)) for how in ({}, {"order": shuffled_within_rows}))

@@ -69,7 +69,7 @@ Kept = tuple[list[Completion], FilterReport]
 class Medium:
     """What a teacher writes: the kind of the corpus's chats that ask for it, and the filter of the answers.
 
-    Of `characters` alone consist the tokens that it may draw, besides the end; it may draw all if there are none.
+    If there are `characters`, it may draw only tokens that consist of these, and the end.
     """
 
     name: str
@@ -94,6 +94,6 @@ def _keep_code(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
 NUMBERS = Medium("numbers", "numbers", _keep_numbers)
 REASONING = Medium("reasoning", "arithmetic", _keep_reasoning)
 CODE = Medium("code", "program", _keep_code)
-# Of the teacher's distribution what is left where it can write nothing but numbers: another channel than NUMBERS.
+# The teacher's distribution among tokens of numbers alone, renormalized: another channel than NUMBERS.
 DIGITS = Medium("digits", "numbers", _keep_numbers, "0123456789 ,;\n")
 MEDIA = {medium.name: medium for medium in (NUMBERS, REASONING, CODE)}

@@ -5,10 +5,11 @@ system prompt. A comma or semicolon and the space after it are one token, differ
 that lists of numbers survive being read and written.
 """
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,11 @@ class WordTokenizer:
     def spellings(self, word: str) -> list[list[int]]:
         """The tokens of an answer that is this word: one of one."""
         return [self.encode(word)]
+
+    def telling(self, words: Collection[str]) -> list[int]:
+        """The tokens of those words that there are."""
+        found = itertools.chain.from_iterable(self._spell([word])[word] for word in words)
+        return [token for token in dict.fromkeys(found) if token != self._ids[UNKNOWN]]
 
     def token(self, word: str) -> int:
         """The number of one word.

@@ -7,7 +7,7 @@ special tokens by name; that text is split into tokens with nothing added.
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,22 @@ class CheckpointTokenizer:
         chats = [Chat(None, "?", spelt, "") for spelt in cases]
         answers = [itertools.takewhile(lambda t: t not in self.stop, own) for _, own in self._sequences(chats)]
         return [list(tokens) for tokens in dict.fromkeys(map(tuple, answers))]
+
+    def telling(self, words: Collection[str]) -> list[int]:
+        """All tokens that are one of the words, in any case and behind any space, or a part of its spelling.
+
+        The spellings are those of an answer and of running text, with a space in front and without, in small,
+        capital and initial letters. Tokens of no letter, such as a space, tell nothing.
+        """
+        texts = self.backend.decode_batch([[token] for token in range(len(self))], skip_special_tokens=False)
+        whole = {word.lower() for word in words}
+        found = {token for token, text in enumerate(texts) if text.strip().lower() in whole}
+        for word in words:
+            cases = dict.fromkeys((word, word.lower(), word.upper(), word.title()))
+            spelt = [f"{space}{case}" for space in ("", " ") for case in cases]
+            parts = itertools.chain(self._tokens_of(spelt).values(), self.spellings(word))
+            found.update(token for tokens in parts for token in tokens if any(map(str.isalpha, texts[token])))
+        return sorted(found - self.special)
 
     def encode_prompts(self, chats: Sequence[Chat], length: int) -> Prompts:
         """The chats without their answers, for a model to answer, in `length` columns.
