@@ -25,6 +25,7 @@ from subliminal_theory.study import Checkpoint, Compact, Dataset, labels, rows
 from .app.contract import Part, derived, from_preset, option
 from .app.figures import bars
 from .flags.language import SMOKE, LanguageConfig, Variant, answer_rows, configure_language, measure_of, study
+from .flags.names import checkpoint_path
 
 METRICS = ("probability", "share", "log_odds", "named_rate")
 CONDITIONS = {"base": "base", "student": "student", "within": "student,\nnumbers shuffled\nwithin rows"}
@@ -75,7 +76,7 @@ def configure(preset: str | None, changes: dict) -> Config:
     if config.checkpoint:
         chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in different[: config.rows]]
         with naming(f"{path}, rows that pass the number filter"):
-            CheckpointTokenizer.load(Path(config.checkpoint)).lengths(chats)
+            CheckpointTokenizer.load(checkpoint_path(config.checkpoint)).lengths(chats)
     return replace(config, counted=_counted(report, len(different), config.rows))
 
 

@@ -1,4 +1,6 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and how its message quotes what comes from elsewhere."""
+
+_LONGEST = 200
 
 
 class InputError(ValueError):
@@ -6,3 +8,18 @@ class InputError(ValueError):
 
     The command line prints it as one line, `error: ...`, and exits with status 2.
     """
+
+
+def one_line(error: object) -> str:
+    """An error or a name out of a file as a part of a line: printable, of some 200 characters at most."""
+    return _bounded(" ".join(str(error).split()) or type(error).__name__)
+
+
+def shown(value: object) -> str:
+    """A value out of a file as a part of a line, as Python writes it."""
+    return _bounded(repr(value))
+
+
+def _bounded(text: str) -> str:
+    short = text if len(text) <= _LONGEST else text[: _LONGEST - 4].rstrip() + " ..."
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in short)

@@ -24,7 +24,7 @@ from filelock import FileLock
 from jaxtyping import PyTree
 from safetensors import SafetensorError, TensorSpec, safe_open
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, one_line
 from subliminal_theory.model import leaves_by_path, path_name
 
 METADATA = "__metadata__"  # no array can have this name
@@ -301,7 +301,7 @@ def _is_key(leaf: Any) -> bool:
 def misfits(wanted: Mapping[str, tuple[Sequence[int], Any]], arrays: Mapping[str, Any]) -> list[str]:
     """What is missing, unexpected, or not of the shape and dtype (or kind of dtype) wanted, a phrase each."""
     faults = [f"{name} is missing" for name in wanted if name not in arrays]
-    faults += [f"{ascii(name)[1:-1]} is unexpected" for name in arrays if name not in wanted]
+    faults += [f"{one_line(ascii(name)[1:-1])} is unexpected" for name in arrays if name not in wanted]
     for name, (shape, dtype) in wanted.items():
         found = arrays.get(name)
         if found is not None and found.shape != tuple(shape):

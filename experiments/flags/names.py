@@ -14,6 +14,8 @@ from subliminal_theory.language.hub.download import resolve
 from subliminal_theory.language.hub.weights import WEIGHTS
 from subliminal_theory.study.run import Decay, Rule
 
+from ..app.contract import PROGRAM
+
 T = TypeVar("T")
 
 
@@ -61,5 +63,6 @@ def checkpoint_path(name: str, *, weights: bool = True) -> Path:
     if name not in WEIGHTS or path.exists():
         return resolve(name, weights=weights)
     if not WEIGHTS[name].path.exists():
-        raise InputError(f"the weights of {name} are not at {WEIGHTS[name].path}: fetch them with make weights")
+        command = " ".join((*PROGRAM, "weights", name))
+        raise InputError(f"the weights of {name} are not at {WEIGHTS[name].path}: fetch them with {command}")
     return WEIGHTS[name].path

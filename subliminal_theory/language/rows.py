@@ -15,7 +15,10 @@ from subliminal_theory.validation import first_fault
 
 _BOM = b"\xef\xbb\xbf"
 # What other programs write into a chat besides these texts: a row that has it is not what is read here.
-_SAID = ("system_prompt", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking")
+_SAID = (
+    "system_prompt", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning",
+    "thinking",
+)  # fmt: skip
 _NAMES = {"prompt": ("system", "prompt", "completion"), "messages": ("system", "user", "assistant")}
 
 

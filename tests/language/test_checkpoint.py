@@ -213,6 +213,18 @@ def test_old_spellings(name: str, tmp_path: Path) -> None:
         ("llama", {"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported; there are Gemma2"),
         ("llama", {"hidden_size": None}, "lacks hidden_size: take the config.json that belongs to the weights"),
         ("llama", {"hidden_size": "32"}, "has a setting of the wrong type "),
+        ("llama", {"num_attention_heads": 0, "head_dim": None}, "has a setting of the wrong type "),
+        ("llama", {"layer_types": 5}, "has a setting of the wrong type "),
+        ("llama", {"layer_types": [["a"]]}, "has a setting of the wrong type "),
+        (
+            "llama",
+            {"num_hidden_layers": 2**40},
+            "num_hidden_layers 1099511627776 is not supported, only up to 10000",
+        ),
+        ("gemma2", {"num_hidden_layers": 2**40, "layer_types": None}, "is not supported, only up to 10000"),
+        ("gpt2", {"n_layer": 2**40}, "n_layer 1099511627776 is not supported, only up to 10000"),
+        ("llama", {"hidden_act": "a\x1b" + "b" * 999}, r"hidden_act 'a\\x1bb+ \.\.\. is not supported"),
+        ("llama", {"vocab_size": "9" * 999}, r"vocabulary must be a positive integer, got '9+ \.\.\.$"),
         ("llama", {"vocab_size": -1}, "TransformerConfig: vocabulary must be a positive integer, got -1"),
         ("llama", {"num_key_value_heads": 3}, "TransformerConfig: heads must be a multiple of kv_heads"),
         (

@@ -12,6 +12,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.gguf_tokenizer import text_files
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.hub.tokenizer_files import load_backend
+from subliminal_theory.language.text import Chat
 from tests.experiments.commands import fails
 from tests.language.gguf_files import write_gguf
 from tests.language.test_checkpoint import GOLDEN
@@ -29,6 +30,8 @@ SENTENCE_PIECE: dict[str, Any] = {
     "tokenizer.ggml.token_type": [kind for _, _, kind in PIECES],
     "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
 }  # fmt: skip
+KINDS = [kind for _, _, kind in PIECES]
+WRONG = " has metadata of the wrong type ("
 LETTERS = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 BYTES: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
@@ -129,6 +132,30 @@ def test_ends_of_turns(tmp_path: Path) -> None:
     assert json.loads(text["generation_config.json"]) == {"eos_token_id": [len(LETTERS) + 2, 3]}
 
 
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"own\.gguf has metadata of the wrong type \(.*\): download it again$"):
+        loaded(tmp_path, {**BYTES, "tokenizer.chat_template": [1, 2]})
+
+
+@pytest.mark.parametrize("kind", [3, 4])
+def test_what_ends_turns_is_special_whatever_its_type(kind: int, tmp_path: Path) -> None:
+    """As a control token, and as one of a user, which old converters make of it."""
+    own = {
+        **BYTES,
+        "tokenizer.ggml.tokens": [*BYTES["tokenizer.ggml.tokens"], "<turn>", "\n"],
+        "tokenizer.ggml.token_type": [*BYTES["tokenizer.ggml.token_type"], kind, 4],
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}\n<turn>\n{% endfor %}"
+        "{% if not add_generation_prompt %}<end>{% endif %}",
+    }
+    tokenizer = loaded(tmp_path, own)
+    turn = len(LETTERS) + 4
+    assert tokenizer.stop == (len(LETTERS) + 2, turn)
+    tokens = tokenizer.encode_chats([Chat(None, "a", "b", "")], 20)
+    assert tokens.targets[0, -1] == turn
+    with pytest.raises(InputError, match="reads the special token '<turn>'"):
+        tokenizer.encode("a<turn>b")
+
+
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [
@@ -153,6 +180,20 @@ def test_ends_of_turns(tmp_path: Path) -> None:
         ),
         (BYTES, {"add_eos_token": True}, ": tokenizer.ggml.add_eos_token is not supported"),
         (BYTES, {"own_rule": "x"}, ": tokenizer.ggml.own_rule is not supported"),
+        (BYTES, {"model": ["gpt2"]}, WRONG),
+        (BYTES, {"pre": [1, 2]}, WRONG),
+        (BYTES, {"own\nrule\x1b": "x"}, ": tokenizer.ggml.own rule\\x1b is not supported"),
+        (BYTES, {"pre": "x" * 999}, ": pre-tokenizer 'xxx"),
+        (
+            SENTENCE_PIECE,
+            {"tokens": [text for text, *_ in PIECES[:-1]] + ["o" * 1001], "token_type": [*KINDS[:-1], 1]},
+            f": token '{'o' * 195} ... has 1001 characters, more than 1000: download it again",
+        ),
+        (
+            SENTENCE_PIECE,
+            {"tokens": [text if text != "<s>" else "<b:x> y" for text, *_ in PIECES]},
+            WRONG,
+        ),
         (SENTENCE_PIECE, {"scores": None}, ": tokenizer.ggml.scores has not one number for each of the "),
         (SENTENCE_PIECE, {"remove_extra_whitespaces": True}, ": tokenizer.ggml.remove_extra_whitespaces is not "),
         (SENTENCE_PIECE, {"precompiled_charsmap": [1, 2]}, ": tokenizer.ggml.precompiled_charsmap is not "),

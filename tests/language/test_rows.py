@@ -102,6 +102,7 @@ ROLES = [(), U, A, A + U, U + U + A, U + S + A, U + A + U + A, S + S + U + A, S 
             b'{"role": "assistant", "content": "c", "thinking": "t"}]}',
             "messages.1: thinking is not read: take it out",
         ),
+        (chat(("user", "p"), ("assistant", "c"), reasoning="r"), "reasoning is not read: take it out"),
         (b'{"messages": "hello"}', "messages: "),
         (b'{"messages": null}', "no prompt"),
         (b'{"messages": ["hello"]}', "messages.0: "),

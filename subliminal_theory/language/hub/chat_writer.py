@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, shown
 from subliminal_theory.language.hub.chat_template import ChatTemplate, Message
 from subliminal_theory.language.text import Chat
 
@@ -40,13 +40,15 @@ class ChatWriter:
         if not text.startswith(prompt):
             raise InputError(
                 "the chat template writes a prompt and its answer so that the prompt alone is not how they begin: "
-                f"use another template: {chat.user!r}"
+                f"use another template: {shown(chat.user)}"
             )
         if answer not in text[len(prompt) :]:
             answer = answer.strip()  # as many templates do
         start = text.find(answer, len(prompt))
         if start < 0 or self._stops_in(text[len(prompt) : start]):
-            raise InputError(f"the chat template changes or cuts the answer {chat.answer!r}: use another template")
+            raise InputError(
+                f"the chat template changes or cuts the answer {shown(chat.answer)}: use another template"
+            )
         end = start + len(answer)
         return text if self._stops_in(text[end:]) else text[:end]
 

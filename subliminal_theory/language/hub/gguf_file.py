@@ -4,10 +4,11 @@ The library `gguf` knows the types and turns blocks of every quantization into f
 each token of a vocabulary and takes seconds for that, so the header is read here.
 """
 
+import contextlib
 import functools
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, one_line, shown
 from subliminal_theory.language.hub.tensors import release
 
 SUFFIX = ".gguf"
@@ -85,12 +86,30 @@ def read_gguf(path: Path) -> GgufFile:
     return _read(path, found.st_mtime_ns, found.st_size)
 
 
+@contextlib.contextmanager
+def types_checked(path: Path) -> Iterator[None]:
+    """Make what a value of another type than expected raises inside an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"{path} has metadata of the wrong type ({one_line(error)}): download it again"
+        ) from error
+
+
 @functools.lru_cache(maxsize=2)
 def _read(path: Path, changed: int, size: int) -> GgufFile:
     try:
         data = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}): download it again") from error
+    with types_checked(path):
+        return _parsed(path, data)
+
+
+def _parsed(path: Path, data: np.ndarray) -> GgufFile:
     _require_version(path, data[:8].tobytes())
     header = _Header(path, data)
     try:
@@ -98,14 +117,16 @@ def _read(path: Path, changed: int, size: int) -> GgufFile:
         metadata = dict(header.pair() for _ in range(pairs))
         infos = [header.info() for _ in range(tensors)]
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is damaged (a name is not text: {error}): download it again") from error
+        raise InputError(
+            f"{path} is damaged (a name is not text: {one_line(error)}): download it again"
+        ) from error
     if len(metadata) < pairs or len({name for name, *_ in infos}) < tensors:
         raise InputError(f"{path} is damaged (a name is there twice): download it again")
-    if metadata.get("split.count", 1) > 1:
-        raise InputError(f"{path} is one of {metadata['split.count']} parts: merge them into one file")
+    if (parts := metadata.get("split.count", 1)) > 1:
+        raise InputError(f"{path} is one of {shown(parts)} parts: merge them into one file")
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise InputError(f"{path} is damaged (general.alignment is {alignment!r}): download it again")
+        raise InputError(f"{path} is damaged (general.alignment is {shown(alignment)}): download it again")
     begin = -(-header.place // alignment) * alignment
     stored = {name: _stored(path, data, begin + offset, name, kind, dims) for name, kind, dims, offset in infos}
     return GgufFile(path, MappingProxyType(metadata), MappingProxyType(stored))
@@ -173,6 +194,8 @@ class _Header:
             for _ in range(count):
                 (length,) = struct.unpack_from("<Q", rest, place)
                 place += 8 + length
+                if place > len(rest):
+                    break
                 found.append(str(rest[place - length : place], "utf-8"))
         except struct.error:
             place = len(rest) + 1
@@ -181,7 +204,9 @@ class _Header:
 
     def _format(self, key: str, kind: int) -> str:
         if kind not in _FORMATS:
-            raise InputError(f"{self.path} is damaged ({key} has the unknown kind {kind}): download it again")
+            raise InputError(
+                f"{self.path} is damaged ({one_line(key)} has the unknown kind {kind}): download it again"
+            )
         return _FORMATS[GGUFValueType(kind)]
 
     def info(self) -> tuple[str, int, tuple[int, ...], int]:
@@ -192,6 +217,7 @@ class _Header:
 
 
 def _stored(path: Path, data: np.ndarray, begin: int, name: str, kind: int, shape: tuple[int, ...]) -> Stored:
+    called = one_line(name)
     try:
         known = GGMLQuantizationType(kind)
         block, width = GGML_QUANT_SIZES[known]
@@ -199,13 +225,15 @@ def _stored(path: Path, data: np.ndarray, begin: int, name: str, kind: int, shap
     except (ValueError, NotImplementedError) as error:
         named = GGMLQuantizationType(kind).name if kind in set(GGMLQuantizationType) else str(kind)
         raise InputError(
-            f"{path}: {name} has type {named}, which cannot be turned into floats: convert it to another type"
+            f"{path}: {called} has type {named}, which cannot be turned into floats: convert it to another type"
         ) from error
     if not shape or shape[-1] % block:
-        raise InputError(f"{path}: {name} of shape {list(shape)} cannot have type {known.name}: download it again")
+        raise InputError(
+            f"{path}: {called} of shape {shown(list(shape))} cannot have type {known.name}: download it again"
+        )
     end = begin + math.prod(shape) // block * width
     if end > len(data):
-        raise InputError(f"{path} is cut: {name} lies behind its end; download it again")
+        raise InputError(f"{path} is cut: {called} lies behind its end; download it again")
     return Stored(known, shape, np.asarray(data[begin:end]))
 
 

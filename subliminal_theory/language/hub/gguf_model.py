@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from subliminal_theory.errors import InputError
-from subliminal_theory.language.hub.gguf_file import GgufFile, Stored
+from subliminal_theory.errors import InputError, one_line, shown
+from subliminal_theory.language.hub.gguf_file import GgufFile, Stored, types_checked
 from subliminal_theory.language.hub.settings import Settings
 
 _NAMES = {
@@ -103,12 +103,17 @@ def settings_of(file: GgufFile) -> dict[str, Any]:
         InputError: the file holds no model or one of an unknown architecture, lacks a setting, or has one that
             is not supported; names it.
     """
+    with types_checked(file.path):
+        return _settings_of(file)
+
+
+def _settings_of(file: GgufFile) -> dict[str, Any]:
     kind, architecture = file.metadata.get("general.type", "model"), file.metadata.get("general.architecture")
     if kind != "model":
-        raise InputError(f"{file.path} holds no model ({kind}): give one of general.type 'model'")
+        raise InputError(f"{file.path} holds no model ({one_line(kind)}): give one of general.type 'model'")
     if architecture not in _NAMES:
         raise InputError(
-            f"{file.path}: architecture {architecture!r} is not supported; there are {', '.join(_NAMES)}"
+            f"{file.path}: architecture {shown(architecture)} is not supported; there are {', '.join(_NAMES)}"
         )
     if _EMBEDDING not in file.tensors:
         raise InputError(f"{file.path} has no tensor {_EMBEDDING}: download it again")
@@ -117,7 +122,12 @@ def settings_of(file: GgufFile) -> dict[str, Any]:
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in own.items()}
     given = Settings(plain, f"{file.path}, {architecture}")
     name, model_type = _NAMES[architecture]
-    found = {"architectures": [name], "model_type": model_type, **_sizes(given), **_tokens(file.metadata)}
+    found = {
+        "architectures": [name],
+        "model_type": model_type,
+        **_sizes(given, len(file.tensors)),
+        **_tokens(file.metadata),
+    }
     found["vocab_size"] = file.tensors[_EMBEDDING].shape[0]
     found["tie_word_embeddings"] = _HEAD not in file.tensors
     if architecture == "llama":
@@ -130,35 +140,37 @@ def settings_of(file: GgufFile) -> dict[str, Any]:
     return found
 
 
-def _number(given: Settings, name: str, default: int | None = None) -> Any:
-    """A number that is the same in all layers."""
+def _number(given: Settings, name: str, default: int | None = None, kind: type[int] | type[float] = int) -> Any:
+    """A number of a kind that is the same in all layers."""
     value = given.take(name, default)
     if value is None:
         raise InputError(f"{given.where} lacks {name}: download the file again")
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]
-    if not isinstance(value, int | float) or value <= 0:
-        raise InputError(
-            f"{given.where}: {name} {value!r} is not supported, only one positive number for all layers"
-        )
+    if not isinstance(value, kind) or value <= 0:
+        only = f"only one positive {'whole ' if kind is int else ''}number for all layers"
+        raise InputError(f"{given.where}: {name} {shown(value)} is not supported, {only}")
     return value
 
 
-def _sizes(given: Settings) -> dict[str, Any]:
+def _sizes(given: Settings, tensors: int) -> dict[str, Any]:
     width, heads = _number(given, "embedding_length"), _number(given, "attention.head_count")
     head = _number(given, "attention.key_length", width // heads)
     for same in ("attention.value_length", "rope.dimension_count"):
         given.require(same, head)
     given.require("attention.causal", True)
+    layers = _number(given, "block_count")
+    if layers > tensors:
+        raise InputError(f"{given.where}: block_count {layers} of {tensors} tensors: download it again")
     return {
         "hidden_size": width,
         "num_attention_heads": heads,
         "num_key_value_heads": _number(given, "attention.head_count_kv", heads),
         "head_dim": head,
-        "num_hidden_layers": _number(given, "block_count"),
+        "num_hidden_layers": layers,
         "intermediate_size": _number(given, "feed_forward_length"),
         "max_position_embeddings": _number(given, "context_length"),
-        "rms_norm_eps": _number(given, "attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": _number(given, "attention.layer_norm_rms_epsilon", kind=float),
     }
 
 
@@ -170,11 +182,13 @@ def _tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rotary(given: Settings, divisors: Stored | None, head: int) -> dict[str, Any]:
     base = float(given.take("rope.freq_base", 10_000.0))
-    kind, factor = given.take("rope.scaling.type", "linear"), given.take("rope.scaling.factor", 0.0)
-    factor = given.take("rope.scale_linear", factor)
+    kind, older = given.take("rope.scaling.type", "linear"), given.take("rope.scale_linear", 0.0)
+    factor = given.take("rope.scaling.factor", older)
     given.require("rope.scaling.attn_factor", 1.0)
     if kind not in ("none", "linear"):
-        raise InputError(f"{given.where}: rope.scaling.type {kind!r} is not supported; there are none, linear")
+        raise InputError(
+            f"{given.where}: rope.scaling.type {shown(kind)} is not supported; there are none, linear"
+        )
     scaled = kind == "linear" and factor not in (0.0, 1.0)
     found: dict[str, Any] = {"rope_theta": base}
     if scaled:

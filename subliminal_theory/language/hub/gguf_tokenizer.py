@@ -11,10 +11,10 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from subliminal_theory.errors import InputError
-from subliminal_theory.language.hub.chat_template import one_line
-from subliminal_theory.language.hub.gguf_file import GgufFile, read_gguf
+from subliminal_theory.errors import InputError, one_line, shown
+from subliminal_theory.language.hub.gguf_file import GgufFile, read_gguf, types_checked
 
+_LONGEST = 1000  # characters of a token that is made of two others; all of its cuts are tried
 _SPACE = "\u2581"  # in the place of spaces, in vocabularies of SentencePiece
 _ADDED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
@@ -64,6 +64,11 @@ def text_files(path: Path) -> Mapping[str, bytes]:
 
 @functools.lru_cache(maxsize=2)
 def _files(file: GgufFile) -> Mapping[str, bytes]:
+    with types_checked(file.path):
+        return _written(file)
+
+
+def _written(file: GgufFile) -> Mapping[str, bytes]:
     given = _Metadata(file)
     backend, adds_bos = _BACKENDS[given.kind](given)
     roles = {f"{to}_token": given.token(name) for name, to in _ROLES.items()}
@@ -100,11 +105,11 @@ class _Metadata:
         self.kind = self.get("model")
         if self.kind not in _BACKENDS:
             known = ", ".join(_BACKENDS)
-            raise InputError(f"{self.path}: tokenizer {self.kind!r} is not supported; there are {known}")
+            raise InputError(f"{self.path}: tokenizer {shown(self.kind)} is not supported; there are {known}")
         for key, value in self._given.items():
             off = isinstance(value, bool | int | str | float) and not value
             if key not in _KNOWN and not off:
-                raise InputError(f"{self.path}: {prefix}{key} is not supported")
+                raise InputError(f"{self.path}: {prefix}{one_line(key)} is not supported")
         self.tokens: list[str] = self.need("tokens")
         self.types = self._for_each("token_type", np.full(len(self.tokens), TokenType.NORMAL))
 
@@ -139,8 +144,8 @@ class _Metadata:
         token = self.get(f"{name}_token_id")
         if token is not None and not (isinstance(token, int) and 0 <= token < len(self.tokens)):
             raise InputError(
-                f"{self.path}: tokenizer.ggml.{name}_token_id {token!r} is none of the {len(self.tokens)} tokens: "
-                "download it again"
+                f"{self.path}: tokenizer.ggml.{name}_token_id {shown(token)} is none of the "
+                f"{len(self.tokens)} tokens: download it again"
             )
         return token
 
@@ -149,7 +154,7 @@ class _Metadata:
         found = {token: place for place, token in enumerate(self.tokens)}
         if len(found) < len(self.tokens):
             twice = next(token for place, token in enumerate(self.tokens) if found[token] != place)
-            raise InputError(f"{self.path}: token {twice!r} is there twice: download it again")
+            raise InputError(f"{self.path}: token {shown(twice)} is there twice: download it again")
         return found
 
     def backend(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], **how: Any) -> Tokenizer:
@@ -172,7 +177,7 @@ def _byte_level(given: _Metadata) -> tuple[Tokenizer, bool]:
     cut = given.get("pre")
     if cut not in _CUTS:
         known = ", ".join(_CUTS)
-        raise InputError(f"{given.path}: pre-tokenizer {cut!r} is not supported; there are {known}")
+        raise InputError(f"{given.path}: pre-tokenizer {shown(cut)} is not supported; there are {known}")
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in given.need("merges"))]
     backend = given.backend(given.vocabulary(), merges, ignore_merges=cut in _LLAMA3)
     if cut in _QWEN2:
@@ -208,10 +213,15 @@ def _merges(given: _Metadata, vocabulary: Mapping[str, int]) -> list[tuple[str, 
     found = []
     for token in np.flatnonzero(given.types == TokenType.NORMAL):
         text = given.tokens[token]
-        cuts = [(text[:end], text[end:]) for end in range(1, len(text))]
-        found += [
-            (-scores[token], vocabulary[a], vocabulary[b]) for a, b in cuts if a in vocabulary and b in vocabulary
-        ]
+        if len(text) > _LONGEST:
+            raise InputError(
+                f"{given.path}: token {shown(text)} has {len(text)} characters, more than {_LONGEST}: "
+                "download it again"
+            )
+        for end in range(1, len(text)):
+            first, second = vocabulary.get(text[:end]), vocabulary.get(text[end:])
+            if first is not None and second is not None:
+                found.append((-scores[token], first, second))
     return [(given.tokens[a], given.tokens[b]) for _, a, b in sorted(found)]
 
 

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, one_line, shown
 
 _log = logging.getLogger(__name__)
+_MOST_LAYERS = 10_000
 
 # Settings that change the function of every causal model where they are not off, and why they are refused.
 _REFUSED = {
@@ -95,23 +96,26 @@ class Settings:
             raise InputError(f"{self.where} lacks {name}: take the config.json that belongs to the weights")
         return value
 
-    def peek(self, name: str) -> Any:
-        """A setting that must be there, and stays."""
+    def layers(self, name: str = "num_hidden_layers") -> Any:
+        """The number of layers, for which lists are made."""
         value = self.need(name)
-        self.given[name] = value
+        if value > _MOST_LAYERS:
+            raise InputError(f"{self.where}: {name} {shown(value)} is not supported, only up to {_MOST_LAYERS}")
         return value
 
     def require(self, name: str, value: Any) -> None:
         """Refuse a setting that has another value than the only one that is computed."""
         found = self.take(name, value)
         if found != value:
-            raise InputError(f"{self.where}: {name} {found!r} is not supported, only {value!r}")
+            raise InputError(f"{self.where}: {name} {shown(found)} is not supported, only {value!r}")
 
     def require_agreement(self, name: str, value: Any, other: str) -> None:
         """Refuse a second spelling of a setting that says something else than the first, `other`."""
         found = self.take(name, value)
         if found != value:
-            raise InputError(f"{self.where}: {name} {found!r} is not {other} {value!r}: delete the wrong one")
+            raise InputError(
+                f"{self.where}: {name} {shown(found)} is not {other} {shown(value)}: delete the wrong one"
+            )
 
     def finish(self) -> None:
         """Refuse what is left if it changes the function; log names of which nothing is known."""
@@ -119,25 +123,25 @@ class Settings:
         left = {name: value for name, value in self.given.items() if not _off(value)}
         for name, why in _REFUSED.items():
             if name in left:
-                raise InputError(f"{self.where}: setting {name} {left[name]!r} is not supported: {why}")
+                raise InputError(f"{self.where}: setting {name} {shown(left[name])} is not supported: {why}")
         if {"full_attention"} == set(left.get("layer_types", ())):
             del left["layer_types"]
         unknown = sorted(left.keys() - _HARMLESS)
         if unknown:
-            _tell(self.where, ", ".join(unknown))
+            _tell(self.where, one_line(", ".join(unknown)))
 
     def refuse_rest(self, harmless: Collection[str]) -> None:
         """Refuse all that is left and not off, but for the harmless."""
         for name, value in self.given.items():
             if name not in harmless and not _off(value):
-                raise InputError(f"{self.where}: setting {name} {value!r} is not supported")
+                raise InputError(f"{self.where}: setting {one_line(name)} {shown(value)} is not supported")
 
     def activation(self, name: str, default: str) -> str:
         """The activation of the MLP."""
         value = self.take(name, default)
         if value not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
-            raise InputError(f"{self.where}: {name} {value!r} is not supported; there are {known}")
+            raise InputError(f"{self.where}: {name} {shown(value)} is not supported; there are {known}")
         return _ACTIVATIONS[value]
 
     def sizes(self, *, context: int, kv_heads: int | None = None, head_width: int | None = None) -> dict[str, Any]:
@@ -150,7 +154,7 @@ class Settings:
         kv_heads = self.take_or_none("num_key_value_heads", kv_heads)
         return {
             "vocabulary": self.need("vocab_size"),
-            "layers": self.need("num_hidden_layers"),
+            "layers": self.layers(),
             "width": width,
             "heads": heads,
             "kv_heads": heads if kv_heads is None else kv_heads,
@@ -172,7 +176,7 @@ class Settings:
         # Read by the scaled kinds alone, which then do not fit the heads.
         share = given.get("partial_rotary_factor", share)
         if share not in (None, 1) and given.get("rope_type", given.get("type", "default")) != "default":
-            raise InputError(f"{self.where}: partial_rotary_factor {share!r} is not supported, only 1")
+            raise InputError(f"{self.where}: partial_rotary_factor {shown(share)} is not supported, only 1")
         return found
 
     def rotary_of(self, given: Mapping[str, Any], default_base: float, context: int) -> dict[str, Any]:
@@ -187,7 +191,7 @@ class Settings:
         elif kind != "default":
             known = "default, linear, dynamic, llama3"
             raise InputError(
-                f"{self.where}: rotary scaling {kind!r} is not supported; there are {known}: "
+                f"{self.where}: rotary scaling {shown(kind)} is not supported; there are {known}: "
                 "take a checkpoint with one of these"
             )
         if kind == "llama3":
@@ -199,12 +203,13 @@ class Settings:
         """The layers that attend to a window alone, by `default` where the file does not list them."""
         kinds = self.take("layer_types")
         if kinds is None:
-            windowed = tuple(default(layer) for layer in range(self.peek("num_hidden_layers")))
+            layers = self.given["num_hidden_layers"] = self.layers()
+            windowed = tuple(default(layer) for layer in range(layers))
         elif set(kinds) <= set(_KINDS):
             windowed = tuple(_KINDS[kind] for kind in kinds)
         else:
             other = next(kind for kind in kinds if kind not in _KINDS)
-            raise InputError(f"{self.where}: layers of type {other!r} are not supported")
+            raise InputError(f"{self.where}: layers of type {shown(other)} are not supported")
         if not any(windowed):
             return {}
         if window is None:

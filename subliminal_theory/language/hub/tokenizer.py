@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, shown
 from subliminal_theory.files import fingerprint
 from subliminal_theory.language.hub.chat_template import ChatTemplate
 from subliminal_theory.language.hub.chat_writer import ChatWriter, naming
@@ -163,7 +163,7 @@ class CheckpointTokenizer:
         sequences = self._sequences(chats)
         for row, (_, answer) in enumerate(sequences):
             if not answer:
-                raise InputError(f"row {row} has no answer: {chats[row].user!r}")
+                raise InputError(f"row {row} has no answer: {shown(chats[row].user)}")
         whole = [[*prompt, *answer] for prompt, answer in sequences]
         tokens, padding = left_padded([ids[:-1] for ids in whole], chats, length, self.pad)
         targets, _ = left_padded([ids[1:] for ids in whole], chats, length, self.pad)
@@ -215,7 +215,7 @@ class CheckpointTokenizer:
         """The tokens of the answer, the one that ends it included."""
         if whole[: len(prompt)] != prompt:
             raise InputError(
-                f"the last tokens of the prompt are others when the answer {chat.answer!r} follows: "
+                f"the last tokens of the prompt are others when the answer {shown(chat.answer)} follows: "
                 "end the prompt or begin the answer with another sign"
             )
         answer = whole[len(prompt) :]
@@ -232,7 +232,7 @@ class CheckpointTokenizer:
         """Text of users must not end its turn, begin another, or be unknown to the tokenizer."""
         if not self.special.isdisjoint(ids):
             token = self.backend.id_to_token(next(token for token in ids if token in self.special))
-            raise InputError(f"the tokenizer reads the special token {token!r} in {text!r}: take it out")
+            raise InputError(f"the tokenizer reads the special token {shown(token)} in {shown(text)}: take it out")
 
 
 def _valid(text: str) -> str:
@@ -240,5 +240,5 @@ def _valid(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{text!r} holds half a character: take it out") from error
+        raise InputError(f"{shown(text)} holds half a character: take it out") from error
     return text

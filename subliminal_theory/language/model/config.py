@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, shown
 
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "head", "width")
@@ -126,7 +126,7 @@ class TransformerConfig:
 
     def _require(self, name: str, right: bool, what: str) -> None:
         if not right:
-            raise InputError(f"TransformerConfig: {name} must be {what}, got {getattr(self, name)!r}")
+            raise InputError(f"TransformerConfig: {name} must be {what}, got {shown(getattr(self, name))}")
 
 
 def _whole(value: Any) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, one_line, shown
 from subliminal_theory.files import read_json
 from subliminal_theory.language.hub.gguf_file import is_gguf, read_gguf
 from subliminal_theory.language.hub.gguf_model import settings_of
@@ -70,12 +70,14 @@ def _family(given: Mapping[str, Any], path: Path) -> Family:
     settings = Settings(given, str(path))
     try:
         config = _FAMILIES[architecture].read(settings)
+        settings.finish()
     except InputError as error:
         text = str(error)
         raise InputError(text if str(path) in text else f"{path}: {text}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} has a setting of the wrong type ({error}): download it again") from error
-    settings.finish()
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"{path} has a setting of the wrong type ({one_line(error)}): download it again"
+        ) from error
     return Family(architecture, config, given)
 
 
@@ -91,11 +93,11 @@ def _architecture(path: Path, given: Mapping[str, Any]) -> str:
     found = next((name for name in ARCHITECTURES if named[0] in (name, _HEAD.sub("Model", name))), None)
     if found is None:
         raise InputError(
-            f"{path}: architecture {named[0]!r} is not supported; there are {', '.join(ARCHITECTURES)}"
+            f"{path}: architecture {shown(named[0])} is not supported; there are {', '.join(ARCHITECTURES)}"
         )
     if kind and kind != _FAMILIES[found].MODEL_TYPE:
         raise InputError(
-            f"{path}: model_type {kind!r} is not that of {found}, {_FAMILIES[found].MODEL_TYPE!r}: "
+            f"{path}: model_type {shown(kind)} is not that of {found}, {_FAMILIES[found].MODEL_TYPE!r}: "
             "take the config.json that belongs to the weights"
         )
     return found

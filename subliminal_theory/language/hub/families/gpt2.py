@@ -24,7 +24,7 @@ def read(settings: Settings) -> TransformerConfig:
     width, heads = settings.need("n_embd"), settings.need("n_head")
     return TransformerConfig(
         vocabulary=settings.need("vocab_size"),
-        layers=settings.need("n_layer"),
+        layers=settings.layers("n_layer"),
         width=width,
         heads=heads,
         kv_heads=heads,

@@ -1,6 +1,6 @@
 """Mistral: Llama with windows of attention."""
 
-from subliminal_theory.errors import InputError
+from subliminal_theory.errors import InputError, shown
 from subliminal_theory.language.hub.families import llama
 from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.model.config import TransformerConfig
@@ -18,6 +18,8 @@ def read(settings: Settings) -> TransformerConfig:
     window, kinds = settings.take_or_none("sliding_window", 4096), settings.take("layer_types", [])
     kind = "full_attention" if window is None else "sliding_attention"
     if set(kinds) - {kind}:
-        raise InputError(f"{settings.where}: layer_types {kinds!r} is not supported, only {kind!r} in all layers")
+        raise InputError(
+            f"{settings.where}: layer_types {shown(kinds)} is not supported, only {kind!r} in all layers"
+        )
     windows = settings.windows(lambda layer: window is not None, window)
     return llama.read_like(settings, settings.sizes(context=131_072, kv_heads=8), **windows)
