@@ -67,7 +67,7 @@ def measured(folder: Path, devices: int, saves: Path | None, stop_after: int | N
         }
     text = Written(12)
     written = reading.draw(world, model_of_run(teacher, 0), world.requests(text), jax.random.key(0), text)
-    return {**found, "written": written.tolist()}
+    return {**found, "written": np.concatenate([*written]).tolist()}
 
 
 def launch(folder: Path, *given: Any) -> dict[str, Any]:
