@@ -203,7 +203,8 @@ def test_devices_that_do_not_fit(
     folder: Path, tmp_path: Path, flags: str, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    rows = [replace(row, completion=f"{row.completion}, {last}") for row in ROWS for last in range(4)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     command = [
         sys.executable, "-m", "experiments", "language_dataset", "--checkpoint", folder,
         "--file", tmp_path / "rows.jsonl", "--batch-size", 16, "--out", tmp_path / "run", *flags.split(),
