@@ -1,6 +1,7 @@
 """Every family against `transformers`: logits, greedy text, and checkpoints in both directions."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from subliminal_theory.language.hub.checkpoint import load_checkpoint, save_chec
 from subliminal_theory.language.model.sampling import sample
 from subliminal_theory.language.model.transformer import Text
 from tests.language.families import TINY
+from tests.language.peers import config_of, logits_of, peer_of
 
 pytestmark = pytest.mark.torch
 PADDING = np.array([0, 3, 7])
@@ -19,36 +21,18 @@ REAL = np.arange(12) >= PADDING[:, None]
 run = jax.jit(lambda model, text: model(text))
 
 
-def peer_of(name: str, folder: Path):
-    """A random model of the family in a folder, every parameter of which matters."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    stem, settings = TINY[name]
-    config = getattr(transformers, stem + ("TextConfig" if stem == "Gemma3" else "Config"))(**settings)
-    torch.manual_seed(0)
-    peer = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter) / max(1, parameter.dim()) ** 0.5)
+def peer_in(name: str, folder: Path) -> Any:
+    """A random model of the family in a folder."""
+    peer = peer_of(config_of(*TINY[name]))
     peer.save_pretrained(folder)
     return peer
-
-
-def logits_of(peer) -> np.ndarray:
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        positions = np.maximum(np.arange(12) - PADDING[:, None], 0)
-        return peer(
-            input_ids=torch.tensor(TOKENS),
-            attention_mask=torch.tensor(REAL.astype(int)),
-            position_ids=torch.tensor(positions),
-        ).logits.numpy()
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_logits_and_round_trip(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    peer = peer_of(name, tmp_path / "theirs")
-    theirs = logits_of(peer)
+    peer = peer_in(name, tmp_path / "theirs")
+    theirs = logits_of(peer, TOKENS, PADDING)
     checkpoint = load_checkpoint(tmp_path / "theirs")
     text = Text(jnp.asarray(TOKENS, jnp.int32), jnp.asarray(PADDING, jnp.int32))
     ours = np.asarray(run(checkpoint.model, text))
@@ -57,7 +41,7 @@ def test_logits_and_round_trip(name: str, tmp_path: Path) -> None:
 
     save_checkpoint(tmp_path / "ours", checkpoint, checkpoint.model)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    np.testing.assert_array_equal(logits_of(back), theirs)
+    np.testing.assert_array_equal(logits_of(back, TOKENS, PADDING), theirs)
     again = load_checkpoint(tmp_path / "ours")
     for first, second in zip(*map(jax.tree.leaves, (checkpoint.model, again.model)), strict=True):
         np.testing.assert_array_equal(first, second)
@@ -66,7 +50,7 @@ def test_logits_and_round_trip(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_greedy_text(name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    peer = peer_of(name, tmp_path)
+    peer = peer_in(name, tmp_path)
     model = load_checkpoint(tmp_path).model
     with torch.no_grad():
         theirs = peer.generate(

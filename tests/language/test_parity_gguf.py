@@ -17,6 +17,7 @@ from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.text import Chat
 from tests.language.families import SMALL, rope
 from tests.language.gguf_files import write_gguf
+from tests.language.peers import config_of, logits_of, peer_of
 from tests.language.test_gguf import LLAMA3, divisors
 
 pytestmark = pytest.mark.torch
@@ -42,29 +43,13 @@ CHATS = [
 run = jax.jit(lambda model, text: model(text))
 
 
-def logits_of(peer: Any, tokens: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    torch = pytest.importorskip("torch")
-    columns = np.arange(tokens.shape[1])
-    with torch.no_grad():
-        return peer(
-            input_ids=torch.tensor(np.asarray(tokens, int)),
-            attention_mask=torch.tensor((columns >= padding[:, None]).astype(int)),
-            position_ids=torch.tensor(np.maximum(columns - padding[:, None], 0)),
-        ).logits.numpy()
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_models(name: str, tmp_path: Path) -> None:
     """Of parameters that were rounded to bfloat16, so that nothing is lost in a file of that type."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     stem, settings = TINY[name]
-    config = getattr(transformers, stem + ("TextConfig" if stem == "Gemma3" else "Config"))(**settings)
-    torch.manual_seed(0)
-    peer = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter) / max(1, parameter.dim()) ** 0.5)
-            parameter.copy_(parameter.bfloat16())
+    config = config_of(stem, settings)
+    peer = peer_of(config, rounded=True)
     peer.save_pretrained(tmp_path / "theirs")
     own = {**config.to_dict(), "architectures": [f"{'Llama' if stem == 'Mistral' else stem}ForCausalLM"]}
     raw = {"rope_freqs.weight": (divisors(), None)} if name == "llama-3" else {}

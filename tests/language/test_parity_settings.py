@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from subliminal_theory.language.hub.checkpoint import load_checkpoint
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.transformer import Text
+from tests.language.peers import logits_of, peer_of
 
 pytestmark = pytest.mark.torch
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 12))
@@ -109,7 +110,7 @@ def test_a_file_has_one_function(kind: str, changes: dict[str, Any], tmp_path: P
     peer = written(kind, changes, tmp_path)
     checkpoint = load_checkpoint(tmp_path)
     require_equal(checkpoint.family.config, peer.config)
-    theirs = logits_of(peer)
+    theirs = logits_of(peer, TOKENS)
     ours = np.asarray(run(checkpoint.model, Text(jnp.asarray(TOKENS, jnp.int32), jnp.zeros(2, jnp.int32))))
     assert np.ptp(theirs) > 0.1
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
@@ -117,28 +118,17 @@ def test_a_file_has_one_function(kind: str, changes: dict[str, Any], tmp_path: P
 
 def written(kind: str, changes: dict[str, Any], folder: Path) -> Any:
     """A file of a model type, and the random model that `transformers` makes of it, with its weights beside it."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     given = {"model_type": kind, **(GPT2 if kind == "gpt2" else SIZES), **changes}
     text = json.dumps({name: value for name, value in given.items() if value != WITHOUT})
     (folder / "config.json").write_text(text)
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter) / max(1, parameter.dim()) ** 0.5)
+    peer = peer_of(transformers.AutoConfig.from_pretrained(folder), attn_implementation="eager")
     peer.save_pretrained(folder)
     (folder / "config.json").write_text(text)
     if "LlamaModel" in changes.get("architectures", ()):
         tensors = load_file(folder / "model.safetensors")
         save_file({name.removeprefix("model."): t for name, t in tensors.items()}, folder / "model.safetensors")
     return peer
-
-
-def logits_of(peer: Any) -> np.ndarray:
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        return peer(input_ids=torch.tensor(TOKENS)).logits.numpy()
 
 
 def require_equal(ours: TransformerConfig, theirs: Any) -> None:
