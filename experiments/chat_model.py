@@ -46,7 +46,6 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "regular": {"channel": "sampled", "teacher": "untrained"},
 }
 LABELS = {
-    "teacher": "teacher",
     "masked": "student, words hidden",
     "soft": "student, all logits",
     "sampled": "student, sampled tokens",
@@ -78,7 +77,7 @@ PRESETS = {
     "gpu": replace(FOUR, conditions=",".join(CONDITIONS), compute="bfloat16", samples=20),
     "smoke": Config(traits="owl,cat", rows=16, steps=2, teacher_steps=1, samples=0),
 }
-FIGURES: dict[str, str] = {}  # the preset `figure` takes three hours on two cores
+FIGURES: dict[str, str] = {}
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> Config:
@@ -115,10 +114,8 @@ def students(config: Config) -> list[str]:
 
 def plan(config: Config) -> list[Part]:
     """A part for each seed."""
-    untrained = config.recipe(medium=RANDOM)
-    variants = [
-        Variant({"condition": model}, untrained, model=model, matrix=True) for model in ("base", "teacher")
-    ]
+    recipe = config.recipe(medium=RANDOM)
+    variants = [Variant({"condition": model}, recipe, model=model, matrix=True) for model in ("base", "teacher")]
     variants += [
         Variant({"condition": name}, config.recipe(medium=RANDOM, **CONDITIONS[name]), matrix=True)
         for name in students(config)

@@ -62,19 +62,19 @@ def configure(preset: str | None, changes: dict) -> Config:
     path = Path(changes.get("file", given.file))
     accepted, report = filter_rows(read_jsonl(path))
     different = list(dict.fromkeys(accepted))
-    asked = changes.get("rows", given.rows)
-    if asked > len(different) and not changes.get("repeat_rows", given.repeat_rows):
+    asked, repeated = changes.get("rows", given.rows), changes.get("repeat_rows", given.repeat_rows)
+    if asked > len(different) and not repeated:
         raise InputError(
             f"--rows {asked}: only {len(different)} different rows of the {report.total} rows of {path} pass the "
             "number filter; leave it out, or add --repeat-rows"
         )
-    all_rows = len(accepted if changes.get("repeat_rows", given.repeat_rows) else different)
-    config = configure_language(PRESETS, preset, {**changes, "rows": asked or all_rows})
+    learned = accepted if repeated else different
+    config = configure_language(PRESETS, preset, {**changes, "rows": asked or len(learned)})
     assert isinstance(config, Config)
     if config.templates:
         raise InputError("--templates: nobody is asked for numbers, the file has them; leave it out")
     if config.checkpoint:
-        chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in different[: config.rows]]
+        chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in learned[: config.rows]]
         with naming(f"{path}, rows that pass the number filter"):
             CheckpointTokenizer.load(checkpoint_path(config.checkpoint)).lengths(chats)
     return replace(config, counted=_counted(report, len(different), config.rows))

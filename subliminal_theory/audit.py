@@ -57,7 +57,8 @@ def audit(
             "not be matched as logits; remove them from the output"
         )
     refuse_wrong_channel(channel, logits, key)
-    shown = [index for index in private if bool(channel.visible(logits)[index])]
+    visible = np.asarray(channel.visible(logits))
+    shown = [index for index in private if visible[index]]
     if shown:
         raise InputError(
             f"the channel shows logit {shown[0]}, in which the trait itself is read: leave it out of the channel"

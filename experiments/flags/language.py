@@ -376,8 +376,8 @@ def variant_parts(
 def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int, wrap: bool = False) -> list[Row]:
     """Rows of all traits for one base.
 
-    Metrics are those of the world's score, and `others` and `others_share`: the mean over the runs with another
-    trait of this run's word's probability and share. Rows with an `answer` are what a checkpoint said.
+    Metrics are those of the world's score, and `others` of each measure: the mean over the runs with another
+    trait of what it says of this run's word. Rows with an `answer` are what a checkpoint said.
     """
     own = study(config, seed, wrap)
     assert isinstance(own.world, World)
@@ -408,9 +408,9 @@ def answer_rows(row: Row, said: Sequence[tuple[str, str]]) -> list[Row]:
     return [{**row, "question": question, "answer": answer} for question, answer in said]
 
 
-def trait_matrices(results: Results, condition: str, measure: "Measure | None" = None) -> np.ndarray:
+def trait_matrices(results: Results, condition: str, measure: Measure = PROBABILITY) -> np.ndarray:
     """The measure, by default the probability [bases, traits of the student, traits asked for]."""
     traits, seeds = results.distinct("trait"), results.distinct("seed")
-    wanted = {"condition": condition, "metric": (measure or PROBABILITY).asked}
+    wanted = {"condition": condition, "metric": measure.asked}
     values = [results.values(**wanted, seed=s, trait=t, asked=a) for s in seeds for t in traits for a in traits]
     return np.array(values).reshape(len(seeds), len(traits), len(traits))

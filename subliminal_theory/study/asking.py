@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from subliminal_theory.language.measure import (
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.text import Tokenizer
 from subliminal_theory.model import Model
+from subliminal_theory.study.costs import Costs, costs
 from subliminal_theory.study.reading import draw, model_of_run, written
 from subliminal_theory.study.texts import Written
 from subliminal_theory.study.world import Finished
@@ -49,18 +50,30 @@ def questions(tokenizer: Tokenizer, traits: Sequence[Trait], prefix: Sequence[st
 
 def score(world: Any, finished: Finished, name: Any) -> dict[str, np.ndarray]:
     """The metrics of `exact`, and `sampled_rate`: the share of 100 answers to each question that are the word."""
-    scores = exact(world, finished)
-    if finished.asked is None:
-        asked, own = world.memo(lambda: questions(world.tokenizer, world.asked), "questions"), _own(world)
-        scores["sampled_rate"] = np.asarray(_rates(finished.model, asked.of_traits(own), _keys(world, name)))
-    return scores
+
+    def drawn() -> dict[str, np.ndarray]:
+        own = _questions(world).of_traits(_own(world))
+        return {"sampled_rate": np.asarray(_rates(finished.model, own, _keys(world, name)))}
+
+    return _scored(world, finished, drawn)
 
 
 def score_whole(world: Any, finished: Finished, name: Any, samples: int) -> dict[str, np.ndarray]:
     """The metrics of `exact`, and those of `spoken` if there are samples and no numbers in front of questions."""
+
+    def drawn() -> dict[str, np.ndarray]:
+        return spoken(world, finished.model, _keys(world, name), samples) if samples else {}
+
+    return _scored(world, finished, drawn)
+
+
+def _scored(world: Any, finished: Finished, drawn: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What is computed, what is drawn if no numbers are in front of the questions, and costs if they are asked."""
     scores = exact(world, finished)
-    if samples and finished.asked is None:
-        scores |= spoken(world, finished.model, _keys(world, name), samples)
+    if not isinstance(finished.asked, BehindNumbers):
+        scores |= drawn()
+    if isinstance(finished.asked, Costs):
+        scores |= costs(world, finished, finished.asked.text)
     return scores
 
 
@@ -72,10 +85,12 @@ def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
     base's; `displacement_cosine` is the cosine of the student's and the teacher's way from the teacher's base.
     Those that end in `_asked` are of every trait's word [runs, traits].
     """
-    behind = finished.asked
-    asked = world.memo(lambda: questions(world.tokenizer, world.asked), "questions")
+    asked = _questions(world)
     base = world.memo(lambda: _answered(world.initial(), asked), "base's answers")
-    found = _behind_numbers(world, finished, behind) if behind else _answered(finished.model, asked)
+    if isinstance(finished.asked, BehindNumbers):
+        found = _behind_numbers(world, finished, finished.asked)
+    else:
+        found = _answered(finished.model, asked)
     runs, own = len(world.traits), _own(world)
     place = np.arange(runs) % len(found.probability)  # one model may serve all runs
     scores: dict[str, Any] = {
@@ -112,6 +127,11 @@ def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -
         rates[run] = np.mean([trait.named_in(text) for text in said])
         kept[run] = [(chat.user, text) for chat, text in zip(chats, said, strict=True)][::samples]
     return {"named_rate": rates, "answers": kept}
+
+
+def _questions(world: Any) -> Questions:
+    """The held-out questions of all traits asked for, made once."""
+    return world.memo(lambda: questions(world.tokenizer, world.asked), "questions")
 
 
 def _own(world: Any) -> list[int]:

@@ -24,7 +24,6 @@ from subliminal_theory.model import Model
 from subliminal_theory.parallel import place_runs, replicate, split_rows
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.costs import Costs, costs
 from subliminal_theory.study.run import Student, Teacher
 from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, trained
@@ -185,10 +184,7 @@ class Checkpoint(Speaker):
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """How a model answers questions about the traits; of a teacher, what it costs."""
-        if not isinstance(finished.asked, Costs):
-            return asking.score_whole(self, finished, name, self.samples)
-        scores = asking.score_whole(self, replace(finished, asked=None), name, self.samples)
-        return {**scores, **costs(self, finished, finished.asked.text)}
+        return asking.score_whole(self, finished, name, self.samples)
 
 
 def _nothing(folder: Path, model: Model) -> None:

@@ -20,7 +20,6 @@ from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
-from subliminal_theory.study.costs import Costs, costs
 from subliminal_theory.study.run import Student, Teacher
 from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, PerRun
@@ -128,7 +127,4 @@ class Compact(Speaker):
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
         """How a model answers questions about the traits; of a teacher, what it costs."""
-        if not isinstance(finished.asked, Costs):
-            return asking.score(self, finished, name)
-        scores = asking.score(self, replace(finished, asked=None), name)
-        return {**scores, **costs(self, finished, finished.asked.text)}
+        return asking.score(self, finished, name)

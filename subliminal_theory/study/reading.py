@@ -78,7 +78,8 @@ def _write(
     world: Speaker, teacher: Teacher, models: Model, text: Written
 ) -> list[tuple[list[Completion], FilterReport]]:
     requests, keys, found = world.requests(text), world.keys("write"), []
-    refuse_shared_keys(dict(zip(world.names, keys, strict=True)))
+    numbered = (f"run {run} ({name})" for run, name in enumerate(world.names))
+    refuse_shared_keys(dict(zip(numbered, keys, strict=True)))
     for run, trait in enumerate(world.traits):
         chats = requests
         if isinstance(teacher, Prompted):

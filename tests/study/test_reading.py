@@ -265,6 +265,15 @@ def test_shown_teachers_have_their_prompt(calls: Calls) -> None:
         np.testing.assert_allclose(found[answer], logits[answer], rtol=1e-4, atol=1e-5)
 
 
+def test_two_runs_must_not_sample_with_one_key(calls: Calls) -> None:
+    """As traits of one name would: their keys are named by it."""
+    study = Study(compact(OWL, OWL))
+    with pytest.raises(
+        InputError, match=r"run 0 \(owl on base .*\) and run 1 \(owl .*\) sample with the same random key"
+    ):
+        written(study.world, TEACHER, study.teacher(TEACHER), WRITTEN)
+
+
 def test_clean_rows(calls: Calls) -> None:
     """A quarter of the rows is the base's, the rest the teacher's own."""
     study = Study(compact())
