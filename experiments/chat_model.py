@@ -67,6 +67,9 @@ class Config(LanguageConfig):
     rate: float = option(1e-3, "highest learning rate of a student", positive=True)
     teacher_steps: int = option(30, "steps of a teacher", minimum=1)
     teacher_rate: float = option(1e-5, "learning rate of a teacher", positive=True)
+    gradient_checkpointing: bool = option(
+        False, "compute activations again for gradients: a quarter more work, less memory", recorded=False
+    )
     samples: int = option(1, "whole answers to each question, searched for the animal; 0: none", minimum=0)
 
 

@@ -71,18 +71,23 @@ class CheckpointBase:
 
 
 def open_base(
-    folder: Path, seed: int = 0, dtype: str = "float32", placement: Any = None, compute: str | None = None
+    folder: Path,
+    seed: int = 0,
+    dtype: str = "float32",
+    placement: Any = None,
+    compute: str | None = None,
+    remat: bool = True,
 ) -> CheckpointBase:
-    """The base in a folder or a GGUF file of weights, tokenizer and chat template, with gradient checkpointing.
+    """The base in a folder or a GGUF file of weights, tokenizer and chat template.
 
-    Parameters are of `dtype`; it computes in `compute`, or else in `dtype`.
+    Parameters are of `dtype`; it computes in `compute`, or else in `dtype`; `remat` is gradient checkpointing.
 
     Raises:
         InputError: as `load_checkpoint` and `CheckpointTokenizer.load`, or tokenizer and embedding do not fit.
     """
     tokenizer = CheckpointTokenizer.load(folder)
     tokenizer.check_fits(read_family(folder).config.vocabulary)
-    checkpoint = load_checkpoint(folder, dtype, placement, remat=True)
+    checkpoint = load_checkpoint(folder, dtype, placement, remat)
     if compute not in (None, dtype):
         checkpoint = replace(checkpoint, model=computed_in(checkpoint.model, _dtype(compute)))
     return CheckpointBase(seed, checkpoint, tokenizer)
