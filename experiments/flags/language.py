@@ -110,7 +110,7 @@ class LanguageConfig:
         only="the compact model computes in float32",
     )  # fmt: skip
     gradient_checkpointing: bool = option(
-        True, "compute the activations of a checkpoint's layers again for gradients: a quarter more work, less memory",
+        True, "compute activations of a checkpoint again for gradients: less memory, a quarter more work",
         recorded=False, only="the compact model keeps its activations",
     )  # fmt: skip
     buckets: int = option(
