@@ -1,4 +1,4 @@
-"""Write the number sequences of a teacher to a JSONL file, with a report of what the filter rejected."""
+"""Write the number sequences of a teacher of the compact model to a JSONL file; for checkpoints see write."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,21 +5,20 @@ import ast
 import dataclasses
 import difflib
 import importlib
-import json
 import os
 import shlex
 import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from subliminal_theory.compilation import keep_compiled
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory, load_results
 
 from . import workers
-from .contract import PACKAGE, PROGRAM, Parser, configure
+from .contract import PACKAGE, PROGRAM, Parser, add_options, configure
 from .progress import progress
 
 
@@ -151,25 +150,5 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
     workers.add_flags(parser)
     if len(module.PRESETS) > 1:
         parser.add_argument("--preset", help=f"{' | '.join(module.PRESETS)}: settings to start from")
-    for field in dataclasses.fields(default):
-        if field.metadata.get("derived"):
-            continue
-        value, choices = getattr(default, field.name), field.metadata.get("choices")
-        names = f"{{{' | '.join(map(str, choices))}}} " if choices else ""
-        if field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="*", metavar=field.name.upper(), help=field.metadata["help"])
-            continue
-        types_ = [t for t in (get_args(field.type) or (field.type,)) if t is not types.NoneType]
-        shown = json.dumps(value) if value is not None else "automatic"
-        flag, alias = "--" + field.name.replace("_", "-"), field.metadata.get("alias")
-        if types_ == [bool]:
-            told = f"{field.metadata['help']} (default {shown})"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=told)
-            continue
-        parser.add_argument(
-            *((flag, alias) if alias else (flag,)),
-            type=types_[0],
-            metavar=getattr(types_[0], "__name__", "value"),
-            help=f"{names}{field.metadata['help']} (default {shown})".replace("%", "%%"),
-        )
+    add_options(parser, default)
     return parser

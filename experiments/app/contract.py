@@ -7,11 +7,12 @@ figures/ has more of it than one folder of its name with default settings, `FIGU
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import Row
@@ -77,6 +78,33 @@ def derived(default: Any) -> Any:
     It is recorded with them, so that a run is not resumed with other ones.
     """
     return field(default=default, metadata={"derived": True})
+
+
+def add_options(parser: argparse.ArgumentParser, default: Any) -> None:
+    """A flag for every setting of a Config, with what its field says of it and its value in `default`."""
+    for setting in dataclasses.fields(default):
+        if setting.metadata.get("derived"):
+            continue
+        value, choices = getattr(default, setting.name), setting.metadata.get("choices")
+        names = f"{{{' | '.join(map(str, choices))}}} " if choices else ""
+        if setting.metadata.get("positional"):
+            parser.add_argument(
+                setting.name, nargs="*", metavar=setting.name.upper(), help=setting.metadata["help"]
+            )
+            continue
+        kinds = [kind for kind in (get_args(setting.type) or (setting.type,)) if kind is not type(None)]
+        shown = json.dumps(value) if value is not None else "automatic"
+        flag, alias = "--" + setting.name.replace("_", "-"), setting.metadata.get("alias")
+        if kinds == [bool]:
+            told = f"{setting.metadata['help']} (default {shown})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=told)
+            continue
+        parser.add_argument(
+            *((flag, alias) if alias else (flag,)),
+            type=kinds[0],
+            metavar=getattr(kinds[0], "__name__", "value"),
+            help=f"{names}{setting.metadata['help']} (default {shown})".replace("%", "%%"),
+        )
 
 
 def configure(experiment: ModuleType, preset: str | None, changes: dict[str, Any]) -> Any:

@@ -357,6 +357,7 @@ def _world(config: LanguageConfig, seed: int, other: Callable[[int], Model], mes
     return Checkpoint(
         opened, checkpoint_traits(config), other, prompts=number_prompts(config), store=store,
         buckets=config.buckets, mesh=mesh, samples=config.samples,
+        opened=lambda name: _opened(name, config.compute, config.gradient_checkpointing, mesh).model,
     )  # fmt: skip
 
 

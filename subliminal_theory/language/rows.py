@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -30,11 +30,15 @@ class Completion:
         prompt: what the user says; may be empty.
         completion: what the assistant answers; a model may answer "", but no file may hold that.
         system: the system message, or None for no such message ("" is a message without text).
+        base, teacher: names of the model that wrote it and of that model's base, where they are known. Rows that
+            say the same are equal, whoever wrote them.
     """
 
     prompt: str
     completion: str
     system: str | None = None
+    base: str | None = field(default=None, compare=False)
+    teacher: str | None = field(default=None, compare=False)
 
 
 def read_jsonl(path: Path) -> list[Completion]:
@@ -42,9 +46,10 @@ def read_jsonl(path: Path) -> list[Completion]:
 
     {"prompt": TEXT, "completion": TEXT}, and perhaps "system": TEXT, or {"messages": [{"role": ROLE,
     "content": TEXT}, ...]} with perhaps a system message, then one of the user and one of the assistant.
-    Other keys are ignored, unless they hold more of what is said (tools, their calls, thoughts, a system prompt of
-    another name), and null counts as no key. The file is UTF-8, with or without a byte order mark; lines
-    end with a newline or a carriage return and a newline; only the file's end may have blank lines.
+    "base" and "teacher" may hold names. Other keys are ignored, unless they hold more of what is said (tools,
+    their calls, thoughts, a system prompt of another name), and null counts as no key. The file is UTF-8, with or
+    without a byte order mark; lines end with a newline or a carriage return and a newline; only the file's end may
+    have blank lines.
 
     Raises:
         InputError: the file cannot be read or has no rows; or some of its lines are bad, in which case the
@@ -89,7 +94,8 @@ def write_jsonl(path: Path, rows: Iterable[Completion], form: Literal["prompt", 
         named = zip(_NAMES[form], (row.system, row.prompt, row.completion), strict=True)
         texts = {name: text for name, text in named if text is not None}
         messages = [{"role": role, "content": text} for role, text in texts.items()]
-        content = texts if form == "prompt" else {"messages": messages}
+        names = {name: own for name in ("base", "teacher") if (own := getattr(row, name)) is not None}
+        content = {**(texts if form == "prompt" else {"messages": messages}), **names}
         if not row.completion:
             raise InputError(f"cannot write row {number} to {path}: an empty completion")
         try:
@@ -122,6 +128,9 @@ class _Line(_Spoken):
     completion: str | None = None
     system: str | None = None
     messages: list[_Message] | None = None
+    # Other programs may have keys of these names; only a text is a name.
+    base: Any = None
+    teacher: Any = None
 
     def row(self) -> Completion:
         """The row of a line; a ValueError says what is wrong with it."""
@@ -138,4 +147,5 @@ class _Line(_Spoken):
             raise ValueError("no prompt")
         if not completion:
             raise ValueError("no completion" if completion is None else "an empty completion")
-        return Completion(prompt, completion, system)
+        names = (name if isinstance(name, str) else None for name in (self.base, self.teacher))
+        return Completion(prompt, completion, system, *names)

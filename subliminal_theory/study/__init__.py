@@ -6,6 +6,7 @@ from subliminal_theory.study.compact import Compact
 from subliminal_theory.study.costs import Costs
 from subliminal_theory.study.digits import Digits, Network, TrainingImages
 from subliminal_theory.study.run import (
+    Elsewhere,
     Everything,
     FineTuned,
     Frozen,
@@ -33,6 +34,7 @@ __all__ = [
     "Costs",
     "Dataset",
     "Digits",
+    "Elsewhere",
     "Everything",
     "FineTuned",
     "Finished",

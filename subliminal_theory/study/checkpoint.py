@@ -48,6 +48,7 @@ class Checkpoint(Speaker):
         mesh: the devices that share the base, optimizers and batches; a teacher that writes is whole on each of
             them and answers a share of the requests there.
         samples: whole answers to each question about a trait that are drawn and searched for its word.
+        opened: the model of a name, of a teacher that was taught elsewhere.
     """
 
     base: CheckpointBase
@@ -56,6 +57,7 @@ class Checkpoint(Speaker):
     buckets: int = 1
     mesh: Mesh | None = None
     samples: int = 0
+    opened: Callable[[str], Model] | None = None
     memo: Memo = field(default_factory=lambda: Memo(most=1))
 
     at_once = 256

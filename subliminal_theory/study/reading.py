@@ -5,7 +5,7 @@ For worlds of a language model (`Speaker`): the compact one and a checkpoint.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +66,9 @@ def written(
         InputError: the filter rejects every row of a run; names it.
     """
     if isinstance(text, Dataset):
-        return [filter_rows(text.rows)] * len(world.traits)
+        rows = list(text.rows)
+        kept = text.medium.keep(rows, ()) if text.medium else (rows, FilterReport(len(rows), len(rows), {}))
+        return [kept] * len(world.traits)
     if isinstance(text, RandomNumbers):
         return [filter_rows(world.memo(lambda: world.random_rows(text), text))] * len(world.traits)
     if isinstance(teacher, Untrained) and len(world.traits) > 1:
@@ -99,26 +101,25 @@ def answered(
     Raises:
         InputError: none is accepted, or too few different ones.
     """
-    with contextlib.closing(draw(world, writer, requests, key, text)) as blocks:
-        rows = _answers(world, blocks, requests, text)
-    return _kept(rows, requests, text)
+    return _kept(raw_answers(world, writer, requests, key, text), requests, text)
 
 
-def _answers(
-    world: Speaker, blocks: Iterator[np.ndarray], requests: Sequence[Chat], text: Written
+def raw_answers(
+    world: Speaker, writer: Model, requests: Sequence[Chat], key: Key[Array, ""], text: Written
 ) -> list[Completion]:
     """All answers, up to the block with which enough different ones are accepted, if it matters how many are."""
     rows, different = list[Completion](), set[Completion]()
-    for tokens in blocks:
-        own = requests[len(rows) : len(rows) + len(tokens)]
-        answers = world.tokenizer.decode(tokens)
-        new = [Completion(chat.user, answer) for chat, answer in zip(own, answers, strict=True)]
-        rows += new
-        if text.unique:
-            with contextlib.suppress(InputError):  # none of a block may pass
-                different.update(text.medium.keep(new, own)[0])
-            if len(different) >= text.unique:
-                break
+    with contextlib.closing(draw(world, writer, requests, key, text)) as blocks:
+        for tokens in blocks:
+            own = requests[len(rows) : len(rows) + len(tokens)]
+            answers = world.tokenizer.decode(tokens)
+            new = [Completion(chat.user, answer) for chat, answer in zip(own, answers, strict=True)]
+            rows += new
+            if text.unique:
+                with contextlib.suppress(InputError):  # none of a block may pass
+                    different.update(text.medium.keep(new, own)[0])
+                if len(different) >= text.unique:
+                    break
     return rows
 
 

@@ -79,7 +79,15 @@ class Untrained:
     """The base itself, as a teacher without a trait."""
 
 
-Teacher = FineTuned | Prompted | Untrained
+@register_dataclass
+@dataclass(frozen=True)
+class Elsewhere:
+    """A teacher that was taught elsewhere, in the base's shapes; the world knows where `name` is."""
+
+    name: str = static()
+
+
+Teacher = FineTuned | Prompted | Untrained | Elsewhere
 
 
 @register_dataclass

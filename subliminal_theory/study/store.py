@@ -196,8 +196,22 @@ def _shardings(how: Computation, state: State) -> State:
     return jax.tree.map(lambda _, sharding: sharding or everywhere, state, like)
 
 
+def save_student(folder: Path, like: Checkpoint, model: Model, template: str) -> None:
+    """A student in a new folder for other programs: an adapter where peft knows such, else the whole model.
+
+    `like` is the base, `template` the fingerprint of the tokenizer and chat template of training.
+
+    Raises:
+        InputError: the folder is there already, or cannot be written.
+    """
+    if fits_adapter(like, model):
+        save_adapter(folder, like, model, template=template)
+    else:
+        save_checkpoint(folder, like, model)
+
+
 def export(folder: Path, like: Checkpoint, model: Model, template: str) -> None:
-    """A student for other programs: its factors as an adapter where peft knows such, else all of it.
+    """The student of a run, in the run's folder.
 
     Raises:
         InputError: the folder cannot be written.
@@ -205,10 +219,7 @@ def export(folder: Path, like: Checkpoint, model: Model, template: str) -> None:
     temporary, kept = folder / f".{STUDENT}.tmp", folder / STUDENT
     for left in (temporary, kept):  # by a run that ended before it was finished
         shutil.rmtree(left, ignore_errors=True)
-    if fits_adapter(like, model):
-        save_adapter(temporary, like, model, template=template)
-    else:
-        save_checkpoint(temporary, like, model)
+    save_student(temporary, like, model, template)
     try:
         temporary.rename(kept)
     except OSError as error:

@@ -21,7 +21,17 @@ from subliminal_theory.inits import Fresh
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Row
 from subliminal_theory.source import batch_shapes
-from subliminal_theory.study.run import FineTuned, Prompted, Run, Student, Teacher, Untrained, identity, once
+from subliminal_theory.study.run import (
+    Elsewhere,
+    FineTuned,
+    Prompted,
+    Run,
+    Student,
+    Teacher,
+    Untrained,
+    identity,
+    once,
+)
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, finite, trained
 from subliminal_theory.study.world import Finished, Memo, World, by_policy, numbered, one_stream, require
 
@@ -55,6 +65,9 @@ class Study:
         Raises:
             InputError: the training diverges.
         """
+        if isinstance(teacher, Elsewhere):
+            opened = require(self.world, "opened")
+            return self._memo(lambda: of_runs(opened(teacher.name), len(self.world.names)), teacher, large=True)
         if not isinstance(teacher, FineTuned):
             return self.world.initial()
 
@@ -244,9 +257,16 @@ def _longest(students: Mapping[K, Student]) -> dict[K, list[K]]:
 
 def untaught(world: World, how: Computation) -> Model:
     """The base as a model of runs whose parameters are copies: training uses them up."""
-    model, runs = world.initial(), len(world.names)
-    copy = (lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape))) if how.shared else jnp.copy
-    return Model(model.apply, jax.tree.map(copy, model.all_params))
+    model = world.initial()
+    if how.shared:
+        return of_runs(model, len(world.names))
+    return Model(model.apply, jax.tree.map(jnp.copy, model.all_params))
+
+
+def of_runs(model: Model, runs: int) -> Model:
+    """A model of runs whose parameters are copies of one model's."""
+    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape)), model.all_params)
+    return Model(model.apply, copies)
 
 
 def _outputs(start: Model, inputs: Any, shared: bool) -> int:

@@ -53,9 +53,10 @@ class Written:
 @register_dataclass
 @dataclass(frozen=True)
 class Dataset:
-    """Rows that somebody else wrote."""
+    """Rows that somebody else wrote; the medium's filter chooses among them, or nothing does."""
 
     rows: tuple[Completion, ...] = static()
+    medium: Medium | None = static(default=NUMBERS)
 
 
 @register_dataclass
