@@ -72,7 +72,7 @@ def products(shape: Shape) -> list[tuple[int, int, int]]:
     """
     config = shape.config
     inner = config.heads * config.head_width
-    shared = [(config.width, inner)] * 2
+    shared = [(config.width, config.kv_heads * config.head_width)] * 2
     alone = [(config.width, inner), (inner, config.width)]
     alone += [(config.width, config.mlp_width)] * 2 + [(config.mlp_width, config.width)]
     everywhere = [*(shared + alone) * (config.layers - 1), *shared]
