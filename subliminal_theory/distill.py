@@ -142,14 +142,15 @@ def _in_chunks(teacher: Model | None, channel: Channel, chunk: int) -> ValueAndG
         shape = read.shape[:-1]
         positions = math.prod(shape)
         chunks = -(-positions // chunk)
+        size = -(-positions // chunks)  # alike, so that little is computed for padding
         total = jnp.sum(batch.weights) if total is None else total
 
         def cut(leaf: Array) -> Array:
             flat = leaf.reshape(positions, *leaf.shape[len(shape) :])
-            filled = jnp.pad(flat, [(0, chunks * chunk - positions)] + [(0, 0)] * (flat.ndim - 1))
-            return filled.reshape(chunks, chunk, *flat.shape[1:])
+            filled = jnp.pad(flat, [(0, chunks * size - positions)] + [(0, 0)] * (flat.ndim - 1))
+            return filled.reshape(chunks, size, *flat.shape[1:])
 
-        def one(piece: PyTree) -> tuple[Found, Float[Array, "chunk width"]]:
+        def one(piece: PyTree) -> tuple[Found, Float[Array, "size width"]]:
             number, features, taught, targets, weights = piece
             if teacher is not None:
                 targets = channel.targets(named(key, number), _readout(teacher, taught))
@@ -161,7 +162,7 @@ def _in_chunks(teacher: Model | None, channel: Channel, chunk: int) -> ValueAndG
 
         pieces = (jnp.arange(chunks), *jax.tree.map(cut, (read, taught, batch.targets, batch.weights)))
         (value, own), gradients = _summed(one, pieces)
-        (through,) = back(gradients.reshape(chunks * chunk, -1)[:positions].reshape(read.shape))
+        (through,) = back(gradients.reshape(chunks * size, -1)[:positions].reshape(read.shape))
         return value, jax.tree.map(jnp.add, own, through)
 
     return found
