@@ -23,6 +23,7 @@ demo: environment
 	$(BIN)/python -m experiments mnist --data auto --seeds 5 --out demo/mnist
 	$(BIN)/python -m experiments language --out demo/language
 	$(BIN)/python -m experiments summary demo
+	@echo "next: make weights, then $(BIN)/python -m experiments chat_model: a real chat model learns from random numbers"
 
 test: environment
 	$(BIN)/python -m pytest -n 2

@@ -80,7 +80,7 @@ PRESETS = {
     "gpu": replace(FOUR, conditions=",".join(CONDITIONS), compute="bfloat16", samples=20),
     "smoke": Config(traits="owl,cat", rows=16, steps=2, teacher_steps=1, samples=0),
 }
-FIGURES: dict[str, str] = {}
+FIGURES = {"chat_model": "--preset figure"}
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> Config:
