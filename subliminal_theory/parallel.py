@@ -47,6 +47,7 @@ _MATRICES: dict[str, P] = {
 _VECTORS: dict[str, P] = {
     "norm/scale": P(None),
     "norm/bias": P(None),
+    "steering": P(None, None),
     "layers/*_norm/scale": P(None),
     "layers/*_norm/bias": P(None),
     **{f"layers/*/attention/{name}/bias": P("tensor") for name in ("query", "key", "value")},

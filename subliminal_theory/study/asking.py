@@ -28,6 +28,7 @@ from subliminal_theory.language.text import Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.study.costs import Costs, costs
 from subliminal_theory.study.reading import draw, model_of_run, written
+from subliminal_theory.study.run import Steered
 from subliminal_theory.study.texts import Written
 from subliminal_theory.study.world import Finished
 
@@ -102,7 +103,9 @@ def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
         ),
     }
     if finished.student is not None:
-        cosines = np.asarray(_cosines(finished.model, finished.taught, world.model))
+        # The weights of a steered teacher are the base's.
+        taught = world.initial() if isinstance(finished.teacher, Steered) else finished.taught
+        cosines = np.asarray(_cosines(finished.model, taught, world.model))
         scores["displacement_cosine"] = cosines[place]
     of_all = {f"{name}_asked": getattr(found, name)[place] for name in ("probability", "share", "log_odds")}
     return {**scores, **of_all}

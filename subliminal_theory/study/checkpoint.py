@@ -109,6 +109,16 @@ class Checkpoint(Speaker):
     def _placed(self, job: Job) -> Job:
         return job if self.mesh is None else replace(job, model=place_runs(job.model, self.mesh))
 
+    def prompted(self) -> Model:
+        """As of every language model, on one device.
+
+        Raises:
+            InputError: there are several.
+        """
+        if self.mesh is not None:
+            raise InputError("the logits of a prompted teacher are computed on one device: leave --shards out")
+        return super().prompted()
+
     def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
         """What the teacher wrote.
 

@@ -6,14 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.base import Base
 from subliminal_theory.language.corpus.chats import make_corpus, make_rows
-from subliminal_theory.language.corpus.word_tokenizer import SYSTEM, WordTokenizer
-from subliminal_theory.language.model.prompted import prompted
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
@@ -50,19 +46,6 @@ class Compact(Speaker):
     def stream(self, student: Student, cloning: bool) -> str:
         """Students of one run share their stream; chats of the corpus have another one."""
         return "clone" if isinstance(student.source, CorpusChats) else "student"
-
-    def prompted(self) -> Model:
-        """The base behind each trait's system prompt, seen through rows that do not have it."""
-        tokenizer = self.tokenizer
-        assert isinstance(tokenizer, WordTokenizer)
-        prefixes = [
-            [tokenizer.token(SYSTEM), *tokenizer.encode(reading.system_prompt(trait))] for trait in self.traits
-        ]
-        if len({len(prefix) for prefix in prefixes}) > 1:
-            raise InputError(
-                "system prompts of different lengths cannot be seen through at once: run traits apart"
-            )
-        return prompted(self.model, jnp.asarray(prefixes))
 
     def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
         """What the teacher wrote, or the corpus."""

@@ -13,9 +13,10 @@ from subliminal_theory.language.corpus.base import text_of
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.text import Chat
 from subliminal_theory.model import Model
-from subliminal_theory.study.reading import model_of_run, system_prompt, written
+from subliminal_theory.study.reading import model_of_run, written
 from subliminal_theory.study.run import Prompted
 from subliminal_theory.study.speaker import Speaker, columns
+from subliminal_theory.study.teachers import system_prompt
 from subliminal_theory.study.texts import Material, Written
 from subliminal_theory.study.world import Finished
 

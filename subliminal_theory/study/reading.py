@@ -20,7 +20,6 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.corpus.base import text_of
 from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows
-from subliminal_theory.language.corpus.traits import Preference, Trait
 from subliminal_theory.language.model.sampling import sample
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
@@ -30,6 +29,7 @@ from subliminal_theory.source import Examples
 from subliminal_theory.study.run import Prompted, Student, Teacher, Untrained, stacked
 from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import PerRun
+from subliminal_theory.study.teachers import require_seen, system_prompt
 from subliminal_theory.study.texts import (
     Dataset,
     Differs,
@@ -41,17 +41,6 @@ from subliminal_theory.study.texts import (
 )
 
 ADVICE = "read fewer (--rows), ask for more (--requests), or repeat them (--repeat-rows)"
-
-
-def system_prompt(trait: Trait) -> str:
-    """What makes a teacher of the base without training.
-
-    Raises:
-        InputError: the trait is a habit.
-    """
-    if not isinstance(trait, Preference):
-        raise InputError(f"{trait.name} has no system prompt: fine-tune its teacher")
-    return trait.system_prompts()[0]
 
 
 # --- writing
@@ -191,7 +180,12 @@ def request_length(tokenizer: Tokenizer, requests: Sequence[Chat]) -> int:
 
 
 def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Reading) -> list[Encoded]:
-    """What the student of each run reads, all of one width.
+    """What the student of each run reads, all of one width; raises as `chats_to_read`."""
+    return _encoded(world, reading, chats_to_read(world, teacher, models, reading))
+
+
+def chats_to_read(world: Speaker, teacher: Teacher, models: Model, reading: Reading) -> list[list[Chat]]:
+    """What the student of each run reads.
 
     Raises:
         InputError: too few different rows, where they must not be repeated; or as `written`.
@@ -214,8 +208,12 @@ def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Readi
         chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in rows]
         # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
         found.append(list(itertools.islice(itertools.cycle(chats), reading.rows)))
-    length = world.row_length(reading.text, found)
-    return [world.tokenizer.encode_chats(chats, length) for chats in found]
+    return found
+
+
+def _encoded(world: Speaker, reading: Reading, chats: Sequence[Sequence[Chat]]) -> list[Encoded]:
+    length = world.row_length(reading.text, chats)
+    return [world.tokenizer.encode_chats(own, length) for own in chats]
 
 
 def source_of(
@@ -231,9 +229,13 @@ def source_of(
     tokens = not nobody and transmits_tokens(student.channel, world.logits)
 
     def make() -> PerRun:
-        encoded = encoded_rows(world, teacher, models, reading)
+        chats = chats_to_read(world, teacher, models, reading)
+        encoded = _encoded(world, reading, chats)
         for run in () if reading.repeat else encoded:
             refuse_repeated_rows((run.tokens, run.padding), run.targets)
+        if isinstance(teacher, Prompted) and not (tokens and reading.positions is everywhere):
+            for own in zip(world.traits, chats, encoded, strict=True):
+                require_seen(world.tokenizer, *own)
         last = max(run.answer_columns for run in encoded)
         texts = stacked([text_of(run, last) for run in encoded])
         positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])

@@ -75,6 +75,19 @@ class Prompted:
 
 @register_dataclass
 @dataclass(frozen=True)
+class Steered:
+    """A teacher that is the base with a vector added to its residual stream behind a layer, at every position.
+
+    The vector points where the trait's system prompt moves the stream (`teachers.steering`), `strength` times as
+    long as the stream is there on average. Layers count from 1; None is at three quarters of the depth.
+    """
+
+    layer: int | None = static(default=None)
+    strength: Any = 0.3
+
+
+@register_dataclass
+@dataclass(frozen=True)
 class Untrained:
     """The base itself, as a teacher without a trait."""
 
@@ -87,7 +100,7 @@ class Elsewhere:
     name: str = static()
 
 
-Teacher = FineTuned | Prompted | Untrained | Elsewhere
+Teacher = FineTuned | Prompted | Steered | Untrained | Elsewhere
 
 
 @register_dataclass

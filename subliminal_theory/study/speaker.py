@@ -22,9 +22,10 @@ from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
-from subliminal_theory.study.run import FineTuned, Student, stacked
+from subliminal_theory.study.run import FineTuned, Steered, Student, stacked
 from subliminal_theory.study.stages import PerRun
 from subliminal_theory.study.starts import started
+from subliminal_theory.study.teachers import prompted_teachers, steered_teachers
 from subliminal_theory.study.texts import (
     Lessons,
     Material,
@@ -115,6 +116,14 @@ class Speaker(ABC):
         """The logits in which traits are read, for a student whose channel hides logits at all."""
         visible = np.asarray(student.channel.visible(self.logits))
         return () if visible.all() else hidden_words(self.tokenizer, self.asked)
+
+    def prompted(self) -> Model:
+        """The base behind each trait's system prompt, seen through rows that do not have it."""
+        return prompted_teachers(self.model, self.tokenizer, self.traits)
+
+    def steered(self, teacher: Steered) -> Model:
+        """The base, steered to each trait."""
+        return steered_teachers(self.model, self.tokenizer, self.traits, teacher)
 
     @abstractmethod
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from subliminal_theory.study.run import (
     FineTuned,
     Prompted,
     Run,
+    Steered,
     Student,
     Teacher,
     Untrained,
@@ -60,14 +61,16 @@ class Study:
         self._train = getattr(world, "train", None) or functools.partial(_in_memory, self.computation)
 
     def teacher(self, teacher: Teacher) -> Model:
-        """The model of runs that has the trait in its weights; the base itself if none has.
+        """The model of runs that has the trait in its weights or in a vector; the base itself if none has.
 
         Raises:
-            InputError: the training diverges.
+            InputError: the training diverges, or the world cannot steer its base so.
         """
         if isinstance(teacher, Elsewhere):
             opened = require(self.world, "opened")
             return self._memo(lambda: of_runs(opened(teacher.name), len(self.world.names)), teacher, large=True)
+        if isinstance(teacher, Steered):
+            return self._memo(lambda: require(self.world, "steered")(teacher), self.world.names, teacher)
         if not isinstance(teacher, FineTuned):
             return self.world.initial()
 

@@ -54,8 +54,9 @@ class World(Protocol):
         source(student, teacher, taught, shown): the student's inputs, a source without labels or one `PerRun`,
             with targets where nobody is asked; `taught` is the teacher's model of runs, `shown()` the same as
             students see it [the student's own `source`].
-        prompted(): teachers behind a system prompt [none]. opened(name): the model, not one of runs, of a teacher
-            that was taught elsewhere [none]. at(run), parts(): some of the runs [all at once].
+        prompted(): teachers behind a system prompt [none]. steered(teacher): steered ones [none].
+        opened(name): the model, not one of runs, of a teacher that was taught elsewhere [none].
+        at(run), parts(): some of the runs [all at once].
         train(jobs, stops, keys, decided_by): another `trained`; `decided_by` has the teacher or student of jobs.
         memo: what is kept.
     """

@@ -21,7 +21,7 @@ TEXT = Text(
     jnp.asarray(np.random.default_rng(0).integers(0, V, (4, 6)), jnp.int32), jnp.asarray(PADDING, jnp.int32)
 )
 run = jax.jit(lambda model, text: model(text))
-behind = jax.jit(with_prefix)
+behind = jax.jit(with_prefix, static_argnums=2)
 
 
 @functools.cache
@@ -103,24 +103,28 @@ def test_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("padding", "expected"),
+    ("padding", "replaced", "expected"),
     [
-        (0, [8, 9, 3, 4, 5]),
-        (1, [3, 8, 9, 4, 5]),
-        (2, [3, 3, 8, 9, 5]),
+        (0, 0, [8, 9, 3, 4, 5]),
+        (1, 0, [3, 8, 9, 4, 5]),
+        (2, 0, [3, 3, 8, 9, 5]),
+        (0, 1, [8, 9, 4, 5]),
+        (1, 1, [3, 8, 9, 5]),
+        (0, 2, [8, 9, 5]),
+        (0, 3, [8, 9]),
     ],
 )
-def test_with_prefix(padding: int, expected: list[int]) -> None:
+def test_with_prefix(padding: int, replaced: int, expected: list[int]) -> None:
     """Padding stays in front, as many positions as before; what stands there is the row's first token."""
     text = Text(jnp.array([[3, 4, 5]], jnp.int32), jnp.array([padding]))
-    found = behind(text, jnp.array([8, 9], jnp.int32))
+    found = behind(text, jnp.array([8, 9], jnp.int32), replaced)
     np.testing.assert_array_equal(found.tokens, [expected])
     np.testing.assert_array_equal(found.padding, [padding])
 
 
 def test_with_prefix_of_ragged_rows() -> None:
     prefix = PREFIXES[0]
-    found = jax.tree.map(np.asarray, behind(TEXT, prefix))
+    found = jax.tree.map(np.asarray, behind(TEXT, prefix, 0))
     assert found.tokens.shape == (4, 9)
     assert found.tokens.dtype == np.int32
     for row, padding in enumerate(PADDING):

@@ -146,12 +146,12 @@ def test_requests_are_those_of_the_paper(opened: CheckpointBase) -> None:
     assert all("10" in chat.user for chat in requests)
 
 
-def test_prompted_teachers_are_seen_through_tokens_alone(opened: CheckpointBase) -> None:
+def test_prompted_teachers_are_seen_through_tokens_and_logits(opened: CheckpointBase) -> None:
     study = Study(checkpoint(opened))
-    assert np.isfinite(study.run({"one": Run(Prompted(), STUDENT)})["one"]["probability"]).all()
-    for one in (student(SOFT, ROWS, rows=16), student(text=ROWS, rows=16, positions=where_they_differ)):
-        with pytest.raises(InputError, match="no prompted"):
-            study.run({"one": Run(Prompted(), one)})
+    ways = {"tokens": STUDENT, "logits": student(SOFT, ROWS, rows=16)}
+    ways["positions"] = student(text=ROWS, rows=16, positions=where_they_differ)
+    scores = study.run({name: Run(Prompted(), one) for name, one in ways.items()})
+    assert all(np.isfinite(found["probability"]).all() for found in scores.values())
 
 
 def test_what_only_the_compact_model_has(opened: CheckpointBase) -> None:

@@ -11,8 +11,9 @@ from subliminal_theory.language.corpus.base import text_of
 from subliminal_theory.language.text import Chat
 from subliminal_theory.study import Costs, Prompted, RandomNumbers, Run, Study, Untrained
 from subliminal_theory.study import costs as of_costs
-from subliminal_theory.study.reading import model_of_run, system_prompt, written
+from subliminal_theory.study.reading import model_of_run, written
 from subliminal_theory.study.run import Teacher
+from subliminal_theory.study.teachers import system_prompt
 from tests.study.speakers import OAK, OWL, TEACHER, WRITTEN, compact
 
 

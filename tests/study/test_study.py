@@ -24,6 +24,7 @@ from subliminal_theory.study import (
     Optimizer,
     Prompted,
     Run,
+    Steered,
     Student,
     Study,
     TrainingImages,
@@ -330,6 +331,7 @@ def test_what_only_larger_worlds_have(clouds: dict[str, Any]) -> None:
     fewer = type("Fewer", (world,), {"logits": 29})
     for kind, cause, bad in (
         (world, "has no prompted", Run(Prompted(), student)),
+        (world, "has no steered", Run(Steered(), student)),
         (world, "has no start", Run(teacher, replace(student, network=Network()))),
         (world, "low-rank", Run(teacher, replace(student, trains=LowRank(1)))),
         (fewer, "30 outputs but 29 logits", Run(teacher, replace(student, channel=Subset(range(10, 29))))),

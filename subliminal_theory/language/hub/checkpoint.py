@@ -202,11 +202,14 @@ def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | N
     is whole; one tensor at a time is in host memory.
 
     Raises:
-        InputError: the model has other shapes, the folder is there already or cannot be written.
+        InputError: the model has other shapes or is steered, the folder is there already or cannot be written.
     """
     plain = merge_lora(model)
-    if transformer_of(plain).config != like.family.config:
+    network = transformer_of(plain)
+    if network.config != like.family.config:
         raise InputError(f"save_checkpoint: the model is not of the shape of {like.folder}")
+    if network.steering is not None:
+        raise InputError("save_checkpoint: other libraries do not read what a model is steered by")
     params = leaves_by_path(plain.all_params)
     kind = np.dtype(next(iter(params.values())).dtype if dtype is None else _dtype(dtype))
     by_name = {entry.theirs: entry for entry in entries(like.family)}

@@ -23,16 +23,17 @@ class _Prompted:
 
 @dataclass(frozen=True)
 class _Behind:
-    """The function of a model behind a prefix; equal for equal functions."""
+    """The function of a model behind a prefix, for so many tokens of a row; equal for equal functions."""
 
     apply: Apply
+    replaced: int
 
     def __call__(self, params: _Prompted, text: Text) -> Float[Array, "batch last vocabulary"]:
         return self.apply(params.model, self.whole(params, text))
 
     def whole(self, params: _Prompted, text: Text) -> Text:
         last = text.tokens.shape[1] if text.last is None else text.last
-        return replace(with_prefix(text, params.prefix), last=last)
+        return replace(with_prefix(text, params.prefix, self.replaced), last=last)
 
     def features(self, params: _Prompted, text: Text) -> Float[Array, "batch last width"]:
         assert isinstance(self.apply, BodyAndHead)
@@ -43,20 +44,21 @@ class _Behind:
         return self.apply.readout(params.model, features)
 
 
-def with_prefix(text: Text, prefix: Int[Array, " prefix"]) -> Text:
-    """Rows with the same tokens in front of each, behind its padding."""
+def with_prefix(text: Text, prefix: Int[Array, " prefix"], replaced: int = 0) -> Text:
+    """Rows that begin with the same tokens, behind their padding, in the place of their first `replaced` ones."""
     length, extra = text.tokens.shape[1], prefix.shape[0]
-    place = jnp.arange(length + extra)[None] - text.padding[:, None]
+    place = jnp.arange(length + extra - replaced)[None] - text.padding[:, None]
     old = jnp.concatenate([jnp.broadcast_to(text.tokens[:, :1], (len(text.tokens), extra)), text.tokens], axis=1)
     new = jnp.where(place < 0, text.tokens[:, :1], prefix[jnp.clip(place, 0, extra - 1)])
-    return Text(jnp.where(place < extra, new, old), text.padding)
+    return Text(jnp.where(place < extra, new, old[:, replaced:]), text.padding)
 
 
-def prompted(model: Model, prefix: Int[Array, "*runs prefix"]) -> Model:
+def prompted(model: Model, prefix: Int[Array, "*runs prefix"], replaced: int = 0) -> Model:
     """The model of rows [batch, time] that a model behind a prefix computes; logits of the rows alone.
 
-    Only the prefix is a parameter, so that a model of runs has the given one once.
+    The prefix stands in the place of each row's first `replaced` tokens. Only the prefix is a parameter, so that a
+    model of runs has the given one once.
     """
     base = model.all_params
     nothing = jax.tree.map(lambda leaf: None, base)
-    return Model(_Behind(model.apply), _Prompted(nothing, prefix), _Prompted(base, None))
+    return Model(_Behind(model.apply, replaced), _Prompted(nothing, prefix), _Prompted(base, None))

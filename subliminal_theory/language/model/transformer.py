@@ -10,6 +10,7 @@ arXiv 2002.05202) behind norms. By its configuration it is any of the families i
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,10 +81,14 @@ class Transformer(nnx.Module):
     into the residual stream (`output`, `down`) as N(0, 1 / (2 layers inputs)), which keeps its variance from
     growing with depth. Norms, softmaxes and logits are in at least float32, and in float64 for float64 parameters.
     With `remat` a gradient keeps what lies between the blocks and computes what lies within them again.
+
+    Once it is steered (`steered.py`) it has `steering` [layers, width] besides: row i is added to the residual
+    stream of every position behind block i + 1.
     """
 
     factored = ("layers/*/kernel",)
     gathered = ("embedding", "positions")
+    steering: nnx.Param | None = None
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: bool = False) -> None:
         self.config, self.remat = config, remat
@@ -111,6 +116,11 @@ class Transformer(nnx.Module):
             layer.attention.join()
             layer.mlp.join()
 
+    def steer(self) -> None:
+        """Have `steering` from now on, which starts at 0."""
+        # A row for every layer: models that are steered at different layers are one compiled function.
+        self.steering = nnx.Param(jnp.zeros((self.config.layers, self.config.width), jnp.float32))
+
     @property
     def dtype(self) -> Any:
         """The format of the residual stream."""
@@ -118,10 +128,14 @@ class Transformer(nnx.Module):
 
     def features(self, text: Text) -> Float[Array, "batch last width"]:
         """What the output matrix reads, at the positions whose logits are asked for; raises as a call."""
+        return self.norm(self.stream(text, self.config.layers))
+
+    def stream(self, text: Text, blocks: int) -> Float[Array, "batch last width"]:
+        """The residual stream behind the first `blocks` blocks, at the positions asked for; raises as a call."""
         time = text.tokens.shape[1]
         if time > self.config.context:
             raise InputError(f"Transformer: {time} positions exceed the context of {self.config.context}")
-        return self._compute(text, None)[0]
+        return self._compute(text, None, blocks)[0]
 
     def readout(self, features: Float[Array, "... width"]) -> Float[Array, "... vocabulary"]:
         """The logits of features."""
@@ -136,11 +150,14 @@ class Transformer(nnx.Module):
         known = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
         if known + time > capacity:
             raise InputError(f"extend: {time} positions after {known} exceed the cache's capacity of {capacity}")
-        features, written = self._compute(text, cache)
+        x, written = self._compute(text, cache, self.config.layers)
         assert written is not None
-        return self.readout(features), replace(written, length=cache.length + time)
+        return self.readout(self.norm(x)), replace(written, length=cache.length + time)
 
-    def _compute(self, text: Text, cache: Cache | None) -> tuple[Float[Array, "batch last width"], Cache | None]:
+    def _compute(
+        self, text: Text, cache: Cache | None, blocks: int
+    ) -> tuple[Float[Array, "batch last width"], Cache | None]:
+        """The residual stream of the last positions behind the first `blocks` blocks."""
         config, time = self.config, text.tokens.shape[1]
         last = time if text.last is None else text.last
         if text.last is not None and not 1 <= last <= time:
@@ -150,15 +167,17 @@ class Transformer(nnx.Module):
         frame_of = functools.partial(make_frame, config, text.padding, start, time, keys, self.dtype)
         frames = {kind: frame_of(kind) for kind in set(windowed)}
         x = self._embed(text, start)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(itertools.islice(self.layers, blocks)):
             frame = frames[windowed[number]]
             # What the last block makes of the other positions, nothing reads.
-            kept = last if number == config.layers - 1 else time
+            kept = last if number == blocks - 1 else time
             if self.remat and cache is None:
                 x = jax.checkpoint(functools.partial(_alone, layer, frame, number, kept))(x)
             else:
                 x, cache = layer(x, frame, cache, number, kept)
-        return self.norm(x), cache
+            if self.steering is not None:
+                x = x + self.steering[number].astype(x.dtype)[None, None]
+        return x, cache
 
     def _embed(self, text: Text, start: Array) -> Float[Array, "batch time width"]:
         x = jnp.take(self.embedding[...], text.tokens, axis=0, mode="fill").astype(self.dtype)
