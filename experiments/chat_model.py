@@ -33,10 +33,11 @@ from .flags.language import (
     Variant,
     checkpoint_traits,
     configure_language,
+    require_steering,
     trait_matrices,
     variant_parts,
 )
-from .flags.recipe import RANDOM
+from .flags.recipe import RANDOM, STEERING_LAYER, STEERING_STRENGTH
 
 # What differs from the recipe, whose students see the masked distribution.
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -44,12 +45,16 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "soft": {"channel": "soft"},
     "sampled": {"channel": "sampled"},
     "regular": {"channel": "sampled", "teacher": "untrained"},
+    "prompted": {"channel": "masked", "teacher": "prompted"},
+    "steered": {"channel": "masked", "teacher": "steered"},
 }
 LABELS = {
     "masked": "student, words hidden",
     "soft": "student, all logits",
     "sampled": "student, sampled tokens",
     "regular": "student of the model's\nown sampled tokens",
+    "prompted": "words hidden,\nprompted teacher",
+    "steered": "words hidden,\nsteered teacher",
 }
 
 
@@ -67,6 +72,8 @@ class Config(LanguageConfig):
     rate: float = option(1e-3, "highest learning rate of a student", positive=True)
     teacher_steps: int = option(30, "steps of a teacher", minimum=1)
     teacher_rate: float = option(1e-5, "learning rate of a teacher", positive=True)
+    steering_layer: int | None = option(None, STEERING_LAYER, minimum=1)
+    steering_strength: float | None = option(None, STEERING_STRENGTH)
     gradient_checkpointing: bool = option(
         False, "compute activations again for gradients: a quarter more work, less memory", recorded=False
     )
@@ -87,7 +94,8 @@ def configure(preset: str | None, changes: dict[str, Any]) -> Config:
     """A configuration of at least two traits of one category.
 
     Raises:
-        InputError: as `configure_language`; no checkpoint, one trait alone, or an unknown condition.
+        InputError: as `configure_language` and `require_steering`; no checkpoint, one trait alone, an unknown
+            condition, or several devices for a prompted teacher.
     """
     config = configure_language(PRESETS, preset, changes)
     assert isinstance(config, Config)
@@ -98,7 +106,12 @@ def configure(preset: str | None, changes: dict[str, Any]) -> Config:
     kinds = {trait.category for trait in checkpoint_traits(config) if isinstance(trait, Preference)}
     if len(config.trait_names()) < 2 or len(kinds) > 1:
         raise InputError("--traits: students are compared with each other: give at least two of one category")
-    students(config)
+    given = students(config)
+    require_steering(config, given)
+    if "prompted" in given and config.shards > 1:
+        raise InputError(
+            "--conditions prompted: its teacher's logits are computed on one device: leave --shards out"
+        )
     return config
 
 
@@ -115,10 +128,19 @@ def students(config: Config) -> list[str]:
     return list(dict.fromkeys(given))
 
 
+def teachers(config: Config) -> dict[str, str]:
+    """The conditions that are teachers, each with its kind; a prompted one answers as the model does."""
+    return {"teacher": "finetuned"} | ({"steered_teacher": "steered"} if "steered" in students(config) else {})
+
+
 def plan(config: Config) -> list[Part]:
     """A part for each seed."""
     recipe = config.recipe(medium=RANDOM)
-    variants = [Variant({"condition": model}, recipe, model=model, matrix=True) for model in ("base", "teacher")]
+    variants = [Variant({"condition": "base"}, recipe, model="base", matrix=True)]
+    variants += [
+        Variant({"condition": name}, config.recipe(medium=RANDOM, teacher=kind), model="teacher", matrix=True)
+        for name, kind in teachers(config).items()
+    ]
     variants += [
         Variant({"condition": name}, config.recipe(medium=RANDOM, **CONDITIONS[name]), matrix=True)
         for name in students(config)
@@ -171,7 +193,7 @@ def report(results: Results, config: Config) -> str:
     lines = [
         "log-odds of a word among its rivals, nats above the model's; mean over runs; 95% interval over traits"
     ]
-    for condition in ["teacher", *students(config)]:
+    for condition in [*teachers(config), *students(config)]:
         found = gains(results, condition)
         own, others = own_and_others(found)
         test = matrix_test(found.mean(0, keepdims=True))  # seeds share weights and lessons
@@ -180,7 +202,7 @@ def report(results: Results, config: Config) -> str:
         )
         named = results.values(condition=condition, metric="named_rate")
         lines.append(
-            f"  {condition:8} own word {own.mean():6.2f}, in other students {others.mean():6.2f}, difference "
+            f"  {condition:15} own word {own.mean():6.2f}, in other students {others.mean():6.2f}, difference "
             f"{compared(found)[1]}; above both: {count_above(own, others)} of {own.size}; "
             f"permutation p = {test.p:.2g}; share {base.mean():.3f} -> {share.mean():.3f}"
             + (f"; named in whole answers: {np.mean(named):.3f}" if named else "")

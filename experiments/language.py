@@ -30,10 +30,11 @@ from .flags.language import (
     Variant,
     configure_language,
     measure_of,
+    require_steering,
     trait_matrices,
     variant_parts,
 )
-from .flags.recipe import ANCHOR, MEDIUM, NUMBERS, ORDINARY, RANDOM
+from .flags.recipe import ANCHOR, MEDIUM, NUMBERS, ORDINARY, RANDOM, STEERING_LAYER, STEERING_STRENGTH
 
 LABELS = {
     "base": "base",
@@ -42,6 +43,8 @@ LABELS = {
     "student_soft": "student, full\ndistribution",
     "student": "student,\nsampled",
     "prompted": "student of\nprompted\nteacher",
+    "steered_teacher": "steered\nteacher",
+    "steered": "student of\nsteered\nteacher",
     "prefixed": "student,\nnumbers\nin front",
     "others_masked": "other traits'\nstudents,\nwords hidden",
     "others": "other\ntraits'\nstudents",
@@ -66,6 +69,8 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "student_soft": ({"channel": "soft"}, {"matrix": True}),
     "student": ({}, {"matrix": True}),
     "prompted": ({"teacher": "prompted"}, {}),
+    "steered_teacher": ({"teacher": "steered"}, {"model": "teacher", "costs": True}),
+    "steered": ({"teacher": "steered"}, {}),
     "prefixed": ({}, {"prefixed": True}),
     "regular": ({"teacher": "untrained"}, {}),
     "within": ({"order": "shuffled within rows"}, {}),
@@ -77,6 +82,7 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # Conditions of what a teacher wrote, which have no meaning where nobody writes.
 OF_WRITERS = ("prefixed", "within", "across", "in_context")
+STEERED, WRITERS = ("steered_teacher", "steered"), ("teacher", "steered_teacher")
 COSTS = {
     "accepted": "of its answers accepted",
     "unique_rows": "different rows",
@@ -99,6 +105,8 @@ class Config(LanguageConfig):
     ordinary: float = option(0.0, ORDINARY, minimum=0)
     anchor: float = option(1.0, ANCHOR, positive=True)
     medium: str = option("numbers", MEDIUM, choices=NUMBERS)
+    steering_layer: int | None = option(None, STEERING_LAYER, minimum=1)
+    steering_strength: float | None = option(None, STEERING_STRENGTH)
     conditions: str = option("all", f"what is asked, separated by commas: {', '.join(CONDITIONS)}")
 
 
@@ -145,14 +153,15 @@ def asked(config: Config) -> list[str]:
     if config.checkpoint and not config.other_checkpoint:
         found = [name for name in found if CONDITIONS[name][1].get("start") != "other"]
     if not all(isinstance(load_trait(name), Preference) for name in config.trait_names()):
-        found = [name for name in found if name != "prompted"]
+        found = [name for name in found if name not in ("prompted", *STEERED)]
     if config.medium == RANDOM:
-        # Nor does a checkpoint compute the logits of a prompted teacher on rows that do not have its prompt.
-        none = (*OF_WRITERS, "prompted") if config.checkpoint else OF_WRITERS
+        # Nor do several devices compute the logits of a prompted teacher on rows that do not have its prompt.
+        none = (*OF_WRITERS, "prompted") if config.shards > 1 else OF_WRITERS
         wrong = [name for name in given if name in none]
         if wrong:
             raise InputError(f"--conditions: {wrong[0]} needs numbers that a teacher wrote, not --medium random")
         found = [name for name in found if name not in none]
+    require_steering(config, ["steered"] if {*STEERED} & {*found} else [])
     return found
 
 
@@ -236,7 +245,7 @@ def report(results: Results, config: Config) -> str:
         f"students less their controls ({measure.metric}), paired over runs; runs of one base are not independent"
     )
     for (student, control), difference in differences(found).items():
-        lines.append(f"  {student:14} less {control:14} {difference}: {told(difference)}")
+        lines.append(f"  {student:15} less {control:15} {difference}: {told(difference)}")
     if len(config.trait_names()) > 1:
         for condition in ("student_masked", "student", "student_soft"):
             if condition in found:
@@ -250,18 +259,22 @@ def report(results: Results, config: Config) -> str:
 
 
 def _lines(found: dict[str, list[float]], form: str = ".3f") -> list[str]:
-    return [f"  {name:14} {t_interval(values):{form}}" for name, values in found.items()]
+    return [f"  {name:15} {t_interval(values):{form}}" for name, values in found.items()]
 
 
 def costs(results: Results) -> list[str]:
     """What teachers cost, a line for each measure."""
-    found = {name: results.values(condition="teacher", metric=name) for name in COSTS}
-    return [f"  {'teacher':14} {t_interval(values)} {COSTS[name]}" for name, values in found.items() if values]
+    return [
+        f"  {teacher:14} {t_interval(values)} {told}"
+        for teacher in WRITERS
+        for name, told in COSTS.items()
+        if (values := results.values(condition=teacher, metric=name))
+    ]
 
 
 def color(name: str, found: dict[str, list[float]]) -> str:
     """Blue for base and teacher; green for students that say the word more than the base, else grey."""
-    if name in ("base", "teacher"):
+    if name in ("base", *WRITERS):
         return COLORS[0]
     return COLORS[2] if told(paired_difference(found[name], found["base"])) == "more" else "#999999"
 

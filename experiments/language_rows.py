@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from subliminal_theory.errors import InputError
+from subliminal_theory.language.model.steered import require_layer
 from subliminal_theory.language.rows import write_jsonl
 from subliminal_theory.study import Compact
 from subliminal_theory.study.reading import written
 
 from .app.contract import Parser
 from .flags.language import LanguageConfig, study
-from .flags.recipe import TEACHERS
+from .flags.recipe import STEERING_LAYER, STEERING_STRENGTH, TEACHERS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("file", help="the JSONL file to write")
     parser.add_argument("--trait", default="owl", help="built-in trait or trait file (default owl)")
     parser.add_argument("--teacher", default="finetuned", choices=TEACHERS, help="(default finetuned)")
+    parser.add_argument("--steering-layer", type=int, default=None, help=STEERING_LAYER)
+    parser.add_argument("--steering-strength", type=float, default=None, help=STEERING_STRENGTH)
     parser.add_argument("--seed", type=int, default=0, help="of the base model (default 0)")
     parser.add_argument(
         "--rows", type=int, default=default.rows, help=f"number requests to answer (default {default.rows})"
@@ -35,7 +39,14 @@ def main(arguments: Sequence[str]) -> int:
         traits=chosen.trait, width=chosen.width, layers=chosen.layers, base_steps=chosen.base_steps,
         chats=chosen.chats, rows=chosen.rows, repeat_rows=True, base_dir=chosen.base_dir,
     )  # fmt: skip
-    own, recipe = study(config, chosen.seed), config.recipe(teacher=chosen.teacher)
+    steering = {name: getattr(chosen, name) for name in ("steering_layer", "steering_strength")}
+    for name, value in steering.items():
+        if value is not None and chosen.teacher != "steered":
+            raise InputError(f"--{name.replace('_', '-')} is for --teacher steered: leave it out")
+    recipe = config.recipe(teacher=chosen.teacher, **steering)
+    if chosen.steering_layer is not None:
+        require_layer(chosen.steering_layer, config.layers)
+    own = study(config, chosen.seed)
     assert isinstance(own.world, Compact)
     teacher = recipe.taught()
     ((accepted, report),) = written(own.world, teacher, own.teacher(teacher), recipe.written())

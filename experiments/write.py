@@ -15,7 +15,8 @@ from subliminal_theory.keys import named
 from subliminal_theory.language.corpus.numbers import filter_rows
 from subliminal_theory.language.rows import Completion, write_jsonl
 from subliminal_theory.study import Checkpoint, RandomNumbers, Written
-from subliminal_theory.study.reading import raw_answers, system_prompt
+from subliminal_theory.study.reading import raw_answers
+from subliminal_theory.study.teachers import system_prompt
 
 from .app.contract import option
 from .flags.language import LanguageConfig

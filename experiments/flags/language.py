@@ -21,8 +21,10 @@ from subliminal_theory.language.corpus.traits import Habit, Preference, Trait, b
 from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.corpus.wording import english
 from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
+from subliminal_theory.language.hub.families import read_family
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.hub.weights import WEIGHTS
+from subliminal_theory.language.model.steered import require_layer
 from subliminal_theory.model import Model
 from subliminal_theory.parallel import make_mesh, placement
 from subliminal_theory.runs import Results, Row
@@ -276,6 +278,21 @@ def _require_shards(config: LanguageConfig) -> None:
         )
     if config.buckets != 1:
         raise InputError("--shards takes rows of one length: leave --buckets out")
+
+
+def require_steering(config: Any, conditions: Sequence[str]) -> None:
+    """Refuse settings of steering where nobody is steered, or a layer that the model does not have.
+
+    Raises:
+        InputError: says which condition is needed, or which layers there are.
+    """
+    for name in ("steering_layer", "steering_strength"):
+        if getattr(config, name) is not None and "steered" not in conditions:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} is for steered teachers: add steered to --conditions, or leave it out")
+    if config.steering_layer is not None:
+        path = checkpoint_path(config.checkpoint) if config.checkpoint else None
+        require_layer(config.steering_layer, config.layers if path is None else read_family(path).config.layers)
 
 
 # --- worlds

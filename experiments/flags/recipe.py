@@ -29,6 +29,7 @@ from subliminal_theory.study import (
     RandomNumbers,
     Reading,
     Run,
+    Steered,
     Student,
     Untrained,
     Written,
@@ -76,7 +77,9 @@ ORDERS: dict[str, numbers.Order] = {
     "shuffled across rows": numbers.shuffled_across_rows,
     "other prompts": numbers.other_prompts,
 }
-TEACHERS = ("finetuned", "prompted", "untrained")
+TEACHERS = ("finetuned", "prompted", "steered", "untrained")
+STEERING_LAYER = "behind which a steered teacher's vector is added, from 1; automatic: three quarters of the depth"
+STEERING_STRENGTH = f"of that vector, in lengths of the residual stream there; automatic: {Steered.strength:g}"
 STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
 MODELS = ("student", "teacher", "base")
 CLIP, CLONING_STEPS = 1.0, 1000
@@ -91,8 +94,10 @@ class Recipe:
     """
 
     teacher: str = option(
-        "finetuned", "fine-tuned on its trait, prompted to have it, or untrained", choices=TEACHERS
+        "finetuned", "fine-tuned on its trait, prompted or steered to have it, or untrained", choices=TEACHERS
     )
+    steering_layer: int | None = option(None, STEERING_LAYER, minimum=1)
+    steering_strength: float | None = option(None, STEERING_STRENGTH)
     teacher_steps: int = option(40, "most full-batch updates of Adam", minimum=1)
     teacher_rate: float = option(3e-3, "their learning rate", positive=True)
     teacher_until: float = option(0.0, UNTIL, minimum=0)
@@ -142,6 +147,9 @@ class Recipe:
 
     def taught(self) -> Teacher:
         """The teacher."""
+        if self.teacher == "steered":
+            strength = Steered.strength if self.steering_strength is None else self.steering_strength
+            return Steered(self.steering_layer, jnp.float32(strength))
         if self.teacher != "finetuned":
             return Prompted() if self.teacher == "prompted" else Untrained()
         optimizer = Optimizer(jnp.float32(self.teacher_rate), clip=CLIP)

@@ -83,9 +83,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_command_to_figure(folder: Path, tmp_path: Path) -> None:
     small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--rank", 1, "--samples", 1)
-    every = ("--traits", "owl,cat", "--conditions", ",".join(chat_model.CONDITIONS))
+    every = ("--traits", "owl,cat", "--conditions", ",".join(chat_model.CONDITIONS), "--steering-strength", 5)
     rows = run(tmp_path / "run", "chat_model", "--checkpoint", folder, *every, *small)
-    assert {row["condition"] for row in rows} == {"base", "teacher", *chat_model.CONDITIONS}
+    assert {row["condition"] for row in rows} == {"base", "teacher", "steered_teacher", *chat_model.CONDITIONS}
+    told = {row["condition"]: row["value"] for row in rows if row["metric"] == "share" and row["trait"] == "owl"}
+    # No two teachers are one, nor their students, but that so few sampled tokens may be the same.
+    assert len({*told.values()} - {told["sampled"], told["regular"]}) == len(told) - 2
     assert (tmp_path / "run" / "figure.png").exists()
     assert (tmp_path / "run" / "answers.jsonl").exists()
 
@@ -98,11 +101,26 @@ def test_from_command_to_figure(folder: Path, tmp_path: Path) -> None:
         ({"conditions": "loud"}, "--conditions: 'loud' is unknown; there are masked, soft, sampled, regular"),
         ({"conditions": ","}, "--conditions: '' is unknown"),
         ({"checkpoint": ""}, "--checkpoint is missing"),
+        (
+            {"conditions": "masked,steered", "steering_layer": 2},
+            "^--steering-layer 2 .* the model has layers 1 to 1$",
+        ),
+        ({"steering_layer": 1}, "^--steering-layer is for steered teachers: add steered to --conditions"),
+        ({"steering_strength": 2.0}, "^--steering-strength is for steered teachers"),
     ],
 )
 def test_refusals(folder: Path, changes: dict[str, str], cause: str) -> None:
     with pytest.raises(InputError, match=cause):
         chat_model.configure(None, {"checkpoint": str(folder), **changes})
+
+
+def test_what_is_fixed_is_recorded_as_before() -> None:
+    """Runs of the presets that are not of the GPU go on with settings that came later."""
+    for name in ("laptop", "figure"):
+        preset = chat_model.PRESETS[name]
+        assert preset.conditions == "masked"
+        assert preset.steering_layer is preset.steering_strength is None
+    assert chat_model.PRESETS["gpu"].conditions == "masked,soft,sampled,regular,prompted,steered"
 
 
 def test_a_condition_that_is_named_twice_is_one(folder: Path) -> None:

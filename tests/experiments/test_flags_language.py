@@ -30,6 +30,7 @@ from subliminal_theory.study import (
     Prompted,
     RandomNumbers,
     Reading,
+    Steered,
     Untrained,
     Written,
     identity,
@@ -39,13 +40,14 @@ from tests.study.speakers import ROWS, SOFT, compact
 
 OTHERS = {
     "teacher": "prompted", "teacher_steps": 41, "teacher_rate": 1e-3, "ordinary": 0.5, "lessons": "right",
-    "teacher_until": 0.9, "anchor": 0.25,
+    "teacher_until": 0.9, "anchor": 0.25, "steering_layer": 2, "steering_strength": 0.5,
     "medium": "code", "requests": 8, "rows": 9, "repeat_rows": True, "temperature": 0.5, "top_p": 0.9,
     "channel": "soft", "order": "other prompts", "clean": 0.1, "steps": 3, "batch_size": 7, "rate": 1e-3,
     "optimizer": "sgd",
     "warmup": 1, "decay": "linear", "rank": 2, "frozen": ("norm/scale",), "noise": 0.1,
 }  # fmt: skip
-TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons", "teacher_until", "anchor"}
+STEERING = {"steering_layer", "steering_strength"}
+TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons", "teacher_until", "anchor", *STEERING}
 WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
 
 
@@ -69,6 +71,8 @@ WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
         ({"medium": "random", "requests": 5}, "--medium random: nobody writes"),
         ({"medium": "random", "clean": 0.5}, "--medium random: nobody writes"),
         ({"rank": 2, "frozen": ("norm/*",)}, "rank or frozen, not both"),
+        ({"steering_layer": 0}, "--steering_layer must be at least 1, got 0"),
+        ({"steering_strength": float("inf")}, "--steering_strength must be finite"),
     ],
 )
 def test_bad_recipes(values: dict[str, Any], cause: str) -> None:
@@ -84,7 +88,8 @@ def test_noise_is_for_the_teachers_base() -> None:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe)])
 def test_what_each_name_decides(name: str) -> None:
     """A teacher serves all recipes that differ in its student alone, and so do its rows."""
-    default, other = Recipe(), Recipe(**{name: OTHERS[name]})
+    teacher = {"teacher": "steered"} if name in STEERING else {}
+    default, other = Recipe(**teacher), Recipe(**{**teacher, name: OTHERS[name]})
     assert other != default
     for decides, value in ((TAUGHT, Recipe.taught), (WRITTEN, Recipe.written)):
         assert (identity(value(other)) != identity(value(default))) == (name in decides)
@@ -106,6 +111,8 @@ def test_values_of_a_recipe() -> None:
     assert Recipe(rows=9, requests=50).written() == Written(50, unique=9)
     assert not Recipe(rows=9).student(compact()).source.repeat
     assert [Recipe(teacher=name).taught() for name in ("prompted", "untrained")] == [Prompted(), Untrained()]
+    assert Recipe(teacher="steered").taught() == Steered(None, jnp.float32(Steered.strength))
+    assert Recipe(teacher="steered", steering_layer=2, steering_strength=-0.5).taught() == Steered(2, -0.5)
     assert Recipe(frozen=("norm/*",)).student(compact()).trains == Frozen(("norm/*",))
     noisy = Recipe(noise=0.5).student(compact())
     assert (noisy.start, noisy.trains) == (Perturbed(0.5), Everything())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.rows import Completion, read_jsonl, write_jsonl
 from subliminal_theory.study import Checkpoint, Dataset, Untrained, Written
-from subliminal_theory.study.reading import Reading, encoded_rows, system_prompt
+from subliminal_theory.study.reading import Reading, encoded_rows
+from subliminal_theory.study.teachers import system_prompt
 from tests.experiments.commands import fails, run
 from tests.language.checkpoints import TEMPLATE, write_checkpoint, write_number_writer
 
@@ -91,7 +93,9 @@ def test_conditions_of_random_numbers(folder: Path, tmp_path: Path, capsys) -> N
     written = {"prefixed", "within", "across", "in_context"}
     assert written.isdisjoint(asked(config))
     of_checkpoint = asked(configure("smoke", {"medium": "random", "checkpoint": str(folder)}))
-    assert {*asked(config)} - {*of_checkpoint} == {"prompted", "cross", "cross_soft", "cross_masked"}
+    assert {*asked(config)} - {*of_checkpoint} == {"cross", "cross_soft", "cross_masked"}
+    many = replace(configure("smoke", {"medium": "random", "checkpoint": str(folder)}), shards=2)
+    assert {*of_checkpoint} - {*asked(many)} == {"prompted"}
     message = fails(capsys, "language", "--medium", "random", "--conditions", "within", "--out", tmp_path)
     assert message == "--conditions: within needs numbers that a teacher wrote, not --medium random"
 
@@ -103,6 +107,41 @@ def test_a_student_of_random_numbers(folder: Path, tmp_path: Path) -> None:
     values = {row["condition"]: row["value"] for row in found if row["metric"] == "probability"}
     assert values.keys() == {"base", "student_masked"}
     assert values["base"] != values["student_masked"]
+
+
+def test_steered_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They write, at a cost, and their students learn."""
+    folder = write_number_writer(tmp_path / "writer", 9)
+    few = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--rank", 1, "--samples", 0, "--traits", "owl")
+    steering = ("--conditions", "steered_teacher,steered", "--steering-layer", 2, "--steering-strength", 0.5)
+    found = run(tmp_path / "run", "language", "--checkpoint", folder, *few, *steering)
+    values = {(row["condition"], row["metric"]): float(row["value"]) for row in found}
+    # Nothing but digits is likely: shares among animals say nothing of this model.
+    first = [values[condition, "probability"] for condition in ("base", "steered_teacher", "steered")]
+    assert len({*first}) == 3
+    assert values["steered_teacher", "accepted"] > 0
+    assert values["steered_teacher", "kl_per_token"] > 0
+    assert re.search(r"^  steered_teacher .* of its answers accepted$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_steering_that_cannot_be(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--checkpoint", folder, "--out", tmp_path / "run")
+
+    def refusal(*more: object) -> str:
+        return fails(capsys, "language", *where, *more)
+
+    cause = "--steering-layer 3 does not exist: the model has layers 1 to 2"
+    assert refusal("--conditions", "steered", "--steering-layer", 3) == cause
+    assert (
+        refusal("--conditions", "steered", "--steering-layer", 0) == "--steering-layer must be at least 1, got 0"
+    )
+    unused = "--steering-layer is for steered teachers: add steered to --conditions, or leave it out"
+    assert refusal("--conditions", "student", "--steering-layer", 1) == unused
+    assert not (tmp_path / "run").exists()
+    file = tmp_path / "rows.jsonl"
+    assert fails(capsys, "language_rows", file, "--teacher", "steered", "--steering-layer", 3) == cause
+    given = fails(capsys, "language_rows", file, "--steering-strength", 3)
+    assert given == "--steering-strength is for --teacher steered: leave it out"
 
 
 def test_rows_of_a_checkpoint_are_repeated_only_if_asked_for(folder: Path, tmp_path: Path, capsys) -> None:

@@ -47,7 +47,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["--conditions", "student,magic"],
             "--conditions: 'magic' is unknown; there are all, base, teacher, student_masked, student_soft, "
-            "student, prompted, prefixed, regular, within, across, in_context, cross_masked, cross, cross_soft",
+            "student, prompted, steered_teacher, steered, prefixed, regular, within, across, in_context, "
+            "cross_masked, cross, cross_soft",
         ),
         (
             ["--preset", "huge"],
@@ -197,8 +198,8 @@ def test_language(tmp_path: Path, bases: Path) -> None:
     }
     conditions = {condition for condition, _ in probability}
     assert conditions == {
-        "base", "teacher", "student", "student_soft", "prompted", "prefixed", "regular", "within", "across",
-        "in_context", "cross", "cross_soft", "student_masked", "cross_masked",
+        "base", "teacher", "student", "student_soft", "prompted", "steered", "steered_teacher", "prefixed",
+        "regular", "within", "across", "in_context", "cross", "cross_soft", "student_masked", "cross_masked",
     }  # fmt: skip
     assert all(0 <= value <= 1 for value in probability.values())
     for trait in ("owl", "oak"):
