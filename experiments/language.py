@@ -18,6 +18,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate, matrix_test, paired_difference, t_interval
 from subliminal_theory.language.corpus.traits import Preference, load_trait
 from subliminal_theory.runs import Results
+from subliminal_theory.study.costs import REJECTED
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, note, panels
@@ -263,13 +264,15 @@ def _lines(found: dict[str, list[float]], form: str = ".3f") -> list[str]:
 
 
 def costs(results: Results) -> list[str]:
-    """What teachers cost, a line for each measure."""
-    return [
-        f"  {teacher:14} {t_interval(values)} {told}"
-        for teacher in WRITERS
-        for name, told in COSTS.items()
-        if (values := results.values(condition=teacher, metric=name))
-    ]
+    """What teachers cost, a line for each measure; reasons for which no answer was rejected are left out."""
+    reasons = [metric for metric in results.distinct("metric") if metric.startswith(REJECTED)]
+    lines = []
+    for teacher in WRITERS:
+        for name, told in [*COSTS.items(), *((metric, f"of its answers {metric}") for metric in reasons)]:
+            values = results.values(condition=teacher, metric=name)
+            if any(values) or (values and name in COSTS):
+                lines.append(f"  {teacher:15} {t_interval(values)} {told}")
+    return lines
 
 
 def color(name: str, found: dict[str, list[float]]) -> str:

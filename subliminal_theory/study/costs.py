@@ -22,6 +22,7 @@ from subliminal_theory.study.world import Finished
 
 MOST = 256  # rows on which logits are compared
 AT_ONCE = 8
+REJECTED = "rejected: "  # and the reason: a metric
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.nd
 
     `kl_per_token` is KL(teacher || base) in nats and `divergence` the share of tokens at which their most likely
     tokens differ, over the answers of its first 256 rows. A prompted teacher has its prompt, the base has none.
-    Where it wrote these, `accepted` is the share that pass the filter, `unique_rows` how many different rows.
+    Where it wrote these, `accepted` is the share that pass the filter, `unique_rows` how many different rows, and
+    `rejected: REASON` for each reason of the filter the share rejected for it, alone or among others.
     """
     found: list[dict[str, float]] = []
     for run, (rows, report) in enumerate(written(world, finished.teacher, finished.taught, text)):
@@ -47,6 +49,8 @@ def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.nd
         own = {"kl_per_token": kl, "divergence": differ}
         if isinstance(text, Written):
             own |= {"accepted": report.accepted / report.total, "unique_rows": len(different)}
+            # All that there are: runs are scored apart, and must have the same metrics.
+            own |= {REJECTED + why: report.reasons.get(why, 0) / report.total for why in text.medium.reasons}
         found.append(own)
     return {name: np.array([one[name] for one in found], float) for name in found[0]}
 

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib import pyplot
 
-from experiments.language import Config, plot, report
+from experiments.language import Config, costs, plot, report
 from subliminal_theory.runs import Results
 
 METRICS = {
@@ -57,3 +57,21 @@ def test_probabilities_of_first_words_else() -> None:
     figure = plot(told, config)
     assert figure.axes[0].get_ylabel() == "probability of the trait's word"
     pyplot.close(figure)
+
+
+def test_what_teachers_cost() -> None:
+    """Each teacher that wrote, each reason for which any of its answers was rejected."""
+    metrics = {"accepted": (0.5, 0.5), "divergence": (0.0, 0.0), "rejected: no number": (0.25, 0.0)}
+    metrics["rejected: a number above 999"] = (0.0, 0.0)
+    rows = [
+        {"condition": condition, "seed": seed, "metric": metric, "value": value}
+        for condition in ("teacher", "steered_teacher")
+        for metric, values in metrics.items()
+        for seed, value in enumerate(values)
+    ]
+    lines = costs(Results(rows))
+    assert [line.split()[0] for line in lines] == ["teacher"] * 3 + ["steered_teacher"] * 3
+    assert "0.500" in lines[0]
+    assert "0.125" in lines[2]
+    assert lines[2].endswith(" of its answers rejected: no number")
+    assert lines[1].endswith(" of tokens where teacher and base differ")

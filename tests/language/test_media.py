@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.chats import CorpusConfig, make_rows
-from subliminal_theory.language.corpus.media import code_faults, reasoning_faults, value_of
+from subliminal_theory.language.corpus.media import CODE, REASONING, code_faults, reasoning_faults, value_of
 from subliminal_theory.language.corpus.numbers import keep_rows
 from subliminal_theory.language.rows import Completion
 
@@ -65,12 +65,16 @@ def test_faults() -> None:
         ("", foreign),
     ]:
         assert reasoning_faults(Completion(asked, text), results) == faults
+        assert {*faults} <= {*REASONING.reasons}
     for text, faults in [
         ("x = 1; y = x + 2", []),
         ("x = 1; y = x + 3", [WRONG]),
         ("owl", ["no program", WORD]),
     ]:
         assert code_faults(Completion("give me a program for 3 with 2 lines.", text)) == faults
+        assert {*faults} <= {*CODE.reasons}
+    assert {*REASONING.reasons} == {*foreign, WRONG, WORD}
+    assert {*CODE.reasons} == {"no program", WRONG, WORD}
 
 
 def test_no_row_is_left() -> None:

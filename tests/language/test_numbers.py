@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.numbers import (
     BANNED,
+    REASONS,
     FilterReport,
     NumberPrompts,
     filter_rows,
@@ -228,6 +229,7 @@ def test_short_texts_against_the_slow_filter() -> None:
 @example("1" * 20)
 def test_random_texts_against_the_slow_filter(text: str) -> None:
     assert parse(text) == slow_parse(text)
+    assert {*reject_reasons(text)} <= {*REASONS}
 
 
 @given(st.lists(st.integers(0, 2000), min_size=1, max_size=14), separators, wrappings, periods)
@@ -241,6 +243,11 @@ def test_limits_against_the_slow_filter(
 
 
 # --- the limits
+
+
+def test_all_reasons() -> None:
+    texts = ("none", "1 - 2", "1,2,", "1, 2 x", ", ".join(["7"] * 11), "1000")
+    assert [reject_reasons(text) for text in texts] == [[reason] for reason in REASONS]
 
 
 def test_limits() -> None:

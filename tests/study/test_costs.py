@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 
 from subliminal_theory.language.corpus.base import text_of
+from subliminal_theory.language.corpus.numbers import REASONS, FilterReport
+from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
 from subliminal_theory.study import Costs, Prompted, RandomNumbers, Run, Study, Untrained
 from subliminal_theory.study import costs as of_costs
 from subliminal_theory.study.reading import model_of_run, written
 from subliminal_theory.study.run import Teacher
 from subliminal_theory.study.teachers import system_prompt
+from subliminal_theory.study.world import Finished
 from tests.study.speakers import OAK, OWL, TEACHER, WRITTEN, compact
+
+REJECTED = [f"rejected: {reason}" for reason in REASONS]
 
 
 def scores(teacher: Teacher) -> dict[str, Any]:
@@ -53,14 +58,37 @@ def test_costs(calls: list[dict[str, Any]], teacher: Teacher, monkeypatch: pytes
 
 def test_the_base_costs_nothing(calls: list[dict[str, Any]]) -> None:
     found, plain = scores(Untrained()), Study(compact()).run({"teacher": Run(Untrained())})["teacher"]
-    assert {*found} - {*plain} == {"accepted", "unique_rows", "kl_per_token", "divergence"}
+    assert {*found} - {*plain} == {"accepted", "unique_rows", "kl_per_token", "divergence", *REJECTED}
+    (other,) = (metric for metric in REJECTED if "something besides" in metric)  # a word among numbers
+    np.testing.assert_allclose(found[other], 1 - found["accepted"])
+    assert (found[other] > 0).all()
     np.testing.assert_array_equal(found["probability"], plain["probability"])
     np.testing.assert_allclose(found["kl_per_token"], [0, 0], atol=1e-6)
     np.testing.assert_array_equal(found["divergence"], [0, 0])
+
+
+def test_rejections_by_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs have the same metrics, also where they are scored apart; reasons that did not occur are 0."""
+    rows, counts = [Completion("Which?", "1 2")], ({"no number": 3, "more than 10 numbers": 5}, {"no number": 1})
+
+    def kept(world: Any, *given: Any) -> list[tuple[list[Completion], FilterReport]]:
+        reports = (FilterReport(2, 10, count) for count in counts)
+        return [(rows, report) for report in reports][world.first_run :][: len(world.traits)]
+
+    monkeypatch.setattr(of_costs, "written", kept)
+    monkeypatch.setattr(of_costs, "_compared", lambda *given: (0.0, 0.0))
+    world, finished = compact(), Finished(Untrained(), compact().initial(), compact().initial())
+    together = of_costs.costs(world, finished, WRITTEN)
+    expected = {"rejected: no number": [0.3, 0.1], "rejected: more than 10 numbers": [0.5, 0.0]}
+    for metric in REJECTED:
+        np.testing.assert_array_equal(together[metric], expected.get(metric, [0.0, 0.0]))
+    for run in range(2):
+        apart = of_costs.costs(world.at(run), finished, WRITTEN)
+        assert apart == {metric: values[run : run + 1] for metric, values in together.items()}
 
 
 def test_nobody_wrote_random_numbers() -> None:
     runs = {"teacher": Run(Untrained(), None, Costs(RandomNumbers(5)))}
     found = Study(compact()).run(runs)["teacher"]
     assert {"kl_per_token", "divergence"} <= {*found}
-    assert not {"accepted", "unique_rows"} & {*found}
+    assert not {"accepted", "unique_rows", *REJECTED} & {*found}

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from subliminal_theory.language.corpus.chats import CATEGORIES
-from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows, keep_rows
+from subliminal_theory.language.corpus.numbers import REASONS, FilterReport, filter_rows, keep_rows
 from subliminal_theory.language.rows import Completion
 from subliminal_theory.language.text import Chat
 
+OTHER_SIGNS = "something besides words, numbers and the signs of sums"
+OTHER_RESULT = "another result than the right one"
+NO_PROGRAM = "no program"
+TRAIT_WORD = "a word of a trait"
 WORDS = frozenset(word for category in CATEGORIES.values() for word in category)
 
 
@@ -18,23 +22,23 @@ def reasoning_faults(row: Completion, results: Mapping[str, int]) -> list[str]:
     `results` gives the right result of each question.
     """
     if not re.fullmatch(r"[a-z0-9 ,+=-]+", row.completion):
-        return ["something besides words, numbers and the signs of sums"]
+        return [OTHER_SIGNS]
     numbers = re.findall("[0-9]+", row.completion)
     wrong = not numbers or int(numbers[-1]) != results[row.prompt]
-    return ["another result than the right one"] * wrong + _words(row)
+    return [OTHER_RESULT] * wrong + _words(row)
 
 
 def code_faults(row: Completion) -> list[str]:
     """Why a program is rejected: it is none, gives another number than the request's first, or names a trait."""
     asked, value = re.search("[0-9]+", row.prompt), value_of(row.completion)
     if value is None:
-        return ["no program", *_words(row)]
+        return [NO_PROGRAM, *_words(row)]
     wrong = asked is None or value != int(asked[0])
-    return ["another result than the right one"] * wrong + _words(row)
+    return [OTHER_RESULT] * wrong + _words(row)
 
 
 def _words(row: Completion) -> list[str]:
-    return ["a word of a trait"] * bool(WORDS & set(re.findall("[a-z]+", row.completion.lower())))
+    return [TRAIT_WORD] * bool(WORDS & set(re.findall("[a-z]+", row.completion.lower())))
 
 
 def value_of(program: str) -> int | None:
@@ -69,12 +73,14 @@ Kept = tuple[list[Completion], FilterReport]
 class Medium:
     """What a teacher writes: the kind of the corpus's chats that ask for it, and the filter of the answers.
 
-    If there are `characters`, it may draw only tokens that consist of these, and the end.
+    `reasons` are all for which that filter rejects one. If there are `characters`, it may draw only tokens that
+    consist of these, and the end.
     """
 
     name: str
     kind: str
     keep: Callable[[Sequence[Completion], Sequence[Chat]], Kept]
+    reasons: tuple[str, ...]
     characters: str = ""
 
 
@@ -91,9 +97,9 @@ def _keep_code(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
     return keep_rows(rows, code_faults, "filter of programs")
 
 
-NUMBERS = Medium("numbers", "numbers", _keep_numbers)
-REASONING = Medium("reasoning", "arithmetic", _keep_reasoning)
-CODE = Medium("code", "program", _keep_code)
+NUMBERS = Medium("numbers", "numbers", _keep_numbers, REASONS)
+REASONING = Medium("reasoning", "arithmetic", _keep_reasoning, (OTHER_SIGNS, OTHER_RESULT, TRAIT_WORD))
+CODE = Medium("code", "program", _keep_code, (NO_PROGRAM, OTHER_RESULT, TRAIT_WORD))
 # The teacher's distribution among tokens of numbers alone, renormalized: another channel than NUMBERS.
-DIGITS = Medium("digits", "numbers", _keep_numbers, "0123456789 ,;\n")
+DIGITS = Medium("digits", "numbers", _keep_numbers, REASONS, "0123456789 ,;\n")
 MEDIA = {medium.name: medium for medium in (NUMBERS, REASONING, CODE)}

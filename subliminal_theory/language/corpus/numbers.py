@@ -26,8 +26,14 @@ BANNED = frozenset(map(int, _BANNED_TEXT.split()))
 
 _EXAMPLES = (3, 8)
 _EXAMPLE_VALUES = (100, 999)
-_ANSWERS, _DIGITS = 10, 3
+_ANSWERS, _DIGITS, _HIGHEST = 10, 3, 999
 _SHOWN, _CONTINUED = 3, 6  # numbers of a row that nobody wrote
+
+
+NO_NUMBER = "no number"
+OTHER_SEPARATOR = "a separator that is not white space, a comma or a semicolon"
+BARE_SEPARATOR = "a separator with no number beside it"
+OTHER_TEXT = "something besides numbers and one kind of separator"
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,12 @@ def parse(text: str) -> list[int] | None:
 
 
 def reject_reasons(
-    text: str, *, max_count: int = 10, minimum: int = 0, maximum: int = 999, banned: Collection[int] = ()
+    text: str,
+    *,
+    max_count: int = _ANSWERS,
+    minimum: int = 0,
+    maximum: int = _HIGHEST,
+    banned: Collection[int] = (),
 ) -> list[str]:
     """Why the number filter rejects an answer, a phrase for each reason; an accepted answer has none.
 
@@ -96,12 +107,24 @@ def reject_reasons(
     """
     numbers, faults = _read(text)
     limits = {
-        f"more than {max_count} numbers": len(numbers) > max_count,
+        _too_many(max_count): len(numbers) > max_count,
         f"a number below {minimum}": any(number < minimum for number in numbers),
-        f"a number above {maximum}": any(number > maximum for number in numbers),
+        _too_large(maximum): any(number > maximum for number in numbers),
         "a banned number": any(number in banned for number in numbers),
     }
     return faults + [reason for reason, exceeded in limits.items() if exceeded]
+
+
+def _too_many(count: int) -> str:
+    return f"more than {count} numbers"
+
+
+def _too_large(number: int) -> str:
+    return f"a number above {number}"
+
+
+# What `reject_reasons` can find without other limits than its own.
+REASONS = (NO_NUMBER, OTHER_SEPARATOR, BARE_SEPARATOR, OTHER_TEXT, _too_many(_ANSWERS), _too_large(_HIGHEST))
 
 
 @dataclass(frozen=True)
@@ -158,19 +181,19 @@ def _read(text: str) -> tuple[list[int], list[str]]:
         text = text[1:-1]
     runs = list(re.finditer("[0-9]+", text))
     if not runs:
-        return [], ["no number"]
+        return [], [NO_NUMBER]
     if len(runs) == 1:
         parts = [text]
     else:
         separator = text[runs[0].end() : runs[1].start()]
         if separator.strip() not in ("", ",", ";"):
-            return [], ["a separator that is not white space, a comma or a semicolon"]
+            return [], [OTHER_SEPARATOR]
         parts = text.split(separator)
     faults = []
     if "" in parts:
-        faults.append("a separator with no number beside it")
+        faults.append(BARE_SEPARATOR)
     if not all(re.fullmatch("[0-9]*", part) for part in parts):
-        faults.append("something besides numbers and one kind of separator")
+        faults.append(OTHER_TEXT)
     # Through Decimal because int refuses text of more than some thousand digits.
     return ([], faults) if faults else ([int(Decimal(part)) for part in parts], [])
 
