@@ -369,11 +369,11 @@ def _world(config: LanguageConfig, seed: int, other: Callable[[int], Model], mes
     if not config.checkpoint:
         base = base_model(config, seed)
         return Compact(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], other)
-    store = None if config.saves is None else Store(Path(config.saves), config.save_every, progress)
+    store = None if config.saves is None else Store(Path(config.saves), config.save_every)
     opened = replace(_opened(config.checkpoint, config.compute, config.gradient_checkpointing, mesh), seed=seed)
     return Checkpoint(
         opened, checkpoint_traits(config), other, prompts=number_prompts(config), store=store,
-        buckets=config.buckets, mesh=mesh, samples=config.samples,
+        buckets=config.buckets, mesh=mesh, samples=config.samples, progress=progress,
         opened=lambda name: _opened(name, config.compute, config.gradient_checkpointing, mesh).model,
     )  # fmt: skip
 

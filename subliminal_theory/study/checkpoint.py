@@ -27,7 +27,7 @@ from subliminal_theory.study import asking, reading
 from subliminal_theory.study.run import Student, Teacher
 from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, trained
-from subliminal_theory.study.store import Store, export
+from subliminal_theory.study.store import Report, Store, export, silent, what_trains
 from subliminal_theory.study.texts import Material, RandomNumbers, Reading, Written
 from subliminal_theory.study.world import Finished, Memo
 
@@ -49,6 +49,7 @@ class Checkpoint(Speaker):
             them and answers a share of the requests there.
         samples: whole answers to each question about a trait that are drawn and searched for its word.
         opened: the model of a name, of a teacher that was taught elsewhere.
+        progress: `progress(what, total, unit)` opens a report on rows and training.
     """
 
     base: CheckpointBase
@@ -58,6 +59,7 @@ class Checkpoint(Speaker):
     mesh: Mesh | None = None
     samples: int = 0
     opened: Callable[[str], Model] | None = None
+    progress: Report = silent
     memo: Memo = field(default_factory=lambda: Memo(most=1))
 
     at_once = 256
@@ -91,7 +93,13 @@ class Checkpoint(Speaker):
         """Training, from the store where there is one; students that start at this base are exported there."""
         jobs = {name: self._placed(job) for name, job in jobs.items()}
         if self.store is None:
-            yield from trained(jobs, stops, keys, self.computation)
+            for name, job in jobs.items():
+                with self.progress(what_trains(job, ", ".join(self.names)), job.steps, "steps") as advance:
+                    found = list(trained({name: job}, stops, keys, self.computation))
+                    jax.block_until_ready([result.losses for _, _, result in found])
+                    advance(job.steps)
+                while found:  # a model is let go before the next one trains
+                    yield found.pop(0)
             return
         kind = (str(self.base.checkpoint.family.config), str(self.model.apply.dtype))  # type: ignore[attr-defined]
         for name, job in jobs.items():
@@ -99,7 +107,7 @@ class Checkpoint(Speaker):
             exported = isinstance(own, Student) and not isinstance(own.start, Fresh)
             for stop, result in self.store.trained(
                 job, stops[name], keys, self.names, self.computation, (kind, own),
-                self._export if exported else _nothing,
+                self._export if exported else _nothing, self.progress,
             ):  # fmt: skip
                 yield name, stop, result
 
@@ -181,10 +189,15 @@ class Checkpoint(Speaker):
 
     def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
         """The answers from each start on, from disk where they are there."""
-        if self.store is None:
-            return map(block, starts)
-        kind = (str(self.base.checkpoint.family.config), self.tokenizer.stop, self.tokenizer.pad)
-        return self.store.blocks(f"base {self.base.seed}", starts, block, (kind, decided_by))
+        name = f"base {self.base.seed}"
+        found: Iterator[np.ndarray] = map(block, starts)
+        if self.store is not None:
+            kind = (str(self.base.checkpoint.family.config), self.tokenizer.stop, self.tokenizer.pad)
+            found = self.store.blocks(name, starts, block, (kind, decided_by))
+        with self.progress(f"rows of {name}", len(starts), "blocks") as advance:
+            for answers in found:
+                advance(1)
+                yield answers
 
     def as_writer(self, teacher: Model) -> Model:
         """A teacher where it writes: whole on every device."""

@@ -34,19 +34,21 @@ from subliminal_theory.study.stages import Computation, Job, Result, of_run, tra
 FORMAT = 3  # to be raised when the same settings give other rows or other training
 SAVES, DONE, STUDENT = "saves", "trained.safetensors", "student"
 
+# Opens a report on something, of some number of units.
 Report = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+def silent(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """A report that nobody reads."""
+    return contextlib.nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder, and after how many steps training is saved. Runs may share it: they wait for each other.
-
-    `progress(what, total, unit)` opens a report of progress.
-    """
+    """A folder, and after how many steps training is saved. Runs may share it: they wait for each other."""
 
     folder: Path
     every: int
-    progress: Report = lambda what, total, unit: contextlib.nullcontext(lambda done: None)
 
     @contextlib.contextmanager
     def _place(self, name: str, decided_by: Any) -> Iterator[tuple[Path, str]]:
@@ -67,16 +69,12 @@ class Store:
         Raises:
             InputError: a file cannot be read or written.
         """
-        with (
-            self._place(f"rows {name}", (decided_by, str(starts))) as (folder, _),
-            self.progress(f"rows of {name}", len(starts), "blocks") as advance,
-        ):
+        with self._place(f"rows {name}", (decided_by, str(starts))) as (folder, _):
             for start in starts:
                 path = folder / f"{start:08d}.safetensors"
                 if not path.exists():
                     save_arrays(path, {"tokens": block(start)})
                 yield _read(path)["tokens"]
-                advance(1)
 
     def trained(
         self,
@@ -87,11 +85,12 @@ class Store:
         how: Computation,
         decided_by: Any,
         finish: Callable[[Path, Model], None] = lambda folder, model: None,
+        progress: Report = silent,
     ) -> Iterator[tuple[int, Result]]:
         """A job after some numbers of steps, one run after the other, each from where its saves are.
 
         The job's parameters are used up. `finish` sees the folder and model of each run before what it was made
-        from is removed.
+        from is removed. `progress` opens a report on each run.
 
         Raises:
             InputError: as `run_resumably`, or a file cannot be read or written.
@@ -99,7 +98,9 @@ class Store:
         runs = [of_run(job, slice(run, run + 1), how) if len(keys) > 1 else job for run in range(len(keys))]
         for steps in stops:
             done = [
-                self._one(replace(one, steps=steps), key, who, how, decided_by, finish, steps == stops[-1])
+                self._one(
+                    replace(one, steps=steps), key, who, how, decided_by, finish, progress, steps == stops[-1]
+                )
                 for one, key, who in zip(runs, keys, names, strict=True)
             ]
             params, losses = stacked(done)
@@ -108,13 +109,13 @@ class Store:
 
     def _one(
         self, job: Job, key: Key[Array, ""], who: str, how: Computation, decided_by: Any,
-        finish: Callable[[Path, Model], None], last: bool,
+        finish: Callable[[Path, Model], None], progress: Report, last: bool,
     ) -> tuple[PyTree, Array]:  # fmt: skip
         """Parameters and losses of a job of one run."""
-        name = f"the {'student' if job.trait_loss is None else 'teacher'} of {who}"
+        name = what_trains(job, who)
         with (
             self._place(name, (job, key, decided_by)) as (folder, mark),
-            self.progress(name, job.steps, "steps") as advance,
+            progress(name, job.steps, "steps") as advance,
         ):
             start = _only(job.model, how, used_up=last)
             rest = replace(job, model=job.model.with_params(None))
@@ -146,6 +147,11 @@ class Store:
             found = _read(folder / DONE, like)
             model = job.model.with_params(found["params"])
             return (model if how.mesh is None else place(model, how.mesh)).params, jnp.asarray(found["losses"])
+
+
+def what_trains(job: Job, who: str) -> str:
+    """The name of a job of one run."""
+    return f"the {'student' if job.trait_loss is None else 'teacher'} of {who}"
 
 
 def _read(path: Path, like: Any = None) -> Any:
