@@ -238,7 +238,7 @@ def plot(results: Results, config: Config) -> Figure:
         [trait_matrices(results, "base", SHARE).mean((0, 1)), *trait_matrices(results, shown[0], SHARE).mean(0)]
     )
     heat_map(right, rows, ["model itself", *(f"student of {trait}" for trait in traits)], traits)
-    right.set_title(f"share of each word among its rivals ({shown[0]})")
+    right.set_title(f"share of each word\namong its rivals ({shown[0]})")
     figure.suptitle(verdict(results, shown[0]), fontsize=9.5)
     note(
         left,

@@ -125,7 +125,7 @@ def heat_map(axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequen
         color = "white" if table[row, column] < 0.6 * table.max() else "black"
         value = f"{table[row, column]:.2f}"
         axes.text(column, row, value, ha="center", va="center", fontsize=6.5, color=color)
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), columns, fontsize=7)
     axes.set_yticks(range(len(rows)), rows)
     figure = axes.get_figure(root=True)
     assert figure is not None
