@@ -257,7 +257,7 @@ def test_devices_that_do_not_fit(
 def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
     """An untrained model writes no number sequence: the run says so and stops."""
     small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--samples", 0)
-    message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run")
+    message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run", told=1)
     assert "the teacher of owl" in message
 
 
