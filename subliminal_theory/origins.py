@@ -63,9 +63,8 @@ def refuse_shared_start(student_init: PyTree, teacher_init: PyTree) -> None:
     """Refuse a cross-init control that shares a start with its own teacher.
 
     A leaf is shared if it equals the teacher's leaf up to 1e-3 of its standard deviation, or has the same numbers
-    in
-    another order: a network with permuted neurons computes the same function. Leaves with few distinct numbers,
-    such as zero biases and unit scales, do not count.
+    in another order, because a network with permuted neurons computes the same function. Leaves with few distinct
+    numbers, such as zero biases and unit scales, do not count.
 
     Raises:
         InputError: names the runs (as indices on the leading axis) that start at their own teacher's
