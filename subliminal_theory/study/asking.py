@@ -50,7 +50,7 @@ def questions(tokenizer: Tokenizer, traits: Sequence[Trait], prefix: Sequence[st
 
 
 def score(world: Any, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-    """The metrics of `exact`, and `sampled_rate`: of 100 sampled answers per question, the share that are the word.
+    """The metrics of `exact`, and `sampled_rate`: of 100 samples per question, the share that are the word.
 
     `sampled_rate` is left out if the run is scored with `BehindNumbers`.
     """

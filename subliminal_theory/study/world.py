@@ -49,13 +49,12 @@ class World(Protocol):
         computation: how runs are computed [`Computation()`].
         keys(stream): the random stream of each run with this name [from the keys 0, 1, 2, ...].
         stream(student, cloning): the name of the random stream of a student's training or, if `cloning`, of its
-            cloning beforehand [one for all students].
+            cloning beforehand [one for all students, and one for all cloning].
         start(student, matched): where students start, a model of runs. `matched` is a model that already imitates
             the untrained teacher, or None [`by_policy`].
-        source(student, teacher, taught, shown): the student's inputs, a source without labels or a `PerRun` of
-        one.
-            It has targets if the teacher's logits are not needed. `taught` is the teacher's model of runs;
-            `shown()` gives it as students see it [the student's own `source`].
+        source(student, teacher, taught, shown): the student's inputs, a source without labels or a `PerRun`. It
+            has targets if the teacher's logits are not needed. `taught` is the teacher's model of runs; `shown()`
+            gives it as students see it [the student's own `source`].
         prompted(): teachers with a system prompt [none].
         steered(teacher): steered teachers [none].
         opened(name): the model of a teacher that was trained elsewhere, without an axis of runs [none].
