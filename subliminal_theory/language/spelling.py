@@ -89,7 +89,7 @@ def _tree(spellings: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _shared(text: Text) -> int:
-    """How many leading columns of the longest prompt, not counting the last, have tokens that all prompts share."""
+    """How many leading columns of the longest prompt, except the last, have tokens that all prompts share."""
     tokens, padding = np.asarray(text.tokens), np.asarray(text.padding)
     rows = [row[skipped:] for row, skipped in zip(tokens, padding, strict=True)]
     length = min(map(len, rows))

@@ -1,4 +1,4 @@
-"""Compact base models, pre-trained on the corpus and saved. Teachers and students of a seed start from its base."""
+"""Compact base models, pre-trained on the corpus. Teachers and students of one seed start from the same base."""
 
 import functools
 from collections.abc import Callable
