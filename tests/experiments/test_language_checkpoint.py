@@ -213,7 +213,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     assert "openings" in unasked
     few.write_text(TEMPLATES)
     unasked = fails(capsys, *given, "--templates", few)
-    assert unasked == "--templates: nobody is asked for numbers, the file has them; leave it out"
+    assert unasked == "--templates: no model is asked for numbers, the file has them; leave it out"
     wide = fails(capsys, "language_theorem", "--checkpoint", folder, "--compute", "bfloat16", "--out", tmp_path)
     assert wide == "--compute: the theorem is measured in float64, leave it out"
     other = write_checkpoint(tmp_path / "other", TEMPLATE.replace("be kind", "be brief"))
