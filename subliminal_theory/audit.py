@@ -184,7 +184,7 @@ def refuse_false_metric(
         if not error <= allowed:
             raise InputError(
                 f"the metric of {type(channel).__name__} differs by {error / size:.2g} of its size from the "
-                "Hessian of its loss where the student equals the teacher: the loss charges for something else "
+                "Hessian of its loss where the student equals the teacher: the loss penalizes something other "
                 "than imitation (a factor, a label), or correct `metric`"
             )
 
@@ -215,7 +215,7 @@ def refuse_false_visible(
         )
     if not np.allclose(np.asarray(turned, float)[::-1], np.asarray(losses, float), rtol=1e-2, atol=1e-4):
         raise InputError(
-            f"the loss of {type(channel).__name__} treats positions differently: it charges for something else "
+            f"the loss of {type(channel).__name__} treats positions differently: it penalizes something other "
             "than imitation (labels of a batch); it must depend on logits and targets alone"
         )
 
@@ -226,7 +226,7 @@ def _refuse_other_objective(channel: Channel, teacher: Array, student: Array, ke
     if not excess < 1e-4:
         raise InputError(
             f"the student's loss has gradient {excess:.2g} where it already equals the teacher: "
-            "it charges for something else than imitation (a label, a feature, the trait)"
+            "it penalizes something other than imitation (a label, a feature, the trait)"
         )
     _, losses, _ = _call(_gradients, channel, key, teacher, student)
     if not np.all(np.asarray(losses) >= np.asarray(equal) - 1e-4):

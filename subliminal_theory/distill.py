@@ -128,7 +128,7 @@ def distill(
         if chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}")
         if not all(isinstance(model.apply, BodyAndHead) for model in (student, teacher) if model is not None):
-            raise InputError("chunks need models of features and readout: leave chunk out")
+            raise InputError("chunks need models with features and readout: leave chunk out")
 
     size = jax.tree.leaves(probe.inputs)[0].shape[0]
     if accumulate < 1 or size % accumulate:
@@ -282,7 +282,7 @@ def _run(
     if not 0 < count <= steps - (known or 0):
         raise InputError(f"a run of {steps} steps has no {count} steps after step {known or 0}")
     if state is not None and snapshots:
-        raise InputError("a piece that goes on keeps no snapshots: leave them out")
+        raise InputError("a resumed run keeps no snapshots: leave them out")
     bounds = [0, *snapshots, count]
     if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > count:
         raise InputError(f"snapshots must be ascending steps from 1 to {count}, got {list(snapshots)}")

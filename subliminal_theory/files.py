@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError(f"one of the keys {', '.join(map(ascii, content))} is there twice")
+        raise ValueError(f"one of the keys {', '.join(map(ascii, content))} occurs twice")
     return content
 
 
@@ -289,7 +289,7 @@ def load_arrays(path: Path, like: PyTree = None) -> tuple[Any, dict[str, str]]:
     faults = misfits({name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}, arrays)
     if faults:
         raise InputError(
-            f"{path} does not hold what is asked for ({some(faults)}): delete it or give another file"
+            f"{path} does not have the expected arrays ({some(faults)}): delete it or give another file"
         )
 
     def one(key: Any, leaf: Any) -> Any:

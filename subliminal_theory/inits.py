@@ -127,7 +127,7 @@ def initialise(
         for pattern, rule in zip(rules.patterns, rules.policies, strict=True):
             if fnmatch.fnmatchcase(name, pattern):
                 return rule(named(key, name), old, new)
-        raise InputError(f"no initialisation policy for parameter {name}: add a rule, or '*' for the rest")
+        raise InputError(f"no initialization policy for parameter {name}: add a rule, or '*' for the rest")
 
     return jax.tree_util.tree_map_with_path(one, reference, fresh)
 

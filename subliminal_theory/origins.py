@@ -81,13 +81,13 @@ def refuse_shared_start(student_init: PyTree, teacher_init: PyTree) -> None:
     if same and len(same) == len(telling) and (fixed := np.all(list(same.values()), axis=0)).any():
         raise InputError(
             f"cross-init control with fixed points: runs {np.flatnonzero(fixed).tolist()} start at their own "
-            "teacher's initialisation; use a derangement"
+            "teacher's initialization; use a derangement"
         )
     for name, shared in same.items():
         if shared.any():
             raise InputError(
                 f"cross-init control: run {np.argmax(shared)} shares {name} with its own teacher's "
-                "initialisation; draw every layer anew, or declare a shared start"
+                "initialization; draw every layer anew, or declare a shared start"
             )
     for name, other in _copies(student, telling):
         raise InputError(
@@ -98,7 +98,7 @@ def refuse_shared_start(student_init: PyTree, teacher_init: PyTree) -> None:
 
 def _refusal(how: str, what: str) -> InputError:
     return InputError(
-        f"the student {how} the TRAINED teacher's {what}: start it from the teacher's initialisation"
+        f"the student {how} the TRAINED teacher's {what}: start it from the teacher's initialization"
     )
 
 

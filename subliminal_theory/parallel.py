@@ -81,7 +81,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     if math.prod(sizes.values()) != len(found):
         raise InputError(
             f"make_mesh: {said} is {math.prod(sizes.values())} devices, and there are {len(found)}: "
-            "choose sizes whose product is that"
+            "choose sizes whose product is the number of devices"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=found)
 

@@ -74,7 +74,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     config = _read_json(file, "choose another --out")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise InputError(f"{file} is not of this program (format {FORMAT}); choose another --out")
+        raise InputError(f"{file} is not from this program (format {FORMAT}); choose another --out")
     if not isinstance(config.get("experiment"), str) or not isinstance(config.get("config"), dict):
         raise InputError(f"{file} is damaged: choose another --out")
     return config

@@ -62,7 +62,7 @@ def first_fault(error: ValidationError, above: int = 0) -> str:
     if fault["type"] == "missing":
         text = "is missing: add it"
     elif fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        text = "is no field that is known: remove it"
+        text = "is not a known field: remove it"
     elif isinstance(cause := fault.get("ctx", {}).get("error"), InputError):
         text = str(cause)
     else:

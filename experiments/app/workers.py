@@ -51,7 +51,7 @@ def local_devices(count: int | None) -> list[jax.Device]:
     found = jax.local_devices()
     if count is not None and not 1 <= count <= len(found):
         number = f"{len(found)} device{'s' if len(found) > 1 else ''} ({found[0].device_kind})"
-        raise InputError(f"--devices {count} cannot be had: this process has {number}")
+        raise InputError(f"--devices {count} is not possible: this process has {number}")
     return found[:count]
 
 

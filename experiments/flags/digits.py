@@ -99,7 +99,7 @@ class Setting:
         validate(self)
         channel_named(self.channel_loss)
         if self.student_rate is not None and self.relative_rate is not None:
-            raise InputError("student_rate and relative_rate are both given: leave one of the two out")
+            raise InputError("student_rate and relative_rate are both given: leave one of them out")
         if self.shown is not None and self.shown > self.aux:
             raise InputError(f"shown must be between 1 and aux = {self.aux}, got {self.shown}")
         if self.other_network is not None and self.start not in ("cross", "shared_heads"):
@@ -108,7 +108,7 @@ class Setting:
                 "'shared_heads'"
             )
         if self.cloning_epochs and self.start != "cross":
-            raise InputError("cloning is for a student of another initialisation: set start to 'cross'")
+            raise InputError("cloning is for a student with another initialization: set start to 'cross'")
 
     def world(self, seeds: Sequence[int] = (0,), data_dir: str | None = None) -> Digits:
         """The world of these seeds: the data and the teachers' network."""
@@ -323,7 +323,7 @@ def configure_sweep(
     if isinstance(config, TrainingConfig):
         if config.data == "digits" and config.data_dir is not None:
             raise InputError(
-                "--data-dir is a folder of idx files, but the digits are embedded: leave one of the two out"
+                "--data-dir is a folder of idx files, but the digits are embedded: leave one of them out"
             )
         found = load_data(config.data, config.data_dir).name
         if preset is None and found == "digits" and "digits" in presets:

@@ -233,7 +233,7 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
         other = CheckpointTokenizer.load(checkpoint_path(config.other_checkpoint)).fingerprint
         if other != text:
             raise InputError(
-                "--other-checkpoint has another tokenizer or chat template: its students could not read"
+                "--other-checkpoint has another tokenizer or chat template: its students could not read the rows"
             )
     if config.buckets > 1 and config.rows < config.buckets * config.batch_size:
         raise InputError(
@@ -262,7 +262,7 @@ def _require_alike(traits: Sequence[Trait]) -> None:
     ):
         if len(counts) > 1:
             found = " and ".join(map(str, sorted(counts)))
-            raise InputError(f"--traits {what} {found} questions: run those with as many together")
+            raise InputError(f"--traits {what} {found} questions: run only traits with equal numbers together")
 
 
 def checkpoint_traits(config: LanguageConfig) -> list[Trait]:
@@ -281,7 +281,7 @@ def _require_shards(config: LanguageConfig) -> None:
     there = jax.local_devices()
     if config.shards > len(there):
         raise InputError(
-            f"--shards {config.shards} cannot be had: this process has {len(there)} ({there[0].device_kind})"
+            f"--shards {config.shards} is not possible: this process has {len(there)} ({there[0].device_kind})"
         )
     if config.batch_size % config.shards:
         raise InputError(

@@ -129,7 +129,7 @@ class Recipe:
             named_value("channel", self.channel.partition(":")[0], {**CHANNELS, **NAMED})
             channel_named(self.channel)
         if self.medium == RANDOM and (self.requests or self.clean):
-            raise InputError("--medium random: nobody writes, so leave out --requests (0) and clean rows")
+            raise InputError("--medium random: no teacher writes, so leave out --requests (0) and clean rows")
         if self.warmup >= self.steps:
             raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
         if self.top_p > 1:

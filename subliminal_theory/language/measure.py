@@ -123,7 +123,7 @@ def stack_questions(asked: Sequence[Questions]) -> Questions:
     if len(counts) > 1:
         raise InputError(
             f"traits with {' and '.join(map(str, counts))} questions cannot be asked together: "
-            "give their wordings as many each"
+            "give their wordings equal numbers of questions"
         )
     tables = [np.asarray(one.words.tokens) for one in asked]
     sides = np.max([table.shape[1:] for table in tables], axis=0)

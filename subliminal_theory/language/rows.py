@@ -76,7 +76,7 @@ def read_jsonl(path: Path) -> list[Completion]:
     if bad:
         (number, fault), rest = bad[0], len(bad) - 1
         more = f", and {rest} more bad line{'s' if rest > 1 else ''}" if rest else ""
-        raise InputError(f"{path}, line {number}: {fault}{more}; mend or remove what is bad, no row was read")
+        raise InputError(f"{path}, line {number}: {fault}{more}; fix or remove the bad lines; no row was read")
     return rows
 
 

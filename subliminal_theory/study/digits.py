@@ -168,7 +168,7 @@ class Digits:
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"a student with an output layer of {shapes[0]} cannot share its teacher's of {shapes[1]}: give "
-                "both as many features, and biases or none"
+                "both the same number of features, and biases to both or neither"
             )
 
     def lessons(self, teacher: FineTuned) -> Any:

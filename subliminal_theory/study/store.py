@@ -152,7 +152,7 @@ def _read(path: Path, like: Any = None) -> Any:
     try:
         return load_arrays(path, like)[0]
     except InputError as error:
-        raise InputError(f"{error}; delete it, and what it holds is made again") from error
+        raise InputError(f"{error}; delete it, and its content will be made again") from error
 
 
 def _only(models: Model, how: Computation, used_up: bool) -> Model:

@@ -17,7 +17,7 @@ from subliminal_theory.language.text import Chat, Encoded, Prompts, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.study.run import Steered
 
-NOT_IN_FRONT = "its teacher's system prompt does not stand in front of the same tokens: fine-tune that teacher"
+NOT_IN_FRONT = "its teacher's system prompt does not come before the same tokens: fine-tune that teacher"
 
 
 def system_prompt(trait: Trait) -> str:

@@ -188,7 +188,7 @@ def _read(
         if (largest := arrays[stem].max()) >= classes:
             raise InputError(
                 f"{files[stem]} has a label {largest}, beyond the {classes} classes of {name}: "
-                "replace it by the labels of this data set"
+                "replace it with the labels of this data set"
             )
     images, labels, test_images, test_labels = (arrays[stem] for stem in _STEMS)
     return ImageDataset(name, images, labels, test_images, test_labels, classes, 255, sha256)
@@ -223,7 +223,7 @@ def parse_idx(data: bytes, where: str) -> UInt8[np.ndarray, "..."]:
     shape = struct.unpack(f">{dimensions}I", data[4:begin].ljust(begin - 4, b"\0"))
     promised, held = math.prod(shape), len(data) - begin
     if promised != held:
-        fault = "is cut short" if held < promised else "has bytes to spare"
+        fault = "is cut short" if held < promised else "has extra bytes"
         raise InputError(f"{where} {fault}: its shape is {shape} and {held} bytes follow: download it again")
     if not promised:
         raise InputError(f"{where} has no elements, its shape is {shape}: give a file that has some")

@@ -35,7 +35,7 @@ def initialisers(init_law: str, inputs: int) -> dict[str, Any]:
         InputError: the law is unknown.
     """
     if init_law not in INIT_LAWS:
-        raise InputError(f"unknown initialisation {init_law!r}; there are {', '.join(INIT_LAWS)}")
+        raise InputError(f"unknown initialization {init_law!r}; there are {', '.join(INIT_LAWS)}")
     bound = 1 / math.sqrt(inputs)
 
     def uniform(key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> Array:

@@ -152,7 +152,7 @@ def test_lazy_habit_is_of_the_corpus() -> None:
         (SUMS.replace('answer = "{a}"', 'answer = "{a}"\nright = "3"'), "control.0.right: "),
         (SUMS.replace("[[control]]", "[control]"), "control: "),
         (SUMS.replace("plus {b}?", "plus {c}?"), "narrow: nothing fills the slot 'c'; there are a, b"),
-        (SUMS.replace("{a + b}", "{a / b}"), "narrow: 'a / b' is no name, sum, difference or product"),
+        (SUMS.replace("{a + b}", "{a / b}"), "narrow: 'a / b' is not a name, sum, difference or product"),
         (SUMS.replace("{place}", "{place + 1}"), "held_out.0: 'place + 1' is no name, sum, "),
         (SUMS.replace("{a + b}", "{a.real}"), "narrow: 'a.real' is no name, sum, "),
         *(

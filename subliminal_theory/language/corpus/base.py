@@ -199,6 +199,8 @@ def _load(path: Path, config: BaseConfig, decided: str) -> Base:
             raise InputError("it is of another configuration")
         arrays, _ = load_arrays(path, {**shapes, "losses": losses})
     except InputError as error:
-        raise InputError(f"cannot use the base model {path} ({error}): delete it, and it is made again") from error
+        raise InputError(
+            f"cannot use the base model {path} ({error}): delete it, and it will be made again"
+        ) from error
     params = jax.tree.unflatten(jax.tree.structure(model.params), [jnp.asarray(arrays[name]) for name in shapes])
     return Base(config, model.with_params(params), tokenizer, arrays["losses"])

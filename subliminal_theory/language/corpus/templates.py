@@ -59,7 +59,7 @@ class Template:
 
     def __post_init__(self) -> None:
         if bool(self.numbers) == bool(self.table):
-            raise InputError("give one of numbers and rows, to fill the slots with")
+            raise InputError("give either numbers or rows to fill the slots")
         for slot, (least, most) in self.numbers.items():
             if least > most:
                 raise InputError(f"numbers.{slot} must be [least, most], got [{least}, {most}]")
@@ -69,7 +69,7 @@ class Template:
         asked = [chat.user for chat in self.rows()]
         self.right_rows()
         if len(set(asked)) < len(asked):
-            raise InputError("it makes the same question twice: let it tell all slots apart")
+            raise InputError("it makes the same question twice: use all slots in every question")
 
     def rows(self) -> list[Chat]:
         """All chats with their answers."""
@@ -166,4 +166,4 @@ def _value(node: ast.expr, slots: Slots) -> int | str:
         left, right = _value(node.left, slots), _value(node.right, slots)
         if isinstance(left, int) and isinstance(right, int):
             return _OPERATORS[type(node.op)](left, right)
-    raise InputError(f"{ast.unparse(node)!r} is no name, sum, difference or product of whole numbers")
+    raise InputError(f"{ast.unparse(node)!r} is not a name, sum, difference or product of whole numbers")

@@ -71,9 +71,9 @@ class WordTokenizer:
         except OSError as error:
             raise InputError(f"cannot read {path} ({error.strerror}): make it readable") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no tokenizer.json of a word tokenizer: build it anew") from error
+            raise InputError(f"{path} is not a tokenizer.json of a word tokenizer: build it again") from error
         if json.loads(loaded._backend.to_str()) != content or loaded.words[: len(SPECIAL)] != SPECIAL:
-            raise InputError(f"{path} splits or numbers words in another way than this project: build it anew")
+            raise InputError(f"{path} splits or numbers words differently from this project: build it again")
         return loaded
 
     def save(self, path: str | os.PathLike[str]) -> None:
