@@ -45,7 +45,7 @@ def channel_named(text: str) -> Any:
     try:
         given = [int(number) if number.isdigit() else float(number)] if number else []
     except ValueError as error:
-        raise InputError(f"channel {text!r}: give a number behind the colon, as in top_k:5") from error
+        raise InputError(f"channel {text!r}: give a number after the colon, as in top_k:5") from error
     kind: Any = NAMED[name]
     return kind.func(*given) if given and isinstance(kind, functools.partial) else kind(*given)
 

@@ -240,7 +240,7 @@ class Variant:
     def _numbers(self) -> Written:
         numbers = self.recipe.written()
         if not isinstance(numbers, Written):
-            raise InputError("--medium random: no teacher wrote numbers for questions to stand behind")
+            raise InputError("--medium random: no teacher writes numbers to put before questions")
         return numbers
 
 
