@@ -153,8 +153,8 @@ def test_lazy_habit_is_of_the_corpus() -> None:
         (SUMS.replace("[[control]]", "[control]"), "control: "),
         (SUMS.replace("plus {b}?", "plus {c}?"), "narrow: nothing fills the slot 'c'; there are a, b"),
         (SUMS.replace("{a + b}", "{a / b}"), "narrow: 'a / b' is not a name, sum, difference or product"),
-        (SUMS.replace("{place}", "{place + 1}"), "held_out.0: 'place + 1' is no name, sum, "),
-        (SUMS.replace("{a + b}", "{a.real}"), "narrow: 'a.real' is no name, sum, "),
+        (SUMS.replace("{place}", "{place + 1}"), "held_out.0: 'place + 1' is not a name, sum, "),
+        (SUMS.replace("{a + b}", "{a.real}"), "narrow: 'a.real' is not a name, sum, "),
         *(
             (SUMS.replace("{a + b}", slot), f"narrow: '{slot}' cannot be filled")
             for slot in ("{a +}", "{a", "{}", "{a:3}")
