@@ -1,4 +1,4 @@
-"""A model is a pure function and two pytrees: what is trained and what is not."""
+"""A model is a pure function and two pytrees: its trainable and its frozen parameters."""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ Apply = Callable[[PyTree, PyTree], Float[Array, "..."]]
 @register_dataclass
 @dataclass(frozen=True)
 class Model:
-    """`apply(params, inputs) -> logits` with its trainable `params` and its `frozen` rest.
+    """`apply(params, inputs) -> logits` with trainable parameters `params` and frozen parameters `frozen`.
 
-    `apply` is static: give the same function (or one that compares equal) for the same network, or
-    everything compiled for it is compiled again. `frozen` is None, or a pytree of the structure of
-    `params` in which exactly the leaves that are None in `params` are arrays.
+    `apply` is static. Give the same function (or one that compares equal) for the same network; otherwise JAX
+    compiles again. `frozen` is None, or a pytree with the structure of `params` that has an array exactly where
+    `params` has None.
     """
 
     apply: Apply = field(metadata={"static": True})
@@ -43,7 +43,7 @@ class Model:
         return join(self.params, self.frozen)
 
     def with_params(self, params: PyTree) -> "Model":
-        """The same function at other trainable parameters."""
+        """The same model with other trainable parameters."""
         return replace(self, params=params)
 
     def freeze(self, *patterns: str) -> "Model":
@@ -68,7 +68,7 @@ class Model:
 
 
 def split_trainable(params: PyTree) -> tuple[PyTree, PyTree]:
-    """The parameters that have a gradient, and the rest; each tree has None where the other has leaves.
+    """Split parameters into those with a gradient and the rest. Each tree has None where the other has a leaf.
 
     Integers, booleans and random keys have no gradient.
     """
@@ -80,7 +80,7 @@ def split_trainable(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def join(one: PyTree, other: PyTree) -> PyTree:
-    """One pytree of two, each with None where the other has leaves."""
+    """Merge two pytrees, each with None where the other has a leaf."""
     return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda leaf: leaf is None)
 
 
@@ -94,12 +94,12 @@ def path_name(path: Any) -> str:
 
 
 def matches(path: Any, patterns: Sequence[str]) -> bool:
-    """Whether the name of a leaf matches one of some glob patterns."""
+    """Whether the name of a leaf matches at least one of the glob patterns."""
     return any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a pytree by their names, in its order."""
+    """The leaves of a pytree by name, in the order of the pytree."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -107,7 +107,7 @@ def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
     """Refuse a glob pattern that matches no parameter.
 
     Raises:
-        InputError: names the pattern and the parameters there are.
+        InputError: names the pattern and all parameters.
     """
     names = list(leaves_by_path(params))
     for pattern in patterns:
@@ -117,7 +117,10 @@ def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
 
 @runtime_checkable
 class BodyAndHead(Protocol):
-    """An `apply` in two parts: logits are `readout(params, features(params, inputs))`, each position alone."""
+    """An `apply` in two parts: logits = readout(params, features(params, inputs)).
+
+    `readout` treats each position on its own.
+    """
 
     def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]: ...
 
@@ -126,11 +129,11 @@ class BodyAndHead(Protocol):
 
 @dataclass(frozen=True)
 class Functional:
-    """The pure function of an NNX module, computed in `dtype`; equal for modules of equal structure.
+    """The pure function of an NNX module, computed in `dtype`. Modules of equal structure give equal functions.
 
     `factored` and `gathered` are glob patterns of parameters. A `factored` matrix may be given as low-rank
-    factors. The module looks up rows of a `gathered` matrix and rounds those rows itself, so that the gradient of
-    the matrix is summed over the lookups before it is rounded.
+    factors. The module looks up rows of a `gathered` matrix and rounds those rows itself, so the gradient of the
+    matrix is summed over the lookups before it is rounded.
     """
 
     graph: nnx.GraphDef
@@ -139,11 +142,11 @@ class Functional:
     dtype: Any = None
 
     def module(self, params: PyTree) -> Any:
-        """The module with parameters in the dtype of the computation."""
+        """The module with its parameters rounded to `dtype`."""
         return nnx.merge(self.graph, nnx.State(self.rounded(params, self.gathered)))
 
     def rounded(self, params: PyTree, but: Sequence[str] = ()) -> PyTree:
-        """Parameters in the dtype of the computation, except those that match a pattern."""
+        """Parameters rounded to `dtype`, except those that match a pattern in `but`."""
         if self.dtype is None:
             return params
 
@@ -169,11 +172,11 @@ class _InTwoParts(Functional):
 
 
 def from_nnx(module: nnx.Module) -> Model:
-    """Split an NNX module into a pure function and a plain nested dictionary of parameters.
+    """Split an NNX module into a pure function and a nested dictionary of parameters.
 
     Raises:
-        InputError: the module holds variables that are not parameters (batch statistics, dropout keys),
-            which a pure `apply(params, inputs)` cannot update.
+        InputError: the module has variables that are not parameters (batch statistics, dropout keys). A pure
+            `apply(params, inputs)` cannot update them.
     """
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
@@ -185,10 +188,10 @@ def from_nnx(module: nnx.Module) -> Model:
 
 
 def computed_in(model: Model, dtype: Any) -> Model:
-    """The same model, computed in another dtype, such as bfloat16, from parameters that keep theirs.
+    """The same model computed in another dtype, such as bfloat16. The parameters keep their dtype.
 
     Every call rounds the parameters. Gradients have the dtype of the parameters, so small updates are not lost.
-    Add low-rank factors afterwards.
+    Add low-rank factors after this call.
 
     Raises:
         InputError: the model was not made by `from_nnx`, or has low-rank factors.
@@ -199,7 +202,7 @@ def computed_in(model: Model, dtype: Any) -> Model:
 
 
 def rounded(model: Model) -> Model:
-    """A model whose parameters have the dtype in which it computes, so that a loop rounds them once."""
+    """The model with its parameters rounded to the dtype it computes in, so that a loop rounds them only once."""
     if not isinstance(model.apply, Functional):
         return model
     round_to = model.apply.rounded
