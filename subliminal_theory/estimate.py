@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, Float, Real
 from scipy import stats
 
 from subliminal_theory.errors import InputError
+
+Numbers = Sequence[float | int] | Real[np.ndarray, " n"] | Real[Array, " n"]
 
 
 class Estimate(NamedTuple):
@@ -32,7 +34,7 @@ class Estimate(NamedTuple):
         return f"{self.mean:{form}} ± {self.half_width:{form}} (n={self.n})"
 
 
-def t_interval(values: Sequence[float] | Float[np.ndarray, " n"], level: float = 0.95) -> Estimate:
+def t_interval(values: Numbers, level: float = 0.95) -> Estimate:
     """A mean with Student's t interval: half-width t_{n-1} s / sqrt(n), s with ddof 1; exact for normal values.
 
     Raises:
@@ -47,7 +49,7 @@ def t_interval(values: Sequence[float] | Float[np.ndarray, " n"], level: float =
     return Estimate(float(x.mean()), float(half), int(x.size))
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+def paired_difference(first: Sequence[float | int], second: Sequence[float | int]) -> Estimate:
     """The mean of first - second with its t interval, for runs paired by seed.
 
     Raises:
@@ -145,7 +147,7 @@ def _shares(codes: Mapping[str, np.ndarray], values: np.ndarray, complete: bool)
     return {**shares, "together": 1 - sum(shares.values()) - seed, "seed": seed}
 
 
-def log_slope(x: ArrayLike, y: ArrayLike) -> float:
+def log_slope(x: Numbers, y: Numbers) -> float:
     """Least-squares slope of log |y| against log |x|: the order of y in x.
 
     Raises:
@@ -164,7 +166,7 @@ class MatrixTest(NamedTuple):
     p: float
 
 
-def matrix_test(matrices: Float[np.ndarray, "groups n n"], draws: int = 20_000) -> MatrixTest:
+def matrix_test(matrices: Float[np.ndarray, "..."], draws: int = 20_000) -> MatrixTest:
     """A permutation test of whether run i responds most to question i.
 
     The statistic is the mean of the diagonals minus the mean of all other entries. Under the null hypothesis, the
@@ -172,15 +174,19 @@ def matrix_test(matrices: Float[np.ndarray, "groups n n"], draws: int = 20_000) 
     within groups, all of them count. Otherwise `draws` random ones count (always the same), together with the
     observed one, so that p is valid.
 
+    Args:
+        matrices: one for each group, [groups, n, n]: rows are runs, columns are questions.
+        draws: the number of random permutations.
+
     Raises:
         InputError: there is no group, or the matrices are not square or are smaller than 2 x 2.
     """
     groups, n = len(matrices), matrices.shape[-1]
     if not groups or matrices.ndim != 3 or matrices.shape[1] != n or n < 2:
         raise InputError(f"a matrix test needs square matrices of at least 2 x 2, got shape {matrices.shape}")
-    total = matrices.sum()
+    total = float(matrices.sum())
 
-    def statistic(diagonal: np.ndarray) -> np.ndarray:
+    def statistic(diagonal: float) -> float:
         return diagonal / (groups * n) - (total - diagonal) / (groups * n * (n - 1))
 
     found = float(np.trace(matrices, axis1=1, axis2=2).sum())
@@ -195,4 +201,4 @@ def matrix_test(matrices: Float[np.ndarray, "groups n n"], draws: int = 20_000) 
         picked = np.take_along_axis(matrices[None], orders[..., None], axis=-1)[..., 0]
         diagonals = picked.sum((1, 2))
         hits, count = int((diagonals >= found - 1e-12 * abs(total)).sum()) + 1, draws + 1
-    return MatrixTest(float(statistic(np.array(found))), hits / count)
+    return MatrixTest(statistic(found), hits / count)
