@@ -123,7 +123,7 @@ def test_random_numbers() -> None:
     """Nobody writes; questions cannot stand behind what was not written."""
     recipe = Recipe(medium="random", rows=9, channel="greedy")
     assert recipe.written() == recipe.student(compact()).source.text == RandomNumbers(9)
-    with pytest.raises(InputError, match="--medium random: no teacher wrote numbers"):
+    with pytest.raises(InputError, match="--medium random: no teacher writes numbers"):
         Variant({}, recipe, prefixed=True).run(compact())
 
 
