@@ -31,7 +31,7 @@ from subliminal_theory.resumable import run_resumably
 from subliminal_theory.study.run import stacked
 from subliminal_theory.study.stages import Computation, Job, Result, of_run, train_one
 
-FORMAT = 3  # to be raised when the same settings give other rows or other training
+FORMAT = 4  # to be raised when the same settings give other rows, other training or parameters of other names
 SAVES, DONE, STUDENT = "saves", "trained.safetensors", "student"
 
 Report = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]

@@ -27,7 +27,7 @@ from subliminal_theory.language.text import Encoded, Prompts
 from subliminal_theory.model import Model, from_nnx, leaves_by_path
 from subliminal_theory.source import Examples
 
-FORMAT_VERSION = 3  # to be raised when the same configuration gives other parameters
+FORMAT_VERSION = 4  # to be raised when the same configuration gives other parameters, or they have other names
 
 
 @dataclass(frozen=True)
