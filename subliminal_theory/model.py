@@ -118,9 +118,15 @@ def names_of(path: Any, leaf: Any, axis: int = 0) -> list[str]:
     return ["/".join([*parts[:place], str(layer), *parts[place + 1 :]]) for layer in layers]
 
 
+def shapes_of(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shapes of all that is in a pytree by its names, in its order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name: leaf.shape[of_layers(path) :] for path, leaf in leaves for name in names_of(path, leaf)}
+
+
 def names_in(tree: PyTree) -> list[str]:
     """The names of all that is in a pytree, in its order."""
-    return [name for path, leaf in jax.tree_util.tree_leaves_with_path(tree) for name in names_of(path, leaf)]
+    return list(shapes_of(tree))
 
 
 def by_layer(tree: PyTree, axis: int = 0) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from flax import nnx
 
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.transformer import Transformer
-from subliminal_theory.model import Model, from_nnx, names_of, of_layers
+from subliminal_theory.model import Model, from_nnx, names_of, of_layers, shapes_of
 
 
 def drawn(like: Any, draw: Callable[[str, tuple[int, ...]], Any]) -> Any:
     """Parameters of these shapes; `draw(name, shape)` gives each, and those of layers layer after layer."""
-    leaves = jax.tree_util.tree_leaves_with_path(like)
-    shapes = {name: leaf.shape[of_layers(path) :] for path, leaf in leaves for name in names_of(path, leaf)}
+    shapes = shapes_of(like)
     in_order = sorted(shapes, key=lambda name: [int(part) if part.isdigit() else part for part in name.split("/")])
     made = {name: draw(name, shapes[name]) for name in in_order}
 

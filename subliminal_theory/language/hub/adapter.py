@@ -37,7 +37,7 @@ from subliminal_theory.language.hub.tensors import open_file
 from subliminal_theory.language.model.layers import Factored
 from subliminal_theory.language.model.lora import Adapted, with_factors
 from subliminal_theory.language.model.transformer import transformer_of
-from subliminal_theory.model import Model, by_layer, leaves_by_path, names_of, of_layers
+from subliminal_theory.model import Model, by_layer, leaves_by_path, names_of, of_layers, shapes_of
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Keys of the metadata; other programs may have theirs beside them.
@@ -69,7 +69,7 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
             f"(only linear layers with a tensor of their own can): {_NOT_ALONE}"
         )
     adapted = [own[name] for name in factors]
-    settings = _settings(like, adapted, model.apply.scale, _rank(_shapes(base), factors))
+    settings = _settings(like, adapted, model.apply.scale, _rank(shapes_of(base), factors))
     tensors = {
         key: factor.T
         for entry, pair in zip(adapted, factors.values(), strict=True)
@@ -141,11 +141,6 @@ def _split(model: Model) -> tuple[PyTree, dict[str, tuple[Array, Array]]]:
         lambda node: node.base if _is_factored(node) else node, model.all_params, is_leaf=_is_factored
     )
     return base, factors
-
-
-def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {name: leaf.shape[of_layers(path) :] for path, leaf in leaves for name in names_of(path, leaf)}
 
 
 def _rank(base: Mapping[str, tuple[int, ...]], factors: Mapping[str, tuple[Array, Array]]) -> int:
@@ -247,7 +242,7 @@ def _fitting(
     file: Path, checkpoint: Checkpoint, config: PeftConfig, tensors: Mapping[str, np.ndarray]
 ) -> list[Entry]:
     """The tensors of the base that have factors; refuses all that is wrong with these in one error."""
-    shapes, found = _shapes(checkpoint.model.params), list[Entry]()
+    shapes, found = shapes_of(checkpoint.model.params), list[Entry]()
     wanted: dict[str, tuple[tuple[int, int], Any]] = {}
     for entry in _kernels(checkpoint.family):
         a, b = _keys(entry)

@@ -28,7 +28,7 @@ from subliminal_theory.language.hub.tensors import open_tensors, write_tensors
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.model.transformer import Transformer, transformer_of
-from subliminal_theory.model import Model, by_layer, computed_in, from_nnx, names_of, of_layers
+from subliminal_theory.model import Model, by_layer, computed_in, from_nnx, shapes_of
 
 Stored = np.ndarray | Tensor
 
@@ -121,9 +121,7 @@ def load_checkpoint(
     opened = tensors_of(read_gguf(folder)) if is_gguf(folder) else open_tensors(folder)
     tensors = _renamed(opened, entries(family))
     shell = skeleton(family, remat)
-    leaves = jax.tree_util.tree_leaves_with_path(shell.params)
-    shapes = {name: leaf.shape[of_layers(path) :] for path, leaf in leaves for name in names_of(path, leaf)}
-    _require_bijection(folder, family, tensors, shapes)
+    _require_bijection(folder, family, tensors, shapes_of(shell.params))
     params = filled(shell.params, entries(family), tensors, kind, placement)
     return Checkpoint(folder, family, shell.with_params(params))
 

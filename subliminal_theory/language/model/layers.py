@@ -23,8 +23,8 @@ def at_least_float32(dtype: Any) -> Any:
 class Factored:
     """A matrix and two factors, in the place of the matrix: paths end in `/base`, `/a` and `/b`.
 
-    Among the parameters of a model, each is None in the one of `params` and `frozen` that does not hold it. Factors
-    of some layers only are tuples with None for the others.
+    Among the parameters of a model, each is None in the one of `params` and `frozen` that does not hold it.
+    Factors of some layers only are tuples with None for the others.
     A layer gets all three, with the scale in `b`: it computes x base + (x a) b, and the gradient in a and b does
     not need that in the whole matrix, a third of the work.
     """

@@ -21,6 +21,7 @@ from subliminal_theory.model import (
     matches,
     names_of,
     of_layers,
+    shapes_of,
     together,
 )
 
@@ -95,16 +96,14 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
         raise InputError(f"add_lora: alpha must be positive and finite, got {alpha}")
     everything = together(model.all_params)
     match_paths(everything, patterns)
-    leaves = jax.tree_util.tree_leaves_with_path(everything)
-    shapes = {name: leaf.shape[of_layers(path) :] for path, leaf in leaves for name in names_of(path, leaf)}
-    chosen = {name: shape for name, shape in shapes.items() if match(name, patterns)}
+    chosen = {name: shape for name, shape in shapes_of(everything).items() if match(name, patterns)}
     others = [f"{name} {shape}" for name, shape in chosen.items() if len(shape) != 2]
     if others:
         raise InputError(f"add_lora: only matrices can be adapted, and the patterns match {', '.join(others)}")
     for name, shape in chosen.items():
         if not 1 <= rank <= min(shape):
             raise InputError(f"add_lora: rank must be from 1 to {min(shape)} for {name} {shape}, got {rank}")
-
+    leaves = jax.tree_util.tree_leaves_with_path(everything)
     dtypes = {name: leaf.dtype for path, leaf in leaves for name in names_of(path, leaf)}
 
     def draw(name: str) -> tuple[Array, Array]:
