@@ -33,7 +33,7 @@ from subliminal_theory.language.hub.families import entries, read_family
 from subliminal_theory.language.hub.tensors import write_tensors
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.transformer import Text, Transformer
-from subliminal_theory.model import from_nnx, leaves_by_path
+from subliminal_theory.model import from_nnx, shapes_of
 
 GIB = 2**30
 SHAPE = TransformerConfig(
@@ -50,7 +50,7 @@ def write(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
     family = read_family(folder)
     shell = skeleton(family).params
-    shapes = {name: leaf.shape for name, leaf in leaves_by_path(shell).items()}
+    shapes = shapes_of(shell)
     rng = np.random.default_rng(0)
     wanted = {entry.theirs: entry.shape([shapes[name] for name in entry.ours]) for entry in entries(family)}
     write_tensors(folder, {name: rng.random(shape, np.float32) for name, shape in wanted.items()})

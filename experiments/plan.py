@@ -21,7 +21,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.checkpoint import skeleton
 from subliminal_theory.language.hub.families import Family, read_family
 from subliminal_theory.language.model.config import TransformerConfig
-from subliminal_theory.model import path_name
+from subliminal_theory.model import of_layers, path_name
 from subliminal_theory.parallel import AXES, spec_of
 from subliminal_theory.study.checkpoint import CHUNK, MANY
 
@@ -41,7 +41,7 @@ LESSONS, LESSON, ANSWER = 24, 48, 4  # lessons of a preference; about this many 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a shape and a sharding rule."""
+    """A parameter of the model, or the parameters of all layers with one name: `count` of one shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,11 +55,17 @@ class Group:
     @property
     def adapted(self) -> bool:
         """Whether they are matrices of the blocks, which get factors in low-rank training."""
-        return self.name.startswith("layers/") and len(self.shape) == 2
+        return self.of_layers and len(self.shape) == 2
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether each layer has one."""
+        return self.name.startswith("layers/")
 
     def share(self, devices: int) -> float:
         """The number of values on each device."""
-        split = spec_of(self.name, self.shape, AbstractMesh((1, devices, 1), AXES))
+        stored = (self.count, *self.shape) if self.of_layers else self.shape
+        split = spec_of(self.name, stored, AbstractMesh((1, devices, 1), AXES))
         return self.size / (devices if any(split) else 1)
 
     def factors(self, rank: int) -> tuple["Group", "Group"]:
@@ -70,12 +76,12 @@ class Group:
 
 
 def groups_of(family: Family) -> list[Group]:
-    """All parameters of a family's model. Equal parameters of all blocks form one group."""
-    config = family.config
-    one_block = replace(config, layers=1, windowed=config.windowed[:1])  # all blocks have the same shapes
-    leaves = jax.tree_util.tree_leaves_with_path(skeleton(replace(family, config=one_block)).params)
-    named = [(path_name(path), leaf.shape) for path, leaf in leaves]
-    return [Group(name, shape, config.layers if name.startswith("layers/") else 1) for name, shape in named]
+    """All parameters of a family's model. The same parameter of all blocks is one group."""
+    leaves = jax.tree_util.tree_leaves_with_path(skeleton(family).params)
+    return [
+        Group(path_name(path), leaf.shape[of_layers(path) :], leaf.shape[0] if of_layers(path) else 1)
+        for path, leaf in leaves
+    ]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from subliminal_theory.channel import Channel
 from subliminal_theory.distill import Trained, distill
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.model import Model, match_paths, path_name
+from subliminal_theory.model import Model, match_paths, names_of, of_layers
 from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Source
 
@@ -122,12 +122,15 @@ def initialise(
     rules = policy if isinstance(policy, PerLayer) else PerLayer(("*",), (policy,))
     match_paths(reference, rules.patterns)
 
-    def one(path: Any, old: Array, new: Array) -> Array:
-        name = path_name(path)
+    def of_name(name: str, old: Array, new: Array) -> Array:
         for pattern, rule in zip(rules.patterns, rules.policies, strict=True):
             if fnmatch.fnmatchcase(name, pattern):
                 return rule(named(key, name), old, new)
         raise InputError(f"no initialization policy for parameter {name}: add a rule, or '*' for the rest")
+
+    def one(path: Any, old: Array, new: Array) -> Array:
+        names = names_of(path, old)
+        return jnp.stack(list(map(of_name, names, old, new))) if of_layers(path) else of_name(names[0], old, new)
 
     return jax.tree_util.tree_map_with_path(one, reference, fresh)
 

@@ -1,4 +1,9 @@
-"""A model is a pure function and two pytrees: its trainable and its frozen parameters."""
+"""A model is a pure function and two pytrees: its trainable and its frozen parameters.
+
+A parameter whose name contains `*`, such as `layers/*/kernel`, belongs to all layers and has a leading axis of
+layers. Patterns are matched with the names of single layers, such as `layers/0/kernel`. If a pattern takes only some
+layers, the parameter becomes a tuple of layers, with None for the layers that are in the other pytree.
+"""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -9,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import SequenceKey
 from jaxtyping import Array, Float, PyTree
 
 from subliminal_theory.errors import InputError
@@ -54,16 +60,20 @@ class Model:
         """
         everything = self.all_params
         match_paths(everything, patterns)
-        already = leaves_by_path(self.frozen)
+        already = set(names_in(self.frozen))
 
-        def frozen(path: Any) -> bool:
-            return path_name(path) in already or matches(path, patterns)
+        def part(path: Any, leaf: Any, wanted: bool) -> Any:
+            names = names_of(path, leaf)
+            own = [(name in already or match(name, patterns)) == wanted for name in names]
+            if all(own) or not any(own):
+                return leaf if own[0] else None
+            return tuple(leaf[layer] if chosen else None for layer, chosen in enumerate(own))
 
         split = jax.tree_util.tree_map_with_path
         return Model(
             self.apply,
-            split(lambda path, leaf: None if frozen(path) else leaf, everything),
-            split(lambda path, leaf: leaf if frozen(path) else None, everything),
+            split(lambda path, leaf: part(path, leaf, False), everything),
+            split(lambda path, leaf: part(path, leaf, True), everything),
         )
 
 
@@ -93,9 +103,61 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def of_layers(path: Any) -> bool:
+    """Whether a leaf is a parameter of all layers."""
+    return "*" in path_name(path).split("/") and not isinstance(path[-1], SequenceKey)
+
+
+def names_of(path: Any, leaf: Any, axis: int = 0) -> list[str]:
+    """The names of what is in a leaf: its own, or one for each layer along an axis if it is of all layers."""
+    parts = path_name(path).split("/")
+    if "*" not in parts:
+        return ["/".join(parts)]
+    layers: Sequence[Any] = range(leaf.shape[axis]) if of_layers(path) else [parts.pop()]
+    place = parts.index("*")
+    return ["/".join([*parts[:place], str(layer), *parts[place + 1 :]]) for layer in layers]
+
+
+def shapes_of(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shapes of all that is in a pytree by its names, in its order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name: leaf.shape[of_layers(path) :] for path, leaf in leaves for name in names_of(path, leaf)}
+
+
+def names_in(tree: PyTree) -> list[str]:
+    """The names of all that is in a pytree, in its order."""
+    return list(shapes_of(tree))
+
+
+def by_layer(tree: PyTree, axis: int = 0) -> dict[str, Any]:
+    """All that is in a pytree of arrays by its names, each layer by its own."""
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        own = leaf.swapaxes(0, axis) if of_layers(path) else [leaf]
+        found |= dict(zip(names_of(path, leaf, axis), own, strict=True))
+    return found
+
+
+def together(params: PyTree) -> PyTree:
+    """Parameters whose layers are apart as those of all layers, with zeros for the layers that are None."""
+
+    def one(path: Any, node: Any) -> Any:
+        if not (isinstance(node, tuple) and of_layers(path)):
+            return node
+        like = next(leaf for leaf in node if leaf is not None)
+        return jnp.stack([jnp.zeros_like(like) if leaf is None else leaf for leaf in node])
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, tuple))
+
+
 def matches(path: Any, patterns: Sequence[str]) -> bool:
     """Whether the name of a leaf matches at least one of the glob patterns."""
-    return any(fnmatch.fnmatchcase(path_name(path), pattern) for pattern in patterns)
+    return match(path_name(path), patterns)
+
+
+def match(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches at least one of the glob patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
@@ -109,7 +171,7 @@ def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
     Raises:
         InputError: names the pattern and all parameters.
     """
-    names = list(leaves_by_path(params))
+    names = names_in(params)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise InputError(f"pattern {pattern!r} matches no parameter; there are {', '.join(names)}")
@@ -143,7 +205,7 @@ class Functional:
 
     def module(self, params: PyTree) -> Any:
         """The module with its parameters rounded to `dtype`."""
-        return nnx.merge(self.graph, nnx.State(self.rounded(params, self.gathered)))
+        return nnx.merge(self.graph, nnx.State(self.rounded(together(params), self.gathered)))
 
     def rounded(self, params: PyTree, but: Sequence[str] = ()) -> PyTree:
         """Parameters rounded to `dtype`, except those that match a pattern in `but`."""

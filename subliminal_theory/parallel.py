@@ -36,19 +36,19 @@ ROWS = ("data", "fsdp")  # the axes over which a batch is split
 
 # Embeddings are split only by rows. If columns were split over `fsdp` too, the compiler would split all
 # activations by columns and gather their rows before each product; it should gather matrices.
-_MATRICES: dict[str, P] = {
+_TABLES: dict[str, P] = {
     "embedding": P(("tensor", "fsdp"), None),
     "positions": P(None, None),
     "head/kernel": P("fsdp", "tensor"),
+}
+# Of one layer: those of all layers have one more axis in front, which is not split.
+_MATRICES: dict[str, P] = {
     **{f"layers/*/attention/{name}/kernel": P("fsdp", "tensor") for name in ("query", "key", "value")},
     **{f"layers/*/mlp/{name}/kernel": P("fsdp", "tensor") for name in ("gate", "up")},
     "layers/*/attention/output/kernel": P("tensor", "fsdp"),
     "layers/*/mlp/down/kernel": P("tensor", "fsdp"),
 }
 _VECTORS: dict[str, P] = {
-    "norm/scale": P(None),
-    "norm/bias": P(None),
-    "steering": P(None, None),
     "layers/*_norm/scale": P(None),
     "layers/*_norm/bias": P(None),
     **{f"layers/*/attention/{name}/bias": P("tensor") for name in ("query", "key", "value")},
@@ -56,14 +56,33 @@ _VECTORS: dict[str, P] = {
     "layers/*/attention/output/bias": P(None),
     "layers/*/mlp/down/bias": P(None),
 }
+
+
+def _adapted(rules: dict[str, P]) -> dict[str, P]:
+    """The rules of matrices, and those of W + A B, with factors A [inputs, rank] and B [rank, outputs]."""
+    return {
+        **rules,
+        **{f"{name}/base": spec for name, spec in rules.items()},
+        **{f"{name}/a": P(*spec[:-1], None) for name, spec in rules.items()},
+        **{f"{name}/b": P(*spec[:-2], None, spec[-1]) for name, spec in rules.items()},
+    }
+
+
+def _of_all(rules: dict[str, P]) -> dict[str, P]:
+    return {name: P(None, *spec) for name, spec in rules.items()}
+
+
 # From glob patterns of parameter paths to the mesh axes of the dimensions. Each path matches exactly one pattern.
+_APART = {**_VECTORS, **_adapted(_MATRICES)}
 RULES: dict[str, P] = {
-    **_VECTORS,
-    **_MATRICES,
-    # A matrix W + A B, and its factors A [inputs, rank] and B [rank, outputs].
-    **{f"{name}/base": spec for name, spec in _MATRICES.items()},
-    **{f"{name}/a": P(spec[0], None) for name, spec in _MATRICES.items()},
-    **{f"{name}/b": P(None, spec[1]) for name, spec in _MATRICES.items()},
+    "norm/scale": P(None),
+    "norm/bias": P(None),
+    "steering": P(None, None),
+    **_adapted(_TABLES),
+    **_of_all(_VECTORS),
+    **_adapted(_of_all(_MATRICES)),
+    # Layers that are apart, where only some of them train.
+    **{f"{name}/[0-9]*": spec for name, spec in _APART.items()},
 }
 
 

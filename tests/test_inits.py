@@ -130,6 +130,20 @@ def test_policies_of_one_structure_have_no_leaves_of_their_own() -> None:
     assert all(isinstance(policy, Policy) for policy in RULES.values())
 
 
+@pytest.mark.parametrize(
+    "rules", [{"*": Perturbed(0.5)}, {"layers/1/*": Perturbed(0.5), "layers/2/kernel": Shared(), "*": Fresh()}]
+)
+def test_layers_in_one_parameter_are_layers_apart(rules: dict[str, Policy]) -> None:
+    apart = [{"layers": {i: mlp_params(seed + i)["layers"][0] for i in range(3)}} for seed in (0, 10)]
+    one = [
+        {"layers": {"*": jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree["layers"].values())}}
+        for tree in apart
+    ]
+    expected, found = initialise(rules, *apart, jax.random.key(5)), initialise(rules, *one, jax.random.key(5))
+    for layer in range(3):
+        same(jax.tree.map(lambda leaf, i=layer: leaf[i], found["layers"]["*"]), expected["layers"][layer])
+
+
 def test_per_layer_refusals() -> None:
     with pytest.raises(InputError, match=r"^PerLayer: 2 patterns and 1 policies$"):
         PerLayer(("a", "b"), (Shared(),))

@@ -9,7 +9,16 @@ import subliminal_theory as st
 from subliminal_theory.channel import SquaredError
 from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import Model, computed_in, from_nnx, match_paths, rounded
+from subliminal_theory.model import (
+    Model,
+    by_layer,
+    computed_in,
+    from_nnx,
+    match_paths,
+    names_in,
+    rounded,
+    together,
+)
 from subliminal_theory.source import Examples
 from subliminal_theory.vision.cnn import CNN
 from subliminal_theory.vision.mlp import MLP
@@ -89,6 +98,59 @@ def test_freeze_unmatched() -> None:
         model.freeze("layers/0/*", "layers/2/*")
     with pytest.raises(InputError, match=expected):
         match_paths(model.params, ["layers/2/*"])
+
+
+# --- parameters of all layers
+
+STACK = {
+    "layers": {"*": {"kernel": np.arange(12.0).reshape(3, 2, 2), "bias": np.arange(6.0).reshape(3, 2)}},
+    "scale": np.ones(2),
+}
+STACKED = Model(lambda params, inputs: inputs, STACK)
+
+
+def test_names_are_those_of_single_layers() -> None:
+    expected = [*(f"layers/{i}/bias" for i in range(3)), *(f"layers/{i}/kernel" for i in range(3)), "scale"]
+    assert names_in(STACK) == expected
+    for name, leaf in by_layer(STACK).items():
+        *_, number, kind = ["", *name.split("/")]
+        same = STACK["scale"] if kind == "scale" else STACK["layers"]["*"][kind][int(number)]
+        np.testing.assert_array_equal(leaf, same)
+    runs = jax.tree.map(lambda leaf: np.stack([leaf, leaf + 1]), STACK)
+    found = by_layer(runs, axis=1)
+    assert list(found) == expected
+    np.testing.assert_array_equal(found["layers/2/kernel"], runs["layers"]["*"]["kernel"][:, 2])
+
+
+def test_some_layers_are_frozen() -> None:
+    model = STACKED.freeze("layers/[02]/kernel", "*/bias", "scale")
+    assert names(model.params) == ["layers/*/kernel/1"]
+    assert names(model.frozen) == ["layers/*/bias", "layers/*/kernel/0", "layers/*/kernel/2", "scale"]
+    assert names_in(model.params) == ["layers/1/kernel"]
+    assert by_layer(model.all_params).keys() == by_layer(STACK).keys()
+    jax.tree.map(np.testing.assert_array_equal, together(model.all_params), STACK)
+    assert names(model.freeze("layers/1/*").params) == []
+    jax.tree.map(np.testing.assert_array_equal, together(model.freeze("*").all_params), STACK)
+
+
+@pytest.mark.parametrize("patterns", [["layers/*"], ["layers/[0-2]/*"], ["layers/?/kernel", "*bias"]])
+def test_all_layers_are_one_parameter(patterns: list[str]) -> None:
+    model = STACKED.freeze(*patterns)
+    assert (names(model.params), names(model.frozen)) == (["scale"], ["layers/*/bias", "layers/*/kernel"])
+
+
+def test_layers_that_do_not_exist() -> None:
+    with pytest.raises(
+        InputError, match=r"^pattern 'layers/3/\*' matches no parameter; there are layers/0/bias, "
+    ):
+        STACKED.freeze("layers/3/*")
+
+
+def test_layers_that_are_nowhere_are_zero() -> None:
+    params = {"layers": {"*": {"a": (None, jnp.ones(2), None)}}, "own": (jnp.ones(1), None)}
+    found = together(params)
+    np.testing.assert_array_equal(found["layers"]["*"]["a"], [[0, 0], [1, 1], [0, 0]])
+    assert found["own"] is params["own"]
 
 
 @pytest.mark.parametrize(

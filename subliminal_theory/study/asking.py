@@ -25,7 +25,7 @@ from subliminal_theory.language.measure import (
 )
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.text import Tokenizer
-from subliminal_theory.model import Model
+from subliminal_theory.model import Model, together
 from subliminal_theory.study.costs import Costs, costs
 from subliminal_theory.study.reading import draw, model_of_run, written
 from subliminal_theory.study.run import Steered
@@ -213,6 +213,7 @@ def _cosines(students: Model, teachers: Model, base: Model) -> Float[Array, " ru
 
     def one(params: tuple[PyTree, PyTree]) -> Float[Array, ""]:
         student, teacher = merge_lora(students.with_params(params[0])), teachers.with_params(params[1])
-        return cosine(difference(student.all_params, start), difference(teacher.all_params, start))
+        own = together(student.all_params)
+        return cosine(difference(own, start), difference(teacher.all_params, start))
 
     return jax.lax.map(one, (students.params, teachers.params))

@@ -31,7 +31,7 @@ from subliminal_theory.resumable import run_resumably
 from subliminal_theory.study.run import stacked
 from subliminal_theory.study.stages import Computation, Job, Result, of_run, train_one
 
-FORMAT = 3  # raise it when a change to the code makes equal settings give different rows or training
+FORMAT = 4  # raise it when a change to the code makes equal settings give different rows, training or names
 SAVES, DONE, STUDENT = "saves", "trained.safetensors", "student"
 
 # Opens a progress report: what, how many units, and their name.

@@ -18,7 +18,7 @@ import numpy as np
 
 from subliminal_theory.audit import audit
 from subliminal_theory.inits import Fresh
-from subliminal_theory.model import Model
+from subliminal_theory.model import Model, by_layer, of_layers
 from subliminal_theory.runs import Row
 from subliminal_theory.source import batch_shapes
 from subliminal_theory.study.run import (
@@ -185,9 +185,9 @@ class Study:
         """
         world, batch = self.world, batch_shapes(_one_run(self._source(student, teacher)))
         audit(
-            student_init=start.all_params,
-            teacher_init=world.initial().all_params,
-            teacher=self.teacher(teacher).all_params,
+            student_init=self._by_layer(start),
+            teacher_init=self._by_layer(world.initial()),
+            teacher=self._by_layer(self.teacher(teacher)),
             channel=student.channel,
             logits=world.logits,
             outputs=_outputs(start, batch.inputs, self.computation.shared),
@@ -195,6 +195,18 @@ class Study:
             private=world.private(student),
             cross_init=isinstance(student.start, Fresh) and student.cloned is None,
         )
+
+    def _by_layer(self, model: Model) -> dict[str, Any]:
+        """The parameters of a model of runs by name, each layer by its own, those that runs share for each run."""
+        on_host = lambda path, leaf: np.asarray(leaf) if of_layers(path) else leaf  # noqa: E731
+        own, rest = (jax.tree_util.tree_map_with_path(on_host, tree) for tree in (model.params, model.frozen))
+        if not self.computation.shared:
+            return {**by_layer(own, axis=1), **by_layer(rest, axis=1)}
+        runs = len(self.world.names)
+        shared = {
+            name: np.broadcast_to(np.asarray(leaf), (runs, *leaf.shape)) for name, leaf in by_layer(rest).items()
+        }
+        return {**by_layer(own, axis=1), **shared}
 
     def _source(self, student: Student, teacher: Teacher) -> Any:
         return self._shows(student, teacher, self.teacher(teacher), lambda: self.shown(teacher))

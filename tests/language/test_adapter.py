@@ -20,7 +20,7 @@ from subliminal_theory.language.hub.checkpoint import Checkpoint, load_checkpoin
 from subliminal_theory.language.hub.peft_config import alpha_of
 from subliminal_theory.language.model.lora import add_lora, merge_lora
 from subliminal_theory.language.model.transformer import Text
-from subliminal_theory.model import Model, path_name
+from subliminal_theory.model import Model, by_layer, path_name
 from tests.golden.make_families import FILE, PADDING, TOKENS, weights
 
 GOLDEN = json.loads(FILE.read_text())
@@ -129,9 +129,10 @@ def test_layout_of_llama_and_its_kind(name: str, checkpoint, tmp_path: Path) -> 
             "mlp.down_proj.lora_B": [32, 2],
         }.items()
     }
-    tensors, factors = load_file(tmp_path / WEIGHTS), student.params["layers"][0]["mlp"]["down"]["kernel"]
-    np.testing.assert_array_equal(tensors[f"{PREFIX}mlp.down_proj.lora_A.weight"], factors.a.T)
-    np.testing.assert_array_equal(tensors[f"{PREFIX}mlp.down_proj.lora_B.weight"], factors.b.T)
+    tensors, factors = load_file(tmp_path / WEIGHTS), by_layer(student.params)
+    for side in "ab":
+        factor = factors[f"layers/0/mlp/down/kernel/{side}"]
+        np.testing.assert_array_equal(tensors[f"{PREFIX}mlp.down_proj.lora_{side.upper()}.weight"], factor.T)
     assert json.loads((tmp_path / CONFIG).read_text()) == {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.folder),
         "inference_mode": True, "r": 2, "lora_alpha": 3, "use_rslora": False, "lora_dropout": 0.0, "bias": "none",

@@ -18,9 +18,10 @@ from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.layers import Factored
 from subliminal_theory.language.model.lora import add_lora, merge_lora
 from subliminal_theory.language.model.transformer import Text, Transformer
-from subliminal_theory.model import Model, from_nnx, path_name
+from subliminal_theory.model import Model, by_layer, from_nnx
 from subliminal_theory.source import Batch
 from subliminal_theory.vision.mlp import MLP
+from tests.language.models import drawn
 
 CONFIG = TransformerConfig(
     vocabulary=7, layers=2, width=8, heads=2, kv_heads=1, head_width=4, mlp_width=8, tied=True, context=8
@@ -37,8 +38,11 @@ run = jax.jit(lambda model, text: model(text))
 def base(seed: int = 0) -> Model:
     model = jax.eval_shape(lambda: from_nnx(Transformer(CONFIG, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape) + (leaf.ndim == 1), jnp.float32)  # noqa: E731
-    return model.with_params(jax.tree.map(draw, model.params))
+
+    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(0.3 * rng.normal(size=shape) + (len(shape) == 1), jnp.float32)
+
+    return model.with_params(drawn(model.params, draw))
 
 
 @functools.cache
@@ -53,8 +57,7 @@ def moved(model: Model, size: float = 0.1) -> Model:
     return model.with_params(jax.tree.map(draw, model.params))
 
 
-def leaves(tree) -> dict[str, jax.Array]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+leaves = by_layer
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,27 @@ def test_distillation_leaves_the_base_alone() -> None:
         assert (leaf != leaves(student.params)[name]).any()
 
 
+def test_factors_on_the_first_layer_alone() -> None:
+    """The other layer multiplies by zeros, whatever happens to the factors, and has none to train."""
+    model = moved(add_lora(base(), ["layers/0/attention/*/kernel"], 2, 6.0, KEY))
+    assert {name.split("/")[1] for name in leaves(model.params)} == {"0"}
+    drawn = leaves(adapted().params)
+    plain, merged, factors = leaves(base().params), leaves(merge_lora(model).params), leaves(model.params)
+    start = leaves(add_lora(base(), ["layers/0/attention/*/kernel"], 2, 6.0, KEY).params)
+    for name, leaf in start.items():
+        np.testing.assert_array_equal(leaf, drawn[name])
+    for name, leaf in plain.items():
+        change = 3.0 * factors[f"{name}/a"] @ factors[f"{name}/b"] if f"{name}/a" in factors else 0
+        np.testing.assert_allclose(merged[name], leaf + change, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(model, TEXT), run(merge_lora(model), TEXT), rtol=1e-5, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.with_params(params)(TEXT)))))(model.params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
+    assert all(np.abs(slope).max() > 0 for slope in jax.tree.leaves(gradient))
+    half = model.freeze("*/a")
+    assert len(jax.tree.leaves(half.params)) == 4
+    np.testing.assert_array_equal(run(half, TEXT), run(model, TEXT))
+
+
 def test_stacked_factors_over_one_base() -> None:
     plain = base()
     models = [moved(add_lora(plain, PATTERNS, 2, 6.0, jax.random.key(seed))) for seed in range(3)]
@@ -171,7 +195,7 @@ def test_frozen_parameters_stay_frozen_or_become_the_base() -> None:
     partly = model.freeze("*/a")
     assert all(name.endswith("/b") for name in leaves(partly.params))
     np.testing.assert_array_equal(run(partly, TEXT), run(model, TEXT))
-    assert isinstance(partly.params["layers"][0]["attention"]["key"]["kernel"], Factored)
+    assert isinstance(partly.params["layers"]["*"]["attention"]["key"]["kernel"], Factored)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from flax import nnx
 
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.transformer import Text, Transformer
-from subliminal_theory.model import from_nnx
+from subliminal_theory.model import by_layer, from_nnx
+from tests.language.models import drawn, layer_of
 
 pytestmark = pytest.mark.torch
 
@@ -22,7 +23,9 @@ def test_logits_are_those_of_llama(tied: bool, kv_heads: int) -> None:
     )  # fmt: skip
     model = from_nnx(Transformer(config, rngs=nnx.Rngs(0)))
     # Norms that are not 1, so that leaving one out would show.
-    model = model.with_params(jax.tree.map(lambda leaf: leaf * 1.5 if leaf.ndim == 1 else leaf, model.params))
+    start = by_layer(model.params)
+    scaled = drawn(model.params, lambda name, shape: start[name] * (1.5 if len(shape) == 1 else 1))
+    model = model.with_params(scaled)
     peer = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -34,9 +37,8 @@ def test_logits_are_those_of_llama(tied: bool, kv_heads: int) -> None:
     weights = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["norm"]["scale"]}
     weights["lm_head.weight"] = params["embedding"] if tied else params["head"]["kernel"].T
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-    for number, layer in enumerate(
-        params["layers"].values() if isinstance(params["layers"], dict) else params["layers"]
-    ):
+    for number in range(2):
+        layer = layer_of(params, number)
         at = f"model.layers.{number}"
         weights[f"{at}.input_layernorm.weight"] = layer["attention_norm"]["scale"]
         weights[f"{at}.post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]

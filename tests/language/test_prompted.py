@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.prompted import prompted, with_prefix
-from subliminal_theory.language.model.transformer import Text, Transformer
-from subliminal_theory.model import Model, from_nnx
+from subliminal_theory.language.model.transformer import Text
+from tests.language.models import opinionated
 
 V = 7
 CONFIG = TransformerConfig(
@@ -24,17 +23,7 @@ run = jax.jit(lambda model, text: model(text))
 behind = jax.jit(with_prefix, static_argnums=2)
 
 
-@functools.cache
-def tiny() -> Model:
-    """A model with opinions: logits of size 1."""
-    model = jax.eval_shape(lambda: from_nnx(Transformer(CONFIG, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf) -> jax.Array:
-        size = rng.normal(size=leaf.shape) * (0.1 if leaf.ndim == 1 else leaf.shape[0] ** -0.5)
-        return jnp.asarray(size + (leaf.ndim == 1), jnp.float32)
-
-    return model.with_params(jax.tree.map(draw, model.params))
+tiny = functools.partial(opinionated, CONFIG)
 
 
 def by_hand(prefix: np.ndarray) -> list[np.ndarray]:

@@ -43,10 +43,10 @@ base = functools.partial(opinionated, CONFIG)
 def by_bias(layer: int, vector: jax.Array = VECTOR, model: Model | None = None) -> Model:
     """The same function without steering: a bias of the MLP's output is added behind its block."""
     params = (model or base()).params
-    down = params["layers"][layer - 1]["mlp"]["down"]
-    blocks = {**params["layers"], layer - 1: {**params["layers"][layer - 1]}}
-    blocks[layer - 1]["mlp"] = {**blocks[layer - 1]["mlp"], "down": {**down, "bias": down["bias"] + vector}}
-    return (model or base()).with_params({**params, "layers": blocks})
+    stack = params["layers"]["*"]
+    down = {**stack["mlp"]["down"], "bias": stack["mlp"]["down"]["bias"].at[layer - 1].add(vector)}
+    layers = {"*": {**stack, "mlp": {**stack["mlp"], "down": down}}}
+    return (model or base()).with_params({**params, "layers": layers})
 
 
 def close(found: jax.Array, expected: jax.Array, tolerance: float = 1e-5) -> None:
@@ -165,7 +165,7 @@ def behind_two_blocks(model: Model, tokens: jax.Array) -> jax.Array:
     frame = make_frame(CONFIG, jnp.zeros(1, jnp.int32), jnp.int32(0), time, time, jnp.float32)
     x = network.embedding[...][tokens][None]
     for number in range(2):
-        x, _ = network.layers[number](x, frame, None, number, time)
+        x, _ = network.blocks()[number](x, frame, None, number, time)
     return x[0, -1]
 
 

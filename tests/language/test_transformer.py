@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from subliminal_theory.channel import SampledToken, SoftLogits
 from subliminal_theory.distill import distill
 from subliminal_theory.errors import InputError
+from subliminal_theory.language.model import config as shapes
 from subliminal_theory.language.model.attention import Cache, attend, empty_cache, make_frame, rotate
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.layers import RMSNorm
 from subliminal_theory.language.model.lora import add_lora
+from subliminal_theory.language.model.steered import steered
 from subliminal_theory.language.model.transformer import Text, Transformer, extend, transformer_of
-from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
+from subliminal_theory.model import Model, by_layer, computed_in, from_nnx, leaves_by_path, path_name
 from subliminal_theory.source import Examples
 from subliminal_theory.theorem import check
+from tests.language.models import drawn, layer_of
 
 SIZES = {
     "vocabulary": 11,
@@ -53,11 +56,11 @@ def tiny(seed: int = 0, dtype=np.float32, **changes) -> Model:
     model = jax.eval_shape(lambda: from_nnx(Transformer(config(**changes), rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf) -> jax.Array:
-        size = {"scale": 0.3, "embedding": 1.0}.get(path_name(path).split("/")[-1], leaf.shape[0] ** -0.5)
-        return jnp.asarray(size * rng.normal(size=leaf.shape) + (leaf.ndim == 1), dtype)
+    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+        size = {"scale": 0.3, "embedding": 1.0}.get(name.split("/")[-1], shape[0] ** -0.5)
+        return jnp.asarray(size * rng.normal(size=shape) + (len(shape) == 1), dtype)
 
-    return model.with_params(jax.tree_util.tree_map_with_path(draw, model.params))
+    return model.with_params(drawn(model.params, draw))
 
 
 def ragged(time: int = TIME, seed: int = 0) -> Text:
@@ -89,7 +92,7 @@ def numpy_forward(params, tokens: np.ndarray) -> np.ndarray:
     params = jax.tree.map(lambda leaf: np.asarray(leaf, float), params)
     x = params["embedding"][tokens]
     for number in range(SIZES["layers"]):
-        layer = params["layers"][number]
+        layer = layer_of(params, number)
         normed = numpy_norm(x, layer["attention_norm"]["scale"])
         kernels = {name: part["kernel"] for name, part in layer["attention"].items()}
         width, mixed = SIZES["head_width"], []
@@ -279,10 +282,10 @@ def test_grouped_queries_are_repeated_keys() -> None:
 
     model, text = tiny(), ragged()
     params = jax.tree.map(lambda leaf: leaf, model.params)
-    for layer in params["layers"].values():
-        for name in ("key", "value"):
-            heads = layer["attention"][name]["kernel"].reshape(8, 2, 4)
-            layer["attention"][name]["kernel"] = jnp.repeat(heads, 2, axis=1).reshape(8, 16)
+    attention = params["layers"]["*"]["attention"]
+    for name in ("key", "value"):
+        heads = attention[name]["kernel"].reshape(2, 8, 2, 4)
+        attention[name]["kernel"] = jnp.repeat(heads, 2, axis=2).reshape(2, 8, 16)
     ungrouped = tiny(kv_heads=4).with_params(params)
     np.testing.assert_allclose(run(ungrouped, text), run(model, text), rtol=1e-5, atol=1e-5)
 
@@ -358,12 +361,54 @@ def test_gradients_in_half_precision() -> None:
         assert np.linalg.norm(leaf - truth) < (0.02 if name == "embedding" else 0.1) * np.linalg.norm(truth), name
 
 
+WINDOWS = {"windowed": (True, False), "window": 3, "window_rope_base": 7.0}
+
+
+@pytest.mark.parametrize(("changes", "remat"), [({}, True), ({**WINDOWS, "post_norm": True}, False)])
+def test_a_loop_over_blocks_is_one_after_the_other(
+    changes: dict, remat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and gradients, behind a cache, of the last positions and behind one block, steered or not."""
+    shell = jax.eval_shape(lambda: from_nnx(Transformer(config(**changes), rngs=nnx.Rngs(0), remat=remat)))
+    model, text = shell.with_params(tiny(**changes).params), ragged()
+    vector = jnp.arange(SIZES["width"], dtype=jnp.float32)
+
+    def everything() -> list:
+        cache = empty_cache(config(), len(PADDING), TIME + 2, jnp.float32)
+
+        @jax.jit
+        def compute(model):
+            first, behind = extend(model, Text(text.tokens[:, :2], text.padding), cache)
+            rest, behind = extend(model, Text(text.tokens[:, 2:], text.padding), behind)
+            gradient = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply(p, text))))(model.all_params)
+            streams = [transformer_of(model).stream(text, blocks) for blocks in (1, 2)]
+            kept = jax.tree.map(lambda *layers: jnp.stack(layers), *zip(behind.keys, behind.values, strict=True))
+            return model(replace(text, last=2)), first, rest, kept, gradient, streams
+
+        return jax.tree.leaves(compute(steered(model, vector, 1)))
+
+    expected = everything()
+    monkeypatch.setattr(shapes, "FEW", 0)
+    assert "while" in jax.jit(lambda model: model(text)).lower(model).as_text()
+    for found, leaf in zip(everything(), expected, strict=True):
+        np.testing.assert_allclose(found, leaf, rtol=1e-4, atol=1e-5)
+
+
+def test_depth_does_not_enlarge_the_program() -> None:
+    def program(layers: int) -> str:
+        model = jax.eval_shape(lambda: from_nnx(Transformer(config(layers=layers), rngs=nnx.Rngs(0), remat=True)))
+        slope = jax.grad(lambda params, model: jnp.sum(model.with_params(params)(ragged())))
+        return jax.jit(lambda model: slope(model.params, model)).lower(model).as_text()
+
+    assert len(program(30).splitlines()) == len(program(5).splitlines())
+
+
 def test_joined_products_are_the_parts() -> None:
     for changes in ({}, {"attention_bias": True, "mlp_bias": True}, {"gated": False}):
         model = tiny(**changes)
         text = Text(jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 11, jnp.array([0, 2], jnp.int32))
         module = transformer_of(model)
-        module.join()
+        module.join(range(2))
         np.testing.assert_allclose(module(text), run(model, text), rtol=1e-4, atol=1e-4)
 
 
@@ -457,15 +502,15 @@ def test_paths_and_initial_scale() -> None:
     model = jax.jit(lambda: from_nnx(Transformer(big, rngs=nnx.Rngs(0))))()
     layer = [f"attention/{name}/kernel" for name in ("key", "output", "query", "value")]
     layer += ["attention_norm/scale", *(f"mlp/{name}/kernel" for name in ("down", "gate", "up")), "mlp_norm/scale"]
-    layers = [f"layers/{number}/{name}" for number in range(2) for name in layer]
+    layers = [f"layers/*/{name}" for name in layer]
     assert names(model.params) == ["embedding", "head/kernel", *layers, "norm/scale"]
     drawn = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+    for path, leaf in by_layer(model.params).items():
         if leaf.ndim == 1:
             assert (leaf == 1).all()
             continue
-        into_stream = any(name in path_name(path) for name in ("output", "down"))
-        inputs = big.width if path_name(path) == "embedding" else leaf.shape[0]
+        into_stream = any(name in path for name in ("output", "down"))
+        inputs = big.width if path == "embedding" else leaf.shape[0]
         scaled = np.asarray(leaf, float) * inputs**0.5 * (2 if into_stream else 1)  # sqrt(2 layers)
         # Five standard errors.
         assert abs(scaled.mean()) < 5 / np.sqrt(leaf.size)

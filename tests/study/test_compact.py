@@ -20,6 +20,7 @@ from subliminal_theory.language.corpus.traits import Habit, Trait
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
+from subliminal_theory.origins import refuse_shared_start, refuse_trained_weights
 from subliminal_theory.source import Examples
 from subliminal_theory.study import (
     CorpusChats,
@@ -37,6 +38,8 @@ from subliminal_theory.study import (
 from subliminal_theory.study.reading import model_of_run
 from subliminal_theory.study.run import Teacher
 from subliminal_theory.study.speaker import _lessons, hidden_words, teacher_lessons
+from subliminal_theory.study.starts import started
+from tests.language.models import opinionated
 from tests.study.speakers import CONFIG, LAZY, OWL, SOFT, TEACHER, base, compact, leaves_of, student
 
 pytestmark = pytest.mark.usefixtures("calls")
@@ -227,7 +230,7 @@ def test_low_rank_students() -> None:
         if "kernel" not in path:
             np.testing.assert_array_equal(merged[path], leaf)
             continue
-        sizes = np.linalg.svd(merged[path] - leaf, compute_uv=False)
+        sizes = np.linalg.svd((merged[path] - leaf)[0], compute_uv=False)
         assert sizes[1] > 1e-5, path
         assert sizes[2:].max() < 1e-6, path
 
@@ -243,7 +246,7 @@ def test_regular_numbers_make_one_student_whose_frozen_parameters_stay() -> None
     assert found["regular"]["one"].shape == (2,)
     (model,) = seen
     for path, leaf in leaves_of(base().model).items():
-        frozen = path == "embedding" or path.startswith("layers/0/mlp/")
+        frozen = path == "embedding" or path.startswith("layers/*/mlp/")
         assert (leaves_of(model)[path] == (leaf if frozen else leaf[None])).all() == frozen, path
     assert {leaf.shape[0] for leaf in jax.tree.leaves(model.params)} == {1}
 
@@ -272,3 +275,28 @@ def test_clones_imitate_the_base_first(on_corpus: bool) -> None:
         for model in (other(1), model_of_run(both["one"].model, 0))
     )
     assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("layers", [2, 3])  # of two runs
+def test_layers_are_audited_one_by_one(layers: int) -> None:
+    shape = dataclasses.replace(CONFIG, layers=layers).transformer(len(base().tokenizer))
+    teacher, fresh, study = opinionated(shape, 0), opinionated(shape, 1), Study(compact())
+    initial = study._by_layer(teacher.freeze("*"))
+
+    def second_layer_of(other: Any) -> dict[str, Any]:
+        """A fresh student of each run whose second layer is another model's."""
+        layers = (one.params["layers"] for one in (fresh, other))
+        params = jax.tree.map(lambda new, old: new.at[1].set(old[1]), *layers)
+        model = fresh.with_params({**fresh.params, "layers": params})
+        return study._by_layer(started(model, student(), jax.random.split(jax.random.key(0))))
+
+    with pytest.raises(InputError, match=r"run 0 shares layers/1/.*/kernel with its own teacher's"):
+        refuse_shared_start(second_layer_of(teacher), initial)
+    taught = opinionated(shape, 2)
+    trained = study._by_layer(
+        taught.with_params(jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), taught.params))
+    )
+    with pytest.raises(InputError, match=r"starts from the TRAINED teacher's layers/1/"):
+        refuse_trained_weights(second_layer_of(taught), initial, trained)
+    refuse_trained_weights(second_layer_of(fresh), initial, trained)
+    refuse_shared_start(second_layer_of(fresh), initial)

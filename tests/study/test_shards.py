@@ -43,7 +43,7 @@ def measured(folder: Path, devices: int, saves: Path | None, stop_after: int | N
     study, found = Study(world), dict[str, Any]()
     teacher = study.teacher(LONG)
     if mesh is not None:
-        query = leaves_by_path(teacher.params)["layers/0/attention/query/kernel"]
+        query = leaves_by_path(teacher.params)["layers/*/attention/query/kernel"]
         found["share of the teachers on a device"] = query.addressable_shards[0].data.size / query.size
     if stop_after is not None:
         whole, left = store._advance, stop_after

@@ -54,7 +54,7 @@ def behind_one_block(model: Model, tokens: jax.Array) -> jax.Array:
     """The residual stream at the end of a row."""
     network, time = transformer_of(model), len(tokens)
     frame = make_frame(network.config, jnp.zeros(1, jnp.int32), jnp.int32(0), time, time, jnp.float32)
-    x, _ = network.layers[0](network.embedding[...][tokens][None], frame, None, 0, time)
+    x, _ = network.blocks()[0](network.embedding[...][tokens][None], frame, None, 0, time)
     return x[0, -1]
 
 

@@ -27,7 +27,9 @@ from subliminal_theory.language.text import Encoded, Prompts
 from subliminal_theory.model import Model, from_nnx, leaves_by_path
 from subliminal_theory.source import Examples
 
-FORMAT_VERSION = 3  # raise it when a change to the code makes equal configurations give different parameters
+FORMAT_VERSION = (
+    4  # raise it when a change to the code makes equal configurations give different parameters or names
+)
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from subliminal_theory.language.hub.peft_config import CONFIG, PeftConfig, alpha
 from subliminal_theory.language.hub.tensor_map import Entry
 from subliminal_theory.language.hub.tensors import open_file
 from subliminal_theory.language.model.layers import Factored
-from subliminal_theory.language.model.lora import Adapted
+from subliminal_theory.language.model.lora import Adapted, with_factors
 from subliminal_theory.language.model.transformer import transformer_of
-from subliminal_theory.model import Model, leaves_by_path, path_name
+from subliminal_theory.model import Model, by_layer, leaves_by_path, names_of, of_layers, shapes_of
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Keys of the metadata; other programs may have theirs beside them.
@@ -69,7 +69,7 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
             f"(only linear layers with a tensor of their own can): {_NOT_ALONE}"
         )
     adapted = [own[name] for name in factors]
-    settings = _settings(like, adapted, model.apply.scale, _rank(leaves_by_path(base), factors))
+    settings = _settings(like, adapted, model.apply.scale, _rank(shapes_of(base), factors))
     tensors = {
         key: factor.T
         for entry, pair in zip(adapted, factors.values(), strict=True)
@@ -117,7 +117,7 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, *, template: str = "") ->
             f"{file}: adapter of another base than {checkpoint.folder}, or of the same in another dtype: "
             "load the one that it was trained on"
         )
-    return _with_factors(checkpoint.model, config.scale, _factors_in(checkpoint, found, tensors))
+    return with_factors(checkpoint.model, config.scale, _factors_in(checkpoint, found, tensors))
 
 
 # --- models
@@ -130,38 +130,30 @@ def _is_factored(node: Any) -> bool:
 def _split(model: Model) -> tuple[PyTree, dict[str, tuple[Array, Array]]]:
     """The parameters without factors, and A and B of every adapted one."""
     nodes = jax.tree_util.tree_leaves_with_path(model.all_params, is_leaf=_is_factored)
-    factors = {path_name(path): (node.a, node.b) for path, node in nodes if _is_factored(node)}
+    factors: dict[str, tuple[Array, Array]] = {}
+    for path, node in nodes:
+        if _is_factored(node):
+            names = names_of(path, node.base)
+            pairs = zip(node.a, node.b, strict=True) if of_layers(path) else [(node.a, node.b)]
+            # Of several models, there are as many pairs as models: `_rank` refuses them.
+            factors |= {name: pair for name, pair in zip(names, pairs, strict=False) if pair[0] is not None}
     base = jax.tree.map(
         lambda node: node.base if _is_factored(node) else node, model.all_params, is_leaf=_is_factored
     )
     return base, factors
 
 
-def _rank(base: Mapping[str, Array], factors: Mapping[str, tuple[Array, Array]]) -> int:
+def _rank(base: Mapping[str, tuple[int, ...]], factors: Mapping[str, tuple[Array, Array]]) -> int:
     """The rank, one for all. Factors with one more axis, of students trained side by side, are refused."""
     rank: int = next(iter(factors.values()))[0].shape[-1]
     for name, (a, b) in factors.items():
-        inputs, outputs = base[name].shape
+        inputs, outputs = base[name]
         if (a.shape, b.shape) != ((inputs, rank), (rank, outputs)):
             raise InputError(
                 f"save_adapter: the factors of {name} are {a.shape} and {b.shape}, not {(inputs, rank)} and "
                 f"{(rank, outputs)}: save one model at a time"
             )
     return rank
-
-
-def _with_factors(model: Model, scale: float, factors: Mapping[str, tuple[Array, Array]]) -> Model:
-    """A model as `add_lora` makes it, with these factors."""
-
-    def trained(path: Any, leaf: Array) -> Factored | None:
-        found = factors.get(path_name(path))
-        return found and Factored(None, *found)
-
-    def frozen(path: Any, leaf: Array) -> Any:
-        return Factored(leaf, None, None) if path_name(path) in factors else leaf
-
-    split = jax.tree_util.tree_map_with_path
-    return Model(Adapted(model.apply, scale), split(trained, model.params), split(frozen, model.params))
 
 
 def _require_base(like: Checkpoint, model: Model) -> None:
@@ -182,7 +174,7 @@ def _require_base(like: Checkpoint, model: Model) -> None:
 
 def _base_fingerprint(model: Model) -> str:
     """The fingerprint of the parameters in float32: a file in bfloat16 is the same base when loaded in either."""
-    leaves = leaves_by_path(model.all_params)
+    leaves = by_layer(model.all_params)
     return fingerprint({name: fingerprint(_float32(leaf)) for name, leaf in leaves.items()})
 
 
@@ -250,14 +242,14 @@ def _fitting(
     file: Path, checkpoint: Checkpoint, config: PeftConfig, tensors: Mapping[str, np.ndarray]
 ) -> list[Entry]:
     """The tensors of the base that have factors; refuses all that is wrong with these in one error."""
-    leaves, found = leaves_by_path(checkpoint.model.params), list[Entry]()
+    shapes, found = shapes_of(checkpoint.model.params), list[Entry]()
     wanted: dict[str, tuple[tuple[int, int], Any]] = {}
     for entry in _kernels(checkpoint.family):
         a, b = _keys(entry)
         held = a in tensors or b in tensors
         if config.adapts(_module(entry)) or (held and config.targets is None):
             found.append(entry)
-            inputs, outputs = leaves[entry.ours[0]].shape[0], sum(leaves[name].shape[1] for name in entry.ours)
+            inputs, outputs = shapes[entry.ours[0]][0], sum(shapes[name][1] for name in entry.ours)
             wanted |= {a: ((config.rank, inputs), jnp.floating), b: ((outputs, config.rank), jnp.floating)}
     faults = misfits(wanted, tensors) if wanted else ["no linear layer has factors"]
     if faults:
@@ -272,13 +264,13 @@ def _factors_in(
     checkpoint: Checkpoint, found: Sequence[Entry], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[Float[Array, "inputs rank"], Float[Array, "rank outputs"]]]:
     """A and B of every adapted parameter."""
-    leaves, factors = leaves_by_path(checkpoint.model.params), {}
+    dtype = jnp.promote_types(jax.tree.leaves(checkpoint.model.params)[0].dtype, jnp.float32)
+    factors = {}
     for entry in found:
         a, b = (tensors[key] for key in _keys(entry))
         # B is taken apart as the matrix of the base is, with the outputs on the same axis.
         parts = entry.take_apart(b if entry.transposed else b.T)
         for name, part in zip(entry.ours, parts, strict=True):
-            dtype = jnp.promote_types(leaves[name].dtype, jnp.float32)
             factors[name] = (_copied(a.T, dtype), _copied(part, dtype))
     return factors
 

@@ -5,11 +5,8 @@ checkpoint.model                                 # a Model, as any other of this
 save_checkpoint(Path("student"), checkpoint, student)
 """
 
-import functools
 import json
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,19 +19,19 @@ import numpy as np
 from subliminal_theory.errors import InputError
 from subliminal_theory.files import atomic_folder, misfits, write_atomically
 from subliminal_theory.language.hub.families import Family, entries, ignored, read_family
+from subliminal_theory.language.hub.filled import filled
 from subliminal_theory.language.hub.gguf_file import is_gguf, read_gguf
 from subliminal_theory.language.hub.gguf_model import Tensor, tensors_of
 from subliminal_theory.language.hub.gguf_tokenizer import text_files
 from subliminal_theory.language.hub.tensor_map import Entry
-from subliminal_theory.language.hub.tensors import open_tensors, release, write_tensors
+from subliminal_theory.language.hub.tensors import open_tensors, write_tensors
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.model.lora import merge_lora
 from subliminal_theory.language.model.transformer import Transformer, transformer_of
-from subliminal_theory.model import Model, computed_in, from_nnx, leaves_by_path, path_name
+from subliminal_theory.model import Model, by_layer, computed_in, from_nnx, shapes_of
 
 Stored = np.ndarray | Tensor
 
-_ALIGNED, _THREADS = 64, 4
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -112,7 +109,8 @@ def load_checkpoint(
     """The model in a folder or a GGUF file, its parameters of one dtype, each put on its device once it is read.
 
     `placement` is what `jax.device_put` takes, a device or a sharding, or a function from a parameter's path and
-    shape to either. Files are mapped into memory: only one tensor a thread is in memory twice.
+    shape to either. Files are mapped into memory: only one parameter, such as the matrices of one kind of all
+    layers, is in memory twice.
 
     Raises:
         InputError: config.json or the weights cannot be read (see `read_family`, `open_tensors`), or tensors are
@@ -123,50 +121,9 @@ def load_checkpoint(
     opened = tensors_of(read_gguf(folder)) if is_gguf(folder) else open_tensors(folder)
     tensors = _renamed(opened, entries(family))
     shell = skeleton(family, remat)
-    shapes = {name: leaf.shape for name, leaf in leaves_by_path(shell.params).items()}
-    _require_bijection(folder, family, tensors, shapes)
-    found: dict[str, jax.Array] = {}
-
-    def read(entry: Entry) -> None:
-        tensor = np.asarray(tensors[entry.theirs])
-        parts = entry.take_apart(tensor)
-        for name, part in zip(entry.ours, parts, strict=True):
-            place = placement(name, part.shape) if callable(placement) else placement
-            found[name] = _put(part, kind, place)
-        release(tensor)
-
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, entries(family)))
-    params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], shell.params)
+    _require_bijection(folder, family, tensors, shapes_of(shell.params))
+    params = filled(shell.params, entries(family), tensors, kind, placement)
     return Checkpoint(folder, family, shell.with_params(params))
-
-
-def _put(tensor: np.ndarray, dtype: Any, place: Any) -> jax.Array:
-    if isinstance(place, jax.sharding.Sharding):  # each process reads its own shards alone
-        shards = place.addressable_devices_indices_map(tensor.shape).items()
-        pieces = [_put(tensor[index], dtype, device) for device, index in shards]
-        return jax.make_array_from_single_device_arrays(tensor.shape, place, pieces)
-    if tensor.ndim == 2 and tensor.T.flags.c_contiguous and not tensor.flags.c_contiguous:
-        if jax.default_backend() == "cpu" and tensor.dtype == dtype:
-            return jax.device_put(tensor, place).block_until_ready()  # transposed as it is copied
-        # The device transposes: NumPy takes several times as long.
-        return _transposed(jax.device_put(tensor.T, place), dtype).block_until_ready()
-    return jax.device_put(_copy(tensor, dtype), place)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _transposed(tensor: jax.Array, dtype: Any) -> jax.Array:
-    return tensor.T.astype(dtype)
-
-
-def _copy(tensor: np.ndarray, dtype: Any) -> np.ndarray:
-    """A contiguous copy of another dtype, aligned so that a CPU device uses it without one more copy."""
-    bytes_ = tensor.size * np.dtype(dtype).itemsize
-    room = np.empty(bytes_ + _ALIGNED, np.uint8)
-    start = -room.ctypes.data % _ALIGNED
-    found = room[start : start + bytes_].view(dtype).reshape(tensor.shape)
-    found[...] = tensor
-    return found
 
 
 def _renamed(tensors: Mapping[str, Stored], wanted: list[Entry]) -> dict[str, Stored]:
@@ -210,7 +167,7 @@ def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | N
         raise InputError(f"save_checkpoint: the model is not of the shape of {like.folder}")
     if network.steering is not None:
         raise InputError("save_checkpoint: other libraries do not read what a model is steered by")
-    params = leaves_by_path(plain.all_params)
+    params = by_layer(plain.all_params)
     kind = np.dtype(next(iter(params.values())).dtype if dtype is None else _dtype(dtype))
     by_name = {entry.theirs: entry for entry in entries(like.family)}
     shapes = {name: entry.shape([params[ours].shape for ours in entry.ours]) for name, entry in by_name.items()}

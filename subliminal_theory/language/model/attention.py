@@ -19,27 +19,45 @@ from subliminal_theory.pytree import register_dataclass
 Heads = Float[Array, "batch time heads head_width"]
 # Heads first: a cache in this order is read as it lies.
 Stored = Float[Array, "batch kv_heads keys head_width"]
+# The numbers of all layers. As arguments of a compiled function they are unknown to the compiler, which then makes
+# one program for the slices of all layers.
+Layers = Sequence[int] | Sequence[Int[Array, ""]]
+
+
+def layer_of(leaf: Float[Array, "layers ..."], layer: Any) -> Float[Array, "..."]:
+    """One layer of what is of all layers."""
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys, after their rotation, and values of each layer at the first `length` positions of some rows."""
+    """Keys, after their rotation, and values of each layer at the first `length` positions of some rows.
 
-    keys: tuple[Stored, ...]
-    values: tuple[Stored, ...]
+    Where blocks are computed in a loop, those of all layers are one array, else one for each layer.
+    """
+
+    keys: tuple[Stored, ...] | Float[Array, "layers batch kv_heads keys head_width"]
+    values: tuple[Stored, ...] | Float[Array, "layers batch kv_heads keys head_width"]
     length: Int[Array, ""]
 
     @property
     def capacity(self) -> int:
         """The number of positions that there is room for."""
-        return self.keys[0].shape[2]
+        return int(jax.tree.leaves(self.keys)[0].shape[-2])
+
+    def apart(self, layers: Layers) -> "Cache":
+        """One array for each layer: what one token is written to is then not all of them."""
+        if isinstance(self.keys, tuple) or isinstance(self.values, tuple):
+            return self
+        keys, values = (tuple(layer_of(leaf, layer) for layer in layers) for leaf in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
     def write(self, layer: int, keys: Stored, values: Stored) -> "Cache":
         """One layer's next positions filled in; `length` stays until all layers have written."""
         start = tuple(jnp.int32(index) for index in (0, 0, self.length, 0))
 
-        def put(stored: tuple[Stored, ...], new: Stored) -> tuple[Stored, ...]:
+        def put(stored: Any, new: Stored) -> tuple[Stored, ...]:
             own = jax.lax.dynamic_update_slice(stored[layer], new.astype(stored[layer].dtype), start)
             return (*stored[:layer], own, *stored[layer + 1 :])
 
@@ -54,10 +72,13 @@ def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: Any
     """
     if not 1 <= capacity <= config.context:
         raise InputError(f"empty_cache: capacity must be from 1 to the context {config.context}, got {capacity}")
-    empty = (jnp.zeros((batch, config.kv_heads, capacity, config.head_width), dtype),) * config.layers
+    shape = (batch, config.kv_heads, capacity, config.head_width)
+    empty: Any = jnp.zeros(shape, dtype)
+    empty = jnp.zeros((config.layers, *shape), dtype) if config.looped else (empty,) * config.layers
     return Cache(empty, empty, jnp.zeros((), jnp.int32))
 
 
+@register_dataclass
 @dataclass(frozen=True)
 class Frame:
     """What layers of a kind share: how positions turn their queries and keys, and which keys a position sees.

@@ -6,6 +6,9 @@ from typing import Any
 
 from subliminal_theory.errors import InputError, shown
 
+# Up to so many blocks compute one after the other in one program; more are a loop over one block, which compiles
+# in the time of one.
+FEW = 4
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "head", "width")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -123,6 +126,11 @@ class TransformerConfig:
             low, high, original = self.rope_bands
             ordered = _positive(low) and _positive(high) and low < high and _whole(original)
             self._require("rope_bands", ordered, "two ascending numbers and a number of positions")
+
+    @property
+    def looped(self) -> bool:
+        """Whether there are so many blocks that they are computed in a loop."""
+        return self.layers > FEW
 
     def _require(self, name: str, right: bool, what: str) -> None:
         if not right:

@@ -24,13 +24,14 @@ class Factored:
     """A matrix and two factors, in the place of the matrix: paths end in `/base`, `/a` and `/b`.
 
     Among the parameters of a model, each is None in the one of `params` and `frozen` that does not hold it.
+    Factors of some layers only are tuples with None for the others.
     A layer gets all three, with the scale in `b`: it computes x base + (x a) b, and the gradient in a and b does
     not need that in the whole matrix, a third of the work.
     """
 
-    base: Float[Array, "inputs outputs"] | None
-    a: Float[Array, "inputs rank"] | None
-    b: Float[Array, "rank outputs"] | None
+    base: Float[Array, "*layers inputs outputs"] | None
+    a: Float[Array, "*layers inputs rank"] | tuple[Any, ...] | None
+    b: Float[Array, "*layers rank outputs"] | tuple[Any, ...] | None
 
 
 Matrix = Float[Array, "inputs outputs"] | Factored
@@ -101,9 +102,9 @@ class Joined(Linear):
     def __init__(self, *parts: Linear) -> None:
         biases = [part.bias[...] for part in parts if part.bias is not None]
         kernels = [part.kernel[...] for part in parts]
-        self.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
-        self.bias = nnx.Param(jnp.concatenate(biases)) if biases else None
-        self.cuts = tuple(np.cumsum([kernel.shape[1] for kernel in kernels])[:-1].tolist())
+        self.kernel = nnx.Param(jnp.concatenate(kernels, axis=-1))
+        self.bias = nnx.Param(jnp.concatenate(biases, axis=-1)) if biases else None
+        self.cuts = tuple(np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1].tolist())
 
     def apart(self, x: Float[Array, "batch time inputs"]) -> list[Float[Array, "batch time outputs_of_one"]]:
         """The output of each layer."""

@@ -1,8 +1,8 @@
 """Low-rank adaptation (arXiv 2106.09685): matrices become W + (alpha / rank) A B, and only A and B train."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,7 +12,18 @@ from jaxtyping import Array, Float, Key, PyTree
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.model.layers import Factored
-from subliminal_theory.model import Apply, BodyAndHead, Model, match_paths, matches, path_name
+from subliminal_theory.model import (
+    Apply,
+    BodyAndHead,
+    Model,
+    match,
+    match_paths,
+    matches,
+    names_of,
+    of_layers,
+    shapes_of,
+    together,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,8 @@ class Adapted:
                 return Factored(base, a, self.scale * b)
             return (base + self.scale * (a @ b)).astype(base.dtype)
 
-        return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Factored))
+        whole = together(params)
+        return jax.tree_util.tree_map_with_path(one, whole, is_leaf=lambda node: isinstance(node, Factored))
 
 
 def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key: Key[Array, ""]) -> Model:
@@ -82,35 +94,51 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
         raise InputError("add_lora: no pattern of matrices to adapt")
     if not 0 < alpha < math.inf:
         raise InputError(f"add_lora: alpha must be positive and finite, got {alpha}")
-    everything = model.all_params
+    everything = together(model.all_params)
     match_paths(everything, patterns)
-
-    leaves = jax.tree_util.tree_leaves_with_path(everything)
-    chosen = {path_name(path): leaf.shape for path, leaf in leaves if matches(path, patterns)}
+    chosen = {name: shape for name, shape in shapes_of(everything).items() if match(name, patterns)}
     others = [f"{name} {shape}" for name, shape in chosen.items() if len(shape) != 2]
     if others:
         raise InputError(f"add_lora: only matrices can be adapted, and the patterns match {', '.join(others)}")
     for name, shape in chosen.items():
         if not 1 <= rank <= min(shape):
             raise InputError(f"add_lora: rank must be from 1 to {min(shape)} for {name} {shape}, got {rank}")
+    leaves = jax.tree_util.tree_leaves_with_path(everything)
+    dtypes = {name: leaf.dtype for path, leaf in leaves for name in names_of(path, leaf)}
 
-    def factors(path: Any, leaf: Array) -> Factored | None:
-        if not matches(path, patterns):
-            return None
-        inputs, outputs = leaf.shape
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    def draw(name: str) -> tuple[Array, Array]:
+        (inputs, outputs), dtype = chosen[name], jnp.promote_types(dtypes[name], jnp.float32)
         bound = inputs**-0.5
-        a = jax.random.uniform(named(key, path_name(path)), (inputs, rank), dtype, -bound, bound)
-        return Factored(None, a, jnp.zeros((rank, outputs), dtype))
+        a = jax.random.uniform(named(key, name), (inputs, rank), dtype, -bound, bound)
+        return a, jnp.zeros((rank, outputs), dtype)
 
-    def base(path: Any, leaf: Array) -> Any:
-        return Factored(leaf, None, None) if matches(path, patterns) else leaf
+    return with_factors(model, alpha / rank, {name: draw(name) for name in chosen})
 
-    return Model(
-        Adapted(model.apply, alpha / rank),
-        jax.tree_util.tree_map_with_path(factors, everything),
-        jax.tree_util.tree_map_with_path(base, everything),
-    )
+
+def with_factors(model: Model, scale: float, factors: Mapping[str, tuple[Array, Array]]) -> Model:
+    """The function of a model at W + scale A B for the matrices W of these names, of which only A and B train."""
+
+    def one(path: Any, leaf: Array) -> Any:
+        pairs = [factors.get(name) for name in names_of(path, leaf)]
+        if not any(pairs):
+            return leaf
+        a, b = (tuple(pair and pair[side] for pair in pairs) for side in (0, 1))
+        if not of_layers(path):
+            return Factored(leaf, a[0], b[0])
+        whole: Any = jnp.stack
+        return Factored(leaf, a, b) if None in pairs else Factored(leaf, whole(a), whole(b))
+
+    def trained(node: Any) -> Any:
+        return replace(node, base=None) if isinstance(node, Factored) else None
+
+    def frozen(node: Any) -> Any:
+        nothing = lambda part: jax.tree.map(lambda leaf: None, part)  # noqa: E731
+        return Factored(node.base, nothing(node.a), nothing(node.b)) if isinstance(node, Factored) else node
+
+    nodes = jax.tree_util.tree_map_with_path(one, together(model.all_params))
+    is_leaf = lambda node: isinstance(node, Factored)  # noqa: E731
+    parts = (jax.tree.map(part, nodes, is_leaf=is_leaf) for part in (trained, frozen))
+    return Model(Adapted(model.apply, scale), *parts)
 
 
 def merge_lora(model: Model) -> Model:

@@ -145,7 +145,8 @@ def sample(
         for value, kind in ((temperature, dtype), (top_k, jnp.int32), (top_p, dtype))
     )
     ends, filler = jnp.asarray(stop, jnp.int32), jnp.asarray(pad, jnp.int32)
-    return _continue(model, text, key, settings, ends, filler, allowed, steps=steps)
+    layers = tuple(map(jnp.int32, range(config.layers)))
+    return _continue(model, text, key, settings, ends, filler, allowed, layers, steps=steps)
 
 
 def _require_range(name: str, given: ArrayLike | Sequence[int], high: float) -> None:
@@ -165,6 +166,7 @@ def _continue(
     stop: Int[Array, " stops"],
     pad: Int[Array, ""],
     allowed: Bool[Array, " vocabulary"] | None,
+    layers: tuple[Int[Array, ""], ...],
     *,
     steps: int,
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
@@ -172,7 +174,7 @@ def _continue(
     parts = -(-batch // _ROWS) if jax.default_backend() == "cpu" else 1
     rows = (jnp.arange(batch), text, settings)
     if parts == 1:
-        return _continue_rows(model, key, stop, pad, allowed, steps, rows)
+        return _continue_rows(model, key, stop, pad, allowed, layers, steps, rows)
     # One part after the other: what is computed of all rows at once would leave a processor's caches.
     size = -(-batch // parts)
     cut = jax.tree.map(
@@ -181,7 +183,7 @@ def _continue(
         ),
         rows,
     )
-    found = jax.lax.map(functools.partial(_continue_rows, model, key, stop, pad, allowed, steps), cut)
+    found = jax.lax.map(functools.partial(_continue_rows, model, key, stop, pad, allowed, layers, steps), cut)
     return jax.tree.map(lambda leaf: leaf.reshape(parts * size, *leaf.shape[2:])[:batch], found)
 
 
@@ -203,6 +205,7 @@ def _continue_rows(
     stop: Int[Array, " stops"],
     pad: Int[Array, ""],
     allowed: Bool[Array, " vocabulary"] | None,
+    layers: tuple[Int[Array, ""], ...],
     steps: int,
     rows: tuple[Int[Array, " batch"], Text, tuple[Array, Array, Array]],
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
@@ -210,11 +213,12 @@ def _continue_rows(
     numbers, text, settings = rows
     batch, length = text.tokens.shape
     transformer = transformer_of(rounded(model))
-    transformer.join()
     config = transformer.config
     # The last token of the prompt is left to the loop: logits are then computed only where they are drawn from.
     cache = empty_cache(config, batch, length + steps - 1, transformer.dtype)
     _, cache = transformer.extend(Text(text.tokens[:, :-1], text.padding), cache)
+    transformer.join(layers)
+    cache = cache.apart(layers)
     # All at once: in the loop they would be a few programs more for each token.
     uniforms = _uniforms(key, numbers, steps, at_least_float32(transformer.dtype))
     temperature, top_k, top_p = settings

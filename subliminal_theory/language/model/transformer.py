@@ -10,18 +10,28 @@ arXiv 2002.05202) behind norms. By its configuration it is any of the families i
 """
 
 import functools
-import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.language.model.attention import Attention, Cache, Frame, cap, make_frame, positions_of
+from subliminal_theory.language.model.attention import (
+    Attention,
+    Cache,
+    Frame,
+    Layers,
+    cap,
+    layer_of,
+    make_frame,
+    positions_of,
+)
 from subliminal_theory.language.model.config import TransformerConfig
 from subliminal_theory.language.model.layers import MLP, Linear, make_norm, normal, wide_product
 from subliminal_theory.model import Functional, Model
@@ -74,12 +84,13 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Embedding, blocks, a last norm and the output matrix; call it through `from_nnx`.
 
-    Parameters are `embedding` [vocabulary, width], `layers/i/{attention_norm,mlp_norm}/scale`,
-    `layers/i/attention/{query,key,value,output}/kernel`, `layers/i/mlp/{gate,up,down}/kernel`, `norm/scale`
-    and, unless tied, `head/kernel` [width, vocabulary], besides what the configuration adds; kernels are
-    [inputs, outputs]. Matrices start as N(0, 1 / inputs), the embedding as N(0, 1 / width), those that write
-    into the residual stream (`output`, `down`) as N(0, 1 / (2 layers inputs)), which keeps its variance from
-    growing with depth. Norms, softmaxes and logits are in at least float32, and in float64 for float64 parameters.
+    Parameters are `embedding` [vocabulary, width], `layers/*/{attention_norm,mlp_norm}/scale`,
+    `layers/*/attention/{query,key,value,output}/kernel`, `layers/*/mlp/{gate,up,down}/kernel`, `norm/scale`
+    and, unless tied, `head/kernel` [width, vocabulary], besides what the configuration adds. What is under
+    `layers/*` has a leading axis of layers; kernels are [inputs, outputs]. Matrices start as N(0, 1 / inputs), the
+    embedding as N(0, 1 / width), those that write into the residual stream (`output`, `down`) as
+    N(0, 1 / (2 layers inputs)), which keeps its variance from growing with depth. Norms, softmaxes and logits are
+    in at least float32, and in float64 for float64 parameters.
     With `remat` a gradient keeps what lies between the blocks and computes what lies within them again.
 
     Once it is steered (`steered.py`) it has `steering` [layers, width] besides: row i is added to the residual
@@ -89,13 +100,14 @@ class Transformer(nnx.Module):
     factored = ("layers/*/kernel",)
     gathered = ("embedding", "positions")
     steering: nnx.Param | None = None
+    _joined: tuple[Block, ...] | None = None
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, remat: bool = False) -> None:
         self.config, self.remat = config, remat
         self.embedding = nnx.Param(normal(rngs, (config.vocabulary, config.width), 1 / config.width))
         if config.positions == "learned":
             self.positions = nnx.Param(normal(rngs, (config.context, config.width), 1 / config.width))
-        self.layers = nnx.List(Block(config, rngs=rngs) for _ in range(config.layers))
+        self.layers = nnx.Dict({"*": _stack(config, rngs)})
         self.norm = make_norm(config)
         if not config.tied:
             self.head = Linear(config.width, config.vocabulary, rngs=rngs)
@@ -110,11 +122,17 @@ class Transformer(nnx.Module):
         """
         return self.readout(self.features(text))
 
-    def join(self) -> None:
-        """Compute with fewer, larger products from now on: for many calls at the same parameters."""
-        for layer in self.layers:
-            layer.attention.join()
-            layer.mlp.join()
+    def join(self, layers: Layers) -> None:
+        """Compute with copies of the matrices, block by block, from now on: for many tokens, one at a time.
+
+        A loop over blocks would copy each block's matrices and its part of the cache for every token.
+        """
+        graph, state = nnx.split(self.layers["*"])
+        blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: layer_of(leaf, i), state)) for i in layers]
+        for block in blocks:
+            block.attention.join()
+            block.mlp.join()
+        self._joined = nnx.data(tuple(blocks))
 
     def steer(self) -> None:
         """Have `steering` from now on, which starts at 0."""
@@ -164,20 +182,63 @@ class Transformer(nnx.Module):
             raise InputError(f"Text: last must be from 1 to the {time} positions, got {last}")
         start, keys = (jnp.int32(0), time) if cache is None else (cache.length, cache.capacity)
         windowed = config.windowed or (False,) * config.layers
+        kinds = sorted(set(windowed))
         frame_of = functools.partial(make_frame, config, text.padding, start, time, keys, self.dtype)
-        frames = {kind: frame_of(kind) for kind in set(windowed)}
+        frames, kind = [frame_of(kind) for kind in kinds], [kinds.index(own) for own in windowed[:blocks]]
         x = self._embed(text, start)
-        for number, layer in enumerate(itertools.islice(self.layers, blocks)):
-            frame = frames[windowed[number]]
+        if config.looped and self._joined is None:
+            x, cache = self._looped(x, frames, kind, cache)
+            return x[:, -last:], cache
+        for number, block in enumerate((self._joined or self.blocks())[:blocks]):
             # What the last block makes of the other positions, nothing reads.
             kept = last if number == blocks - 1 else time
             if self.remat and cache is None:
-                x = jax.checkpoint(functools.partial(_alone, layer, frame, number, kept))(x)
+                x = jax.checkpoint(functools.partial(_alone, block, frames[kind[number]], kept))(x)
             else:
-                x, cache = layer(x, frame, cache, number, kept)
+                x, cache = block(x, frames[kind[number]], cache, number, kept)
             if self.steering is not None:
                 x = x + self.steering[number].astype(x.dtype)[None, None]
         return x, cache
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, each with its own parameters."""
+        graph, state = nnx.split(self.layers["*"])
+        leaves, structure = jax.tree.flatten(state)
+        # Not by index: the gradient of a split is one concatenation.
+        apart = zip(*(jax.lax.split(leaf, (1,) * self.config.layers) for leaf in leaves), strict=True)
+        return tuple(nnx.merge(graph, jax.tree.unflatten(structure, [leaf[0] for leaf in own])) for own in apart)
+
+    def _looped(
+        self,
+        x: Float[Array, "batch time width"],
+        frames: Sequence[Frame],
+        kind: Sequence[int],
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "batch time width"], Cache | None]:
+        """The residual stream behind the first blocks, as many as there are kinds, in a loop over one block."""
+        graph, state = nnx.split(self.layers["*"])
+        some, blocks = jax.tree.map(lambda *own: jnp.stack(own), *frames), len(kind)
+        past = None if cache is None else (cache.keys, cache.values)
+        scanned = (
+            state,
+            None if self.steering is None else self.steering[...],
+            jnp.asarray(kind, jnp.int32),
+            past,
+        )
+
+        def step(x: Array, own: Any) -> tuple[Array, Any]:
+            state, steering, kind, past = own
+            frame = frames[0] if len(frames) == 1 else jax.tree.map(lambda leaf: leaf[kind], some)
+            before = None if cache is None else Cache((past[0],), (past[1],), cache.length)
+            x, after = nnx.merge(graph, state)(x, frame, before, 0, x.shape[1])
+            x = x if steering is None else x + steering.astype(x.dtype)[None, None]
+            return x, None if after is None else (after.keys[0], after.values[0])
+
+        step = jax.checkpoint(step, prevent_cse=False) if self.remat and cache is None else step
+        # A cache is written by all blocks.
+        own = scanned if blocks == self.config.layers else jax.tree.map(lambda leaf: leaf[:blocks], scanned)
+        x, written = jax.lax.scan(step, x, own)
+        return x, cache if cache is None else replace(cache, keys=written[0], values=written[1])
 
     def _embed(self, text: Text, start: Array) -> Float[Array, "batch time width"]:
         x = jnp.take(self.embedding[...], text.tokens, axis=0, mode="fill").astype(self.dtype)
@@ -190,9 +251,27 @@ class Transformer(nnx.Module):
 
 
 def _alone(
-    layer: Block, frame: Frame, number: int, last: int, x: Float[Array, "batch time width"]
+    block: Block, frame: Frame, last: int, x: Float[Array, "batch time width"]
 ) -> Float[Array, "batch last width"]:
-    return layer(x, frame, None, number, last)[0]
+    return block(x, frame, None, 0, last)[0]
+
+
+def _stack(config: TransformerConfig, rngs: nnx.Rngs) -> Block:
+    """One block whose parameters are those of all, with a leading axis; layer after layer takes its keys."""
+    matrices = 7 if config.gated else 6
+
+    def build(*keys: Key[Array, ""]) -> tuple[nnx.GraphDef, nnx.State]:
+        own: Any = SimpleNamespace(params=iter(keys).__next__)
+        return nnx.split(Block(config, rngs=own))
+
+    drawn = [[rngs.params() for _ in range(matrices)] for _ in range(config.layers)]
+    keys = (_stacked_keys(own) for own in zip(*drawn, strict=True))
+    return nnx.merge(*jax.vmap(build)(*keys))
+
+
+def _stacked_keys(keys: Sequence[Key[Array, ""]]) -> Key[Array, " layers"]:
+    data = jnp.stack([jax.random.key_data(key) for key in keys])
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys[0]))
 
 
 def transformer_of(model: Model) -> Transformer:
