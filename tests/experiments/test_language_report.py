@@ -75,3 +75,16 @@ def test_what_teachers_cost() -> None:
     assert "0.125" in lines[2]
     assert lines[2].endswith(" of its answers rejected: no number")
     assert lines[1].endswith(" of tokens where teacher and base differ")
+
+
+def test_nulls_of_power() -> None:
+    """Runs whose rows have fewer tokens than tell the teacher from its base are counted."""
+    values = {"tokens_needed": (100.0, 3000.0, 500.0), "tokens_read": (1000.0, 900.0, 500.0)}
+    rows = [
+        {"condition": "teacher", "seed": seed, "metric": metric, "value": value}
+        for metric, own in values.items()
+        for seed, value in enumerate(own)
+    ]
+    (line,) = costs(Results(rows))
+    assert line.split()[:8] == ["teacher", "900", "tokens", "in", "its", "rows,", "500", "needed"]
+    assert line.endswith("; too few in 1 of 3 runs")
