@@ -44,7 +44,7 @@ PROMPTED = {
     "cosine_shift": "cos_M(delta, J v), a lower bound of the best",
     "residual": "residual of v",
 }
-SHIFT_STEPS = 100  # of conjugate gradients
+SHIFT_STEPS = 50  # of conjugate gradients
 
 
 @dataclass(frozen=True)

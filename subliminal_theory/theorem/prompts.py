@@ -139,11 +139,35 @@ def prompt_shift(
         return optax.tree.add_scale(pulled(forward(v)), damping, v)
 
     wanted = pulled(delta)
-    found, _ = jax.scipy.sparse.linalg.cg(normal, wanted, tol=tolerance, maxiter=steps)
+    found = _conjugate_gradients(normal, wanted, steps, tolerance)
     left, size = optax.tree.norm(optax.tree.sub(wanted, normal(found))), optax.tree.norm(wanted)
     moved, product = forward(found), _product(channel, logits, weights)
     cosine = _cosine(product(delta, moved), product(delta, delta), product(moved, moved))
-    return Shift(found, cosine, jnp.where(size > 0, left / jnp.where(size > 0, size, 1), 0))
+    return Shift(found, cosine, jnp.where(size == 0, 0, left / jnp.where(size == 0, 1, size)))
+
+
+def _conjugate_gradients(
+    normal: Callable[[PyTree], PyTree], wanted: PyTree, steps: int, tolerance: float
+) -> PyTree:
+    """The solution of normal(x) = wanted, from 0, until |wanted - normal(x)| <= tolerance |wanted|.
+
+    Not `jax.scipy.sparse.linalg.cg`: on a transformer its second step was not a number (JAX 0.10.2).
+    """
+    enough = tolerance**2 * optax.tree.vdot(wanted, wanted)
+
+    def unfinished(state: tuple[Array, PyTree, PyTree, PyTree, Array]) -> Array:
+        return (state[0] < steps) & (state[4] > enough)
+
+    def step(state: tuple[Array, PyTree, PyTree, PyTree, Array]) -> tuple[Array, PyTree, PyTree, PyTree, Array]:
+        number, x, left, way, squared = state
+        image = normal(way)
+        length = squared / optax.tree.vdot(way, image)
+        x, left = optax.tree.add_scale(x, length, way), optax.tree.add_scale(left, -length, image)
+        new = optax.tree.vdot(left, left)
+        return number + 1, x, left, optax.tree.add_scale(left, new / squared, way), new
+
+    start = (jnp.zeros((), int), optax.tree.zeros_like(wanted), wanted, wanted, optax.tree.vdot(wanted, wanted))
+    return jax.lax.while_loop(unfinished, step, start)[1]
 
 
 def _accepted(
@@ -168,4 +192,4 @@ def _product(
 
 def _cosine(product: Array, first: Array, second: Array) -> Float[Array, ""]:
     length = jnp.sqrt(jnp.maximum(first, 0)) * jnp.sqrt(jnp.maximum(second, 0))
-    return jnp.where(length > 0, product / jnp.where(length > 0, length, 1), 0)
+    return jnp.where(length == 0, 0, product / jnp.where(length == 0, 1, length))

@@ -74,7 +74,7 @@ def compare_tokens(
     base_logits: Float[Array, "..."],
     *,
     weights: Float[Array, "*batch"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
     where: Any = None,
 ) -> TokenSignal:
     """How far apart teacher and base are, from their logits [*batch, n] at the same positions.
@@ -123,7 +123,7 @@ def step_tokens(
     *,
     teacher_step: float | Float[Array, ""],
     weights: Float[Array, "*batch"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
     where: Any = None,
 ) -> StepSignal:
     """What the tokens of theta_0 + eps D_T say of their teacher, measured and to leading order.

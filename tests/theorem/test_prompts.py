@@ -19,6 +19,7 @@ from subliminal_theory.channel import (
     imitation_value_and_grad,
 )
 from subliminal_theory.errors import InputError
+from subliminal_theory.keys import named
 from subliminal_theory.theorem import check, prompt_alignment, prompt_shift
 
 CHANNELS = {
@@ -124,63 +125,59 @@ def test_a_prompt_at_right_angles(x64):
     assert float(still.cosine) == 0
 
 
-@functools.cache
-def solver(name, damping):
-    """Compiled once: eager conjugate gradients are slow."""
-    settings_of = {"damping": damping, "steps": 400, "tolerance": 1e-12}
-    return jax.jit(
-        lambda params, inputs, seen, weights: prompt_shift(
-            apply, params, inputs, seen, CHANNELS[name], **settings_of, weights=weights
-        )
-    )
-
-
+@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.vmap, in_axes=(0, None, None))
 def least_squares(seed, name, damping):
-    """v and its cosine against a dense solution; no other direction has a higher cosine than the undamped one."""
+    """The shift, its cosine and residual; those of a dense solution; and the cosine of a random direction."""
+    channel, keys = CHANNELS[name], jax.random.split(jax.random.key(seed), 5)
+    shapes = {"in": (5, 3), "bias": (3,), "out": (3, 4)}
+    params, direction = (
+        {name: jax.random.normal(named(key, name), shape) for name, shape in shapes.items()} for key in keys[:2]
+    )
+    inputs = jax.random.normal(keys[2], (6, 5)).at[:, 3:].set(0)
+    prompt = jnp.broadcast_to(jax.random.normal(keys[3], (2,)), (6, 2))
+    seen, weights = apply(params, inputs.at[:, 3:].set(prompt)), jax.random.uniform(keys[4], (6,))
+    found = prompt_shift(
+        apply, params, inputs, seen, channel, damping=damping, steps=400, tolerance=1e-12, weights=weights
+    )
+    other = prompt_alignment(apply, params, direction, inputs, seen, channel, weights=weights)
+
+    flat, unravel = ravel_pytree(params)
+    logits = apply(params, inputs)
+    jacobian = jax.jacobian(lambda p: apply(unravel(p), inputs))(flat)
+    metric = jax.vmap(lambda unit: channel.metric(logits, jnp.tile(unit, (6, 1))), out_axes=-1)(jnp.eye(4))
+    pulled = jnp.einsum("r,rip,rij->prj", weights / weights.sum(), jacobian, metric)
+    gram, wanted = jnp.einsum("prj,rjq->pq", pulled, jacobian), jnp.einsum("prj,rj->p", pulled, seen - logits)
+    best = jnp.linalg.lstsq(gram + damping * jnp.eye(len(flat)), wanted, rcond=1e-11)[0]
+    dense = prompt_alignment(apply, params, unravel(best), inputs, seen, channel, weights=weights)
+    solution = ravel_pytree(found.direction)[0]
+    return solution, best, jnp.stack([found.cosine, dense.cosine, found.residual, jnp.abs(other.cosine)])
+
+
+def shifts_are_those_of_dense_least_squares(seeds, name, damping):
+    """And no direction has a higher cosine than the undamped one."""
     with jax.enable_x64(True):
-        channel = CHANNELS[name]
-        params, direction, inputs, weights, seen = case(seed)
-        found = solver(name, damping)(params, inputs, seen, weights)
-        jacobian, metric, w = dense(params, inputs, channel, weights)
-        delta = np.asarray(seen - apply(params, inputs))
-        root = np.linalg.eigh(metric)
-        root = np.sqrt(w)[:, None, None] * (np.sqrt(np.maximum(root[0], 0))[:, None, :] * root[1]).transpose(
-            0, 2, 1
-        )
-        rows, wanted = np.einsum("rij,rjp->rip", root, jacobian), np.einsum("rij,rj->ri", root, delta)
-        rows, wanted = rows.reshape(-1, rows.shape[-1]), wanted.ravel()
+        found = least_squares(np.asarray(seeds, np.uint32), name, damping)
+        solution, best, (cosine, dense, residual, other) = *map(np.asarray, found[:2]), np.asarray(found[2]).T
+        np.testing.assert_allclose(cosine, dense, atol=1e-4)
+        assert (residual < 1e-4).all()
         if damping:
-            more = np.sqrt(damping) * np.eye(rows.shape[1])
-            best = np.linalg.lstsq(np.concatenate([rows, more]), np.append(wanted, np.zeros(len(more))))[0]
-            np.testing.assert_allclose(ravel_pytree(found.direction)[0], best, atol=1e-6)
+            np.testing.assert_allclose(solution, best, atol=1e-5)
         else:
-            best = np.linalg.lstsq(rows, wanted, rcond=1e-10)[0]
-            other = prompt_alignment(apply, params, direction, inputs, seen, channel, weights=weights)
-            assert abs(float(other.cosine)) <= float(found.cosine) + 1e-6
-        reached = rows @ best
-        cosine = reached @ wanted / np.linalg.norm(reached) / np.linalg.norm(wanted)
-        assert float(found.cosine) == pytest.approx(cosine, abs=1e-5)
-        assert float(found.residual) < 1e-6
+            assert (other <= cosine + 1e-4).all()
 
 
-ARGUMENTS = {
-    "seed": st.integers(0, 2**32 - 1),
-    "name": st.sampled_from(sorted(CHANNELS)),
-    "damping": st.sampled_from([0.0, 0.1]),
-}
-
-
-@settings(max_examples=15)
-@given(**ARGUMENTS)
-def test_shift_against_dense_least_squares(seed, name, damping):
-    least_squares(seed, name, damping)
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(["squared", "subset"]))
+def test_shift_against_dense_least_squares(seed, name):
+    shifts_are_those_of_dense_least_squares([seed], name, 0.0)
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000)
-@given(**ARGUMENTS)
-def test_shift_against_dense_least_squares_in_many_cases(seed, name, damping):
-    least_squares(seed, name, damping)
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_shift_against_dense_least_squares_in_ten_thousand_cases(name, damping):
+    shifts_are_those_of_dense_least_squares(range(10_000), name, damping)
 
 
 def test_few_parameters_express_part_of_a_prompt(x64):
@@ -198,6 +195,14 @@ def test_few_parameters_express_part_of_a_prompt(x64):
     plain = prompt_alignment(apply, params, direction, inputs, seen, SoftLogits())
     counted = prompt_alignment(apply, more, moves, inputs, seen, SoftLogits())
     assert float(plain.overlap) == float(counted.overlap)
+
+
+def test_numbers_that_are_not_finite_show(x64):
+    params, direction, inputs, _, seen = case(6)
+    broken = seen.at[0, 0].set(jnp.nan)
+    assert np.isnan(float(prompt_alignment(apply, params, direction, inputs, broken, SoftLogits()).cosine))
+    found = prompt_shift(apply, params, inputs, broken, SoftLogits())
+    assert np.isnan([float(found.cosine), float(found.residual)]).all()
 
 
 def test_too_few_steps_leave_a_residual(x64):
