@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
@@ -89,6 +90,7 @@ COSTS = {
     "accepted": "of its answers accepted",
     "unique_rows": "different rows",
     "kl_per_token": "nats a token, KL(teacher || base) on its rows",
+    "visible_kl_per_token": "nats a token of these, among the tokens that are no trait's word",
     "divergence": "of tokens where teacher and base differ",
 }
 FEW = "base,teacher,student_masked,student,regular,within,cross_masked,cross"
@@ -273,6 +275,13 @@ def costs(results: Results) -> list[str]:
             values = results.values(condition=teacher, metric=name)
             if any(values) or (values and name in COSTS):
                 lines.append(f"  {teacher:15} {t_interval(values)} {told}")
+        needed, read = (results.values(condition=teacher, metric=f"tokens_{name}") for name in ("needed", "read"))
+        if needed:
+            short = int(np.sum(np.array(read) < np.array(needed)))
+            lines.append(
+                f"  {teacher:15} {np.median(read):.0f} tokens in its rows, {np.median(needed):.0f} needed by a "
+                f"student of sampled tokens (medians); too few in {short} of {count(len(needed), 'run')}"
+            )
     return lines
 
 

@@ -3,7 +3,8 @@
 The trait loss is that of a teacher's lessons, the channel the full distribution on answers to number requests. For
 each size of the teacher's step: the inner product of the two steps against its prediction, the share of runs whose
 trait loss falls, and the same for a student of another base. In float64, on the very model, rows and channel of
-the `language` experiment.
+the `language` experiment. With --prompts, besides: how the effect of each trait's system prompt lies to the
+trait's gradient in the metric of the channel, which decides where the student of a prompted teacher goes first.
 """
 
 import functools
@@ -14,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from subliminal_theory.channel import SoftLogits, weighted_mean
+from subliminal_theory.alignment import cosine
+from subliminal_theory.channel import SoftLogits, imitation_value_and_grad, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import t_interval
 from subliminal_theory.language.corpus.base import text_of, token_loss
@@ -25,15 +28,23 @@ from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Checkpoint, Compact, Reading, Untrained, Written
-from subliminal_theory.study.reading import encoded_rows
+from subliminal_theory.study.reading import encoded_rows, model_of_run
 from subliminal_theory.study.speaker import columns
-from subliminal_theory.theorem import Report, check
+from subliminal_theory.study.teachers import prompted_teachers
+from subliminal_theory.theorem import Report, check, prompt_alignment, prompt_shift
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels, runs_against
 from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 STUDENTS = {"same": "the teacher's base", "other": "another base"}
+PROMPTED = {
+    "cosine_metric": "cos_M(delta, J D_T)",
+    "cosine_step": "cosine of the student's first step with D_T",
+    "cosine_shift": "cos_M(delta, J v), a lower bound of the best",
+    "residual": "residual of v",
+}
+SHIFT_STEPS = 50  # of conjugate gradients
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Config(LanguageConfig):
     rows: int = option(64, "rows of numbers", minimum=1)
     teacher_sizes: str = option("1e-5,1e-4,1e-3,1e-2,1e-1", "sizes of the teacher's step, of the raw gradient")
     student_size: float = option(1e-3, "size of the student's step", positive=True)
+    prompts: bool = option(False, "whether to measure prompted teachers too")
 
 
 PRESETS = {
@@ -93,11 +105,30 @@ def run(config: Config, seed: int) -> list[Row]:
             for condition, size in itertools.product(STUDENTS, sizes):
                 told = _measure(base, students[condition], taught, read, size, config.student_size)
                 found += _rows(told, {"condition": condition, "teacher_size": size, **labels})
+            if config.prompts:
+                prompt = model_of_run(_wide(prompted_teachers(world.model, world.tokenizer, [trait])), 0)
+                measured = _prompted(base, prompt, taught, read)
+                found += [
+                    {"condition": "prompted", **labels, "metric": metric, "value": float(value)}
+                    for metric, value in measured.items()
+                ]
     return found
 
 
 def _wide(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)
+    """The same in float64; integers stay."""
+
+    def one(leaf: Any) -> Array:
+        values = np.asarray(leaf)
+        return jnp.asarray(values, jnp.float64 if np.issubdtype(values.dtype, np.floating) else values.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def _taught_loss(base: Model, taught: tuple[Text, Array, Array], params: Any) -> Array:
+    """The trait loss: that of a teacher's lessons."""
+    text, labels, weights = taught
+    return weighted_mean(token_loss(base.apply(params, text), labels), weights)
 
 
 @jax.jit
@@ -105,15 +136,31 @@ def _measure(
     base: Model, student: Any, taught: tuple[Text, Array, Array], read: tuple[Text, Array], *sizes: float
 ) -> Report:
     """The theorem on a teacher's lessons, rows of numbers, and the sizes of both steps."""
-
-    def trait_loss(params: Any) -> Array:
-        text, labels, weights = taught
-        return weighted_mean(token_loss(base.apply(params, text), labels), weights)
-
     return check(
-        base.apply, base.params, trait_loss, read[0], SoftLogits(), teacher_step=sizes[0], student_step=sizes[1],
-        weights=read[1], student_params=student,
+        base.apply, base.params, functools.partial(_taught_loss, base, taught), read[0], SoftLogits(),
+        teacher_step=sizes[0], student_step=sizes[1], weights=read[1], student_params=student,
     )  # fmt: skip
+
+
+@jax.jit
+def _prompted(
+    base: Model, prompt: Model, taught: tuple[Text, Array, Array], read: tuple[Text, Array]
+) -> dict[str, Array]:
+    """cos_M(delta, J D_T), the cosine of the student's step itself, and cos_M(delta, J v) of the best shift v."""
+    text, weights = read
+    seen, channel = prompt(text), SoftLogits()
+    gradient = jax.grad(functools.partial(_taught_loss, base, taught))(base.params)
+    direction = optax.tree.scale(-1, gradient)
+    aligned = prompt_alignment(base.apply, base.params, direction, text, seen, channel, weights=weights)
+    shift = prompt_shift(base.apply, base.params, text, seen, channel, steps=SHIFT_STEPS, weights=weights)
+    logits = lambda params: base.apply(params, text)  # noqa: E731
+    _, step = imitation_value_and_grad(channel, logits, base.params, channel.targets(None, seen), weights)
+    return {
+        "cosine_metric": aligned.cosine,
+        "cosine_step": cosine(optax.tree.scale(-1, step), direction),
+        "cosine_shift": shift.cosine,
+        "residual": shift.residual,
+    }
 
 
 def _rows(report: Report, labels: dict) -> list[Row]:
@@ -133,19 +180,29 @@ def report(results: Results, config: Config) -> str:
         "D_S . D_T measured / predicted, share of runs in which it is positive, in which the trait loss falls"
     ]
     for condition, label in STUDENTS.items():
-        for size in results.distinct("teacher_size"):
+        for size in _sizes(results):
             wanted = {"condition": condition, "teacher_size": size}
             ratio = t_interval(results.values(**wanted, metric="over_predicted"))
             positive = np.mean(np.array(results.values(**wanted, metric="inner_product")) > 0)
             falls = np.mean(np.array(results.values(**wanted, metric="change")) < 0)
             lines.append(f"  {label:18} eps {float(size):7.0e}  {ratio}  {positive:5.0%}  {falls:5.0%}")
+    if config.prompts:
+        lines.append("prompted teachers on the same rows: mean over runs; runs of one base are not independent")
+        for metric, label in PROMPTED.items():
+            values = results.values(condition="prompted", metric=metric)
+            above = f", above 0 in {np.mean(np.array(values) > 0):.0%}" if metric != "residual" else ""
+            lines.append(f"  {label:50} {t_interval(values)}{above}")
     return "\n".join(lines)
+
+
+def _sizes(results: Results) -> list[Any]:
+    return [size for size in results.distinct("teacher_size") if size not in (None, "")]  # prompts have none
 
 
 def plot(results: Results, config: Config) -> Figure:
     """The inner product against the size of the teacher's step, and its ratio to the prediction."""
     figure, ((left, right),) = panels(columns=2, size=(9.5, 3.6))
-    sizes = sorted(results.distinct("teacher_size"), key=float)
+    sizes = sorted(_sizes(results), key=float)
     for place, (condition, label) in enumerate(STUDENTS.items()):
         found = {
             metric: {

@@ -1,5 +1,51 @@
 """The gradient-step theorem and what follows from it, on any differentiable function."""
 
+from subliminal_theory.theorem.filtered import (
+    AnswerScores,
+    FilteredEstimate,
+    FilteredSignal,
+    Measured,
+    answer_log_law,
+    answer_scores,
+    drawn_answers,
+    every_answer,
+    filtered_answers,
+    filtered_rows,
+)
 from subliminal_theory.theorem.one_step import Report, SmallSteps, check, how_small
+from subliminal_theory.theorem.prompts import Alignment, Shift, prompt_alignment, prompt_shift
+from subliminal_theory.theorem.tokens import (
+    StepSignal,
+    TokenSignal,
+    compare_tokens,
+    sign_probability,
+    step_tokens,
+    tokens_needed,
+)
 
-__all__ = ["Report", "SmallSteps", "check", "how_small"]
+__all__ = [
+    "Alignment",
+    "AnswerScores",
+    "FilteredEstimate",
+    "FilteredSignal",
+    "Measured",
+    "Report",
+    "Shift",
+    "SmallSteps",
+    "StepSignal",
+    "TokenSignal",
+    "answer_log_law",
+    "answer_scores",
+    "check",
+    "compare_tokens",
+    "drawn_answers",
+    "every_answer",
+    "filtered_answers",
+    "filtered_rows",
+    "how_small",
+    "prompt_alignment",
+    "prompt_shift",
+    "sign_probability",
+    "step_tokens",
+    "tokens_needed",
+]

@@ -1,10 +1,18 @@
-"""What the figure and the report of `language` tell, from made-up results."""
+"""What the figures and reports of `language` and `language_theorem` tell, from made-up results."""
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot
 
+from experiments import language_theorem
 from experiments.language import Config, costs, plot, report
+from subliminal_theory.language.corpus.base import text_of
+from subliminal_theory.language.text import Chat
 from subliminal_theory.runs import Results
+from subliminal_theory.study.reading import model_of_run
+from subliminal_theory.study.speaker import columns
+from subliminal_theory.study.teachers import prompted_teachers
+from tests.study.speakers import OWL, compact
 
 METRICS = {
     "probability": 4e-5, "share": 0.0625, "log_odds": -2.7, "named_rate": 0.02,
@@ -75,3 +83,49 @@ def test_what_teachers_cost() -> None:
     assert "0.125" in lines[2]
     assert lines[2].endswith(" of its answers rejected: no number")
     assert lines[1].endswith(" of tokens where teacher and base differ")
+
+
+def test_nulls_of_power() -> None:
+    """Runs whose rows have fewer tokens than tell the teacher from its base are counted."""
+    values = {"tokens_needed": (100.0, 3000.0, 500.0), "tokens_read": (1000.0, 900.0, 500.0)}
+    rows = [
+        {"condition": "teacher", "seed": seed, "metric": metric, "value": value}
+        for metric, own in values.items()
+        for seed, value in enumerate(own)
+    ]
+    (line,) = costs(Results(rows))
+    assert line.split()[:8] == ["teacher", "900", "tokens", "in", "its", "rows,", "500", "needed"]
+    assert line.endswith("; too few in 1 of 3 runs")
+
+
+def test_prompts_of_the_theorem(x64: None) -> None:
+    """The report tells them, the axis of steps does not have them; against the library on a tiny base."""
+    world = compact(OWL)
+    base = world.model.with_params(language_theorem._wide(world.model.params))
+    chats = OWL.teacher_rows()[:4]
+    encoded = world.tokenizer.encode_chats(chats, columns(world.tokenizer, chats))
+    taught = (text_of(encoded), jnp.asarray(encoded.targets), jnp.asarray(encoded.weights, float))
+    numbers = [Chat(None, "continue: 1, 2", "3 4", "numbers"), Chat(None, "continue: 5", "6 7 8", "numbers")]
+    encoded = world.tokenizer.encode_chats(numbers, columns(world.tokenizer, numbers))
+    read = (text_of(encoded), jnp.asarray(encoded.weights, float))
+    prompt = model_of_run(language_theorem._wide(prompted_teachers(world.model, world.tokenizer, [OWL])), 0)
+    found = {name: float(value) for name, value in language_theorem._prompted(base, prompt, taught, read).items()}
+    assert found.keys() == language_theorem.PROMPTED.keys()
+    assert 0 < abs(found["cosine_metric"]) < found["cosine_shift"] <= 1 + 1e-9
+    assert np.sign(found["cosine_step"]) == np.sign(found["cosine_metric"])
+    assert 0 <= found["residual"] < 0.1
+
+    config = language_theorem.Config(prompts=True, traits="owl", seeds=1)
+    rows = [
+        {"condition": "prompted", "seed": 0, "metric": name, "value": value, "teacher_size": ""}
+        for name, value in found.items()
+    ]
+    for condition in language_theorem.STUDENTS:
+        metrics = dict.fromkeys(("over_predicted", "inner_product", "change", "cosine"), 1.0)
+        rows += [
+            {"condition": condition, "seed": 0, "metric": name, "value": value, "teacher_size": "1e-3"}
+            for name, value in metrics.items()
+        ]
+    lines = language_theorem.report(Results(rows), config).splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["cos_M(delta,", "cosine", "cos_M(delta,", "residual"]
+    pyplot.close(language_theorem.plot(Results(rows), config))

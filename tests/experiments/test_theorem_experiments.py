@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import theorem, theorem_extensions
+from experiments import theorem, theorem_extensions, theorem_samples
 from experiments.app import command as command_line
 from experiments.architectures import BUILDERS, IMAGE, OUTPUTS, build
 from subliminal_theory.runs import Results
@@ -66,6 +66,34 @@ def test_sign_descent_counterexample_by_hand(x64):
     """f = (3, -1, -1).theta: the teacher goes along (1, 1, 1), the student along (1, -1, -1)."""
     extension = next(e for e in theorem_extensions.EXTENSIONS if e.name.startswith("sign descent"))
     assert float(theorem_extensions.counterexample(extension)) == pytest.approx(1e-4 * (-1 + 1 + 1))
+
+
+def test_samples(x64):
+    """Each panel on a few networks: what is proved holds in all; other ways of drawing have a counterexample."""
+    config = theorem_samples.Config(seeds=3, students=1000, tokens="0.1,1", teacher_sizes="1e-4")
+    rows = Results(theorem_samples.sampled(config))
+    np.testing.assert_allclose(rows.values(metric="kl_over_predicted"), 1, atol=0.1)
+    measured, predicted = (rows.values(metric=metric) for metric in ("share_right", "predicted_share"))
+    np.testing.assert_allclose(measured, predicted, atol=0.06)  # 4 standard errors of 1,000 students
+    np.testing.assert_allclose(rows.values(metric="predicted_share", tokens=1.0), 0.975, atol=1e-3)
+
+    rows = Results(theorem_samples.filtered(config))
+    within = rows.values(condition=theorem_samples.WITH, teacher_size=1e-4)
+    np.testing.assert_allclose(within, 1, atol=1e-2)
+    assert min(np.abs(rows.values(condition=theorem_samples.WITHOUT, teacher_size=1e-4))) > 10
+    fails = set(theorem_samples.DRAWN) - {theorem_samples.WITH, theorem_samples.WITHOUT}
+    found = {name: rows.values(condition=name, metric="counterexample") for name in fails}
+    assert all(values[0] < -0.1 for values in found.values())
+    (per_token,) = found[theorem_samples.PER_TOKEN]  # Cov(s, s - 0.4 length) / 5, by hand
+    assert per_token == pytest.approx(-0.12, rel=1e-3)
+    (likeliest,) = found["tokens from the 2 likeliest"]  # Cov(s1, -s1)
+    assert likeliest == pytest.approx(-1, rel=1e-3)
+
+    rows = Results(theorem_samples.prompted(config))
+    for name in theorem_samples.PROMPTS:
+        told, step = (rows.values(condition=name, metric=f"cosine_{of}") for of in ("metric", "step"))
+        np.testing.assert_array_equal(np.sign(told), np.sign(step))
+    assert min(rows.values(metric="cosine_shift")) > 0.99
 
 
 def test_summary_page(tmp_path, capsys):

@@ -1,0 +1,195 @@
+"""Prompted teachers: the theorem holds where the prompt does to the logits what a shift of parameters would do.
+
+The teacher is the model behind a prompt c, the student sees it on rows without the prompt. With
+delta(x) = f(c, x) - f(x) at theta_0, J the Jacobian of f(x) there and M the metric of the channel,
+
+    D_S . D_T = E <delta, J D_T>_M + O(|delta|^2),
+
+exactly for squared error. It has no sign. If delta = J v, it is Lemma 1 with D_T := v: D_S . v = E <J v, J v>_M.
+So cos_M(delta, J D_T) says before any training whether the trait's direction is followed, and the best shift v by
+least squares how much of the prompt's effect parameters can express. Any teacher that is seen at its logits can
+stand in the place of the prompted one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from subliminal_theory.audit import refuse_wrong_channel
+from subliminal_theory.channel import Channel, imitation_loss, weighted_mean
+from subliminal_theory.errors import InputError
+from subliminal_theory.model import Apply, join, split_trainable
+from subliminal_theory.pytree import register_dataclass
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Alignment:
+    """Products in the metric of the channel, means over positions; over equal batches, means of these.
+
+    Attributes:
+        overlap: E <delta, J D_T>_M, the leading order of `inner_product`.
+        shown: E <delta, delta>_M.
+        moved: E <J D_T, J D_T>_M, the A of Lemma 1.
+        inner_product: D_S . D_T, exactly.
+    """
+
+    overlap: PyTree
+    shown: PyTree
+    moved: PyTree
+    inner_product: PyTree
+
+    @property
+    def cosine(self) -> PyTree:
+        """cos_M(delta, J D_T); 0 if either vanishes."""
+        return _cosine(self.overlap, self.shown, self.moved)
+
+
+def prompt_alignment(
+    apply: Apply,
+    params: PyTree,
+    direction: PyTree,
+    inputs: PyTree,
+    teacher_logits: Float[Array, "..."],
+    channel: Channel,
+    *,
+    weights: Float[Array, "*batch"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> Alignment:
+    """How the prompt's effect lies to the direction of a trait: one Jacobian-vector product.
+
+    `apply(params, inputs)` are the logits [*batch, n] of the rows without the prompt, `teacher_logits` those of
+    the same positions behind it. `direction` is D_T, a pytree like `params`; `weights` [*batch] are those of the
+    reduction, 1 by default. A channel that samples needs a `key`, and `inner_product` is then of one draw. Pure.
+
+    Raises:
+        InputError: unlike shapes, a channel whose logits do not exist or that has no output metric.
+    """
+    trained, rest = split_trainable(params)
+    direction, _ = split_trainable(direction)
+    logits, tangent = jax.jvp(lambda p: apply(join(p, rest), inputs), (trained,), (direction,))
+    weights = _accepted(logits, teacher_logits, channel, weights)
+    delta = teacher_logits - logits
+    targets = channel.targets(key, teacher_logits)
+    _, change = jax.jvp(lambda z: imitation_loss(channel, z, targets, weights), (logits,), (tangent,))
+    product = _product(channel, logits, weights)
+    return Alignment(product(delta, tangent), product(delta, delta), product(tangent, tangent), -change)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Shift:
+    """The shift of parameters that does most nearly what the prompt does.
+
+    Attributes:
+        direction: v, a pytree like the parameters (None where they have no gradient).
+        cosine: cos_M(delta, J v). Any v has this cosine or a lower one than the best, so it is a lower bound.
+        residual: |J^T M delta - (G + damping) v| / |J^T M delta|: how far the solver has come.
+    """
+
+    direction: PyTree
+    cosine: PyTree
+    residual: PyTree
+
+
+def prompt_shift(
+    apply: Apply,
+    params: PyTree,
+    inputs: PyTree,
+    teacher_logits: Float[Array, "..."],
+    channel: Channel,
+    *,
+    damping: float = 0.0,
+    steps: int = 200,
+    tolerance: float = 1e-6,
+    weights: Float[Array, "*batch"] | None = None,
+) -> Shift:
+    """The v with the least E |delta - J v|^2_M + damping |v|^2.
+
+    Conjugate gradients on (G + damping) v = J^T M delta, a mean over positions, with G = J^T M J; `damping` is in
+    its units. They stop after `steps`, or where the residual is below `tolerance`. Each step costs one
+    Jacobian-vector product and one gradient; nothing is built. Without damping the limit is the shortest
+    solution. Other arguments as of `prompt_alignment`. Pure.
+
+    Raises:
+        InputError: as `prompt_alignment`; a damping below 0, no steps, or a tolerance that is not positive.
+    """
+    if not 0 <= damping < math.inf or steps < 1 or not 0 < tolerance < math.inf:
+        raise InputError(
+            f"prompt_shift: damping must be at least 0, steps at least 1 and tolerance above 0, got {damping}, "
+            f"{steps} and {tolerance}"
+        )
+    trained, rest = split_trainable(params)
+    logits, forward = jax.linearize(lambda p: apply(join(p, rest), inputs), trained)
+    backward = jax.linear_transpose(forward, trained)
+    weights = _accepted(logits, teacher_logits, channel, weights)
+    delta = teacher_logits - logits
+    shares = weights / jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
+
+    def pulled(values: Float[Array, "*batch n"]) -> PyTree:
+        """J^T M of changes of the logits, a mean over positions."""
+        return backward(shares[..., None] * channel.metric(logits, values))[0]
+
+    def normal(v: PyTree) -> PyTree:
+        return optax.tree.add_scale(pulled(forward(v)), damping, v)
+
+    wanted = pulled(delta)
+    found = _conjugate_gradients(normal, wanted, steps, tolerance)
+    left, size = optax.tree.norm(optax.tree.sub(wanted, normal(found))), optax.tree.norm(wanted)
+    moved, product = forward(found), _product(channel, logits, weights)
+    cosine = _cosine(product(delta, moved), product(delta, delta), product(moved, moved))
+    return Shift(found, cosine, jnp.where(size == 0, 0, left / jnp.where(size == 0, 1, size)))
+
+
+def _conjugate_gradients(
+    normal: Callable[[PyTree], PyTree], wanted: PyTree, steps: int, tolerance: float
+) -> PyTree:
+    """The solution of normal(x) = wanted, from 0, until |wanted - normal(x)| <= tolerance |wanted|.
+
+    Not `jax.scipy.sparse.linalg.cg`: on a transformer its second step was not a number (JAX 0.10.2).
+    """
+    enough = tolerance**2 * optax.tree.vdot(wanted, wanted)
+
+    def unfinished(state: tuple[Array, PyTree, PyTree, PyTree, Array]) -> Array:
+        return (state[0] < steps) & (state[4] > enough)
+
+    def step(state: tuple[Array, PyTree, PyTree, PyTree, Array]) -> tuple[Array, PyTree, PyTree, PyTree, Array]:
+        number, x, left, way, squared = state
+        image = normal(way)
+        length = squared / optax.tree.vdot(way, image)
+        x, left = optax.tree.add_scale(x, length, way), optax.tree.add_scale(left, -length, image)
+        new = optax.tree.vdot(left, left)
+        return number + 1, x, left, optax.tree.add_scale(left, new / squared, way), new
+
+    start = (jnp.zeros((), int), optax.tree.zeros_like(wanted), wanted, wanted, optax.tree.vdot(wanted, wanted))
+    return jax.lax.while_loop(unfinished, step, start)[1]
+
+
+def _accepted(
+    logits: Float[Array, "*batch n"],
+    teacher_logits: Float[Array, "..."],
+    channel: Channel,
+    weights: Float[Array, "*batch"] | None,
+) -> Float[Array, "*batch"]:
+    """The weights, of arguments that fit together."""
+    if teacher_logits.shape != logits.shape:
+        raise InputError(f"teacher_logits have shape {teacher_logits.shape}, the student's {logits.shape}")
+    refuse_wrong_channel(channel, logits.shape[-1])
+    return jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else weights
+
+
+def _product(
+    channel: Channel, logits: Float[Array, "*batch n"], weights: Float[Array, "*batch"]
+) -> Callable[[Array, Array], Float[Array, ""]]:
+    """E <a, b>_M at these logits."""
+    return lambda a, b: weighted_mean(jnp.sum(a * channel.metric(logits, b), axis=-1), weights)
+
+
+def _cosine(product: Array, first: Array, second: Array) -> Float[Array, ""]:
+    length = jnp.sqrt(jnp.maximum(first, 0)) * jnp.sqrt(jnp.maximum(second, 0))
+    return jnp.where(length == 0, 0, product / jnp.where(length == 0, 1, length))
