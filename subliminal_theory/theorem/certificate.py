@@ -59,7 +59,7 @@ class Certificate:
         leading: eps A, its leading order.
         curvature: |r|_M / |eps J D_T|_M. For squared error and reverse KL, |D_S . D_T / (eps A) - 1| is no more.
         condition: D_S . D_T >= 0 at this step for every squared error on the visible logits, too, whose weights
-            over positions and logits are `weights` times numbers within this factor of each other.
+            over positions and logits are `weights` times numbers within this factor of each other; 0 if for none.
     """
 
     inner_product: PyTree
@@ -145,8 +145,9 @@ def _condition(channel: Channel, change: Array, tangent: Array, weights: Array) 
         weighted_mean(jnp.sum(a * b, axis=-1), weights)
         for a, b in ((change, tangent), (change, change), (tangent, tangent))
     )
-    cosine = jnp.clip(ratio(inner, jnp.sqrt(one * two)), 0, 1)
-    return (1 + cosine) / jnp.where(cosine < 1, 1 - cosine, jnp.finfo(cosine.dtype).eps)
+    cosine = jnp.minimum(ratio(inner, jnp.sqrt(one * two)), 1)
+    factor = (1 + cosine) / jnp.where(cosine < 1, 1 - cosine, jnp.finfo(cosine.dtype).eps)
+    return jnp.where(cosine >= 0, factor, 0)
 
 
 @functools.singledispatch

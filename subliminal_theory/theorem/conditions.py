@@ -66,11 +66,12 @@ class Conditions:
 def covers(channel: Channel, logits: int, *, key: Key[Array, ""] | None = None, draws: int = 4096) -> Conditions:
     """Whether the theorem covers a loss on `logits` logits: conditions (a) and (c), by Jacobian-vector products.
 
-    Derivatives are taken in float64 at eight teachers and eight students with fixed, irregular logits; M is never
-    built. What is found to fail, fails. What is found to hold, holds at these logits: for a loss given by one
-    formula, that is hardly chance, but it is no proof. Where the channel is not `exact`, the gradient of the mean
-    loss is estimated from `draws` draws of the targets with `key`: it is called 0 within 5.5 standard errors, and
-    the reason gives what is left open. Costs some hundred gradients of the loss, times `draws` where it is random.
+    Derivatives are taken in float64 at eight teachers and eight students with fixed, irregular logits; M is
+    never built. What is found to fail, fails. What is found to hold, holds at these logits: for a loss given by
+    one formula, that is hardly chance, but it is no proof. Where the channel is not `exact`, the gradient of the
+    mean loss is estimated from `draws` draws of the targets with `key`: it is called 0 within 5.5 standard
+    errors, and the reason gives what is left open. Costs some hundred gradients of the loss, each of 256 draws
+    where it is random.
 
     Raises:
         InputError: the channel selects logits that do not exist; fewer than 256 draws.
@@ -91,12 +92,12 @@ def covers(channel: Channel, logits: int, *, key: Key[Array, ""] | None = None, 
         if not found or channel.exact:  # the audit has compared the metric of an exact channel
             return found
         try:
-            mean, deviation, metric = jax.jit(lambda seeds: _false_metric(channel, logits, seeds))(seeds)
+            images = jax.jit(lambda seeds: _images(channel, logits, seeds))(seeds)
         except InputError as error:
             return replace(found, covered=False, reason=str(error))
-    size = float(jnp.max(jnp.abs(mean)))
-    wrong = np.abs(mean - metric)
-    if (wrong > SIGMAS * np.asarray(deviation) + (10 / FEW + SMALL) * size).any():
+    mean, deviation, metric = jax.device_get(images)
+    size, wrong = float(np.abs(mean).max()), np.abs(mean - metric)
+    if (wrong > SIGMAS * deviation + (10 / FEW + SMALL) * size).any():
         reason = f"`metric` differs by {wrong.max() / size:.2g} of its size from the mean Hessian: correct it"
         return replace(found, covered=False, reason=reason)
     return found
@@ -179,7 +180,7 @@ def _measure(channel: Channel, n: int, seeds: Array) -> tuple[Array, ...]:
     return (*gradient(teacher, teacher, seeds), gradient(student, teacher)[0], values, *unseen)
 
 
-def _false_metric(channel: Channel, n: int, seeds: Array) -> tuple[Array, Array, Array]:
+def _images(channel: Channel, n: int, seeds: Array) -> tuple[Array, Array, Array]:
     """The mean Hessian times a tangent, its standard error, and what `metric` says of it."""
     logits, _, tangent = probes(n)
 

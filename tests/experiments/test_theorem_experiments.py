@@ -80,7 +80,7 @@ def test_zero_cases_and_violations_are_counted_apart(measured):
 
 def test_many_steps_rise_beyond_the_limit_alone(x64):
     config = theorem_many_steps.Config(seeds=4, steps=30)
-    rows = Results(theorem_many_steps.measure(config, "rates", [(1.9, 1e-7), (2.3, 1e-7)]))
+    rows = Results(theorem_many_steps.measure(config, "all images", 16, [(1.9, 1e-7), (2.3, 1e-7)]))
     change, predicted, product = (
         {rate: np.array(rows.values(rate=rate, metric=metric)) for rate in (1.9, 2.3)}
         for metric in theorem_many_steps.METRICS

@@ -10,6 +10,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
 from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset, TopK, WeightedSum
 from subliminal_theory.divergence import JensenShannon, ReverseKL
@@ -20,6 +21,15 @@ CHANNELS = [
     *(SoftLogits(), SoftLogits(3.0), ReverseKL(0.5), JensenShannon(), SquaredError([1, 2, 0, 0.5])),
     *(Subset((0, 1, 3), JensenShannon(0.5)), TopK(2), Subset((0, 2, 3), TopK(2, JensenShannon()))),
     WeightedSum((SoftLogits(), SquaredError(0.1)), (1.0, 0.3)),
+]
+
+
+# How far certified steps move the parameters, in units of their norm, before the first that is not.
+REACH = [
+    (SquaredError(), np.inf),
+    (Subset((10, 11, 12), SquaredError()), np.inf),
+    (SoftLogits(), 0.28),
+    (Subset((10, 11, 12)), 2.2),
 ]
 
 
@@ -115,6 +125,8 @@ def test_condition_covers_weighted_squared_errors(seed, eps):
         found, _ = compiled(4)(params, direction, inputs, weights, eps)
         rng = np.random.default_rng(seed)
         factor = float(found.condition)
+        if not factor:
+            return  # the changes point away from each other
         channel = CHANNELS[4]
         seen = np.asarray(channel.weights) > 0
         for _ in range(20):
@@ -160,3 +172,35 @@ def test_bad_input_is_refused():
         call(lambda p: jnp.sum(p["a"]), inputs, SoftLogits(), direction=direction, teacher_step=0.1)
     with pytest.raises(InputError, match="teacher_step must be a positive"):
         call(None, inputs, SoftLogits(), direction=direction, teacher_step=0.0)
+
+
+def trained_on_digits():
+    """A tanh network of 64-32-(10+3) after 300 steps of gradient descent, its trait loss, and noise."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = jnp.asarray(images[:512] / 8 - 1), jnp.asarray(labels[:512])
+    rng = np.random.default_rng(0)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(64, 32)) / 8),
+        "b": jnp.asarray(rng.normal(size=(32, 13)) / 32**0.5),
+    }
+
+    def loss(p):
+        return -jnp.mean(jax.nn.log_softmax(network(p, images)[:, :10])[jnp.arange(512), labels])
+
+    def step(p, _):
+        return jax.tree.map(lambda leaf, g: leaf - 0.5 * g, p, jax.grad(loss)(p)), None
+
+    params, _ = jax.lax.scan(step, params, None, length=300)
+    return params, loss, jnp.asarray(rng.uniform(-1, 1, size=(256, 64)))
+
+
+@pytest.mark.parametrize(("channel", "reach"), REACH, ids=str)
+def test_reach_on_a_trained_network(channel, reach, x64):
+    """101 steps that move the parameters by a thousandth to 98 times their norm: D_S . D_T is negative at none."""
+    params, loss, inputs = trained_on_digits()
+    assert loss(params) < 0.02
+    unit = float(optax.tree.norm(jax.grad(loss)(params)) / optax.tree.norm(params))
+    call = jax.jit(lambda eps: certificate(network, params, loss, inputs, channel, teacher_step=eps))
+    found = [(unit * eps, call(eps)) for eps in np.geomspace(1, 1e5, 101)]
+    assert all(one.inner_product > 0 for _, one in found)
+    assert next((moved for moved, one in found if not one.certified), np.inf) == pytest.approx(reach, rel=0.02)
