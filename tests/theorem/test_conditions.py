@@ -88,9 +88,9 @@ class NoisyTeacher(SquaredError):
 @pytest.mark.parametrize(
     "channel",
     [
-        *(SoftLogits(), SoftLogits(2.5), ReverseKL(), JensenShannon(0.7)),
+        *(SoftLogits(), SoftLogits(0.05), ReverseKL(2.5), JensenShannon(0.7)),
         *(SquaredError(), SquaredError([0, 1, 2, 1e-6, 3, 1, 1]), Bregman()),
-        *(Subset((4, 5, 6)), Subset((1, 5), SquaredError()), WeightedSum((ReverseKL(), SquaredError()), (1, 0.1))),
+        *(Subset((4, 5, 6)), WeightedSum((ReverseKL(), SquaredError()), (1, 0.1))),
     ],
     ids=str,
 )
@@ -103,7 +103,7 @@ def test_covered(channel):
     assert "stationary and a minimum, and the null space of M is constant" in str(found)
 
 
-@pytest.mark.parametrize("channel", [TopK(3), TopK(2, SquaredError()), Subset((0, 2, 5, 6), TopK(2))], ids=str)
+@pytest.mark.parametrize("channel", [TopK(3), Subset((0, 2, 5, 6), TopK(2, SquaredError()))], ids=str)
 def test_covered_for_teachers_that_choose_the_same_logits(channel):
     """At A = 0 the step moves none of the k logits: D_S . D_T is 0 until another one enters."""
     found = covers(channel, N)
@@ -155,8 +155,7 @@ def test_what_condition_c_forbids_happens(x64):
     ("channel", "null_space"),
     [
         (SampledToken(), "constant"),
-        (Subset((4, 5, 6), SampledToken()), "constant"),
-        (TopK(3, SampledToken()), "locally constant"),
+        (Subset((0, 4, 5, 6), TopK(3, SampledToken())), "locally constant"),
         (WeightedSum((SampledToken(), SoftLogits()), (1.0, 0.5)), "constant"),
         (NoisyTeacher(), "constant"),
     ],

@@ -187,7 +187,7 @@ def test_a_trait_loss_or_a_direction(toy):
         with pytest.raises(InputError, match="student_step goes with a trait loss"):
             call(trait, *rest, direction=params if trait is None else None, **own)
     with pytest.raises(InputError, match="direction must have the structure and shapes of params"):
-        call(None, *rest, direction={"layers": params["layers"][:1]}, teacher_step=1e-3)
+        call(None, *rest, direction={"layers": {0: params["layers"][0]}}, teacher_step=1e-3)
 
 
 def test_orders_in_both_steps(toy):
