@@ -74,7 +74,7 @@ BUILDERS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "MLP, ReLU": _mlp(2, "relu"),
     "MLP, tanh": _mlp(2, "tanh"),
     "MLP, tanh, wide": _mlp(1, "tanh", 128),
-    "MLP, ReLU, deep": _mlp(6, "relu", 8),
+    "MLP, GELU, deep": _mlp(6, "gelu", 8),
     "CNN, ReLU": lambda rngs: CNN(IMAGE, (4, 4), OUTPUTS, rngs=rngs),
     "residual, layer norm": lambda rngs: ResidualNet(rngs=rngs),
     "transformer": lambda rngs: Transformer(rngs=rngs),

@@ -242,6 +242,7 @@ def report(results: Results, config: Config) -> str:
         "zero: A = 0; wrong: steps in which D_S.D_T < 0 or the trait loss rises, beyond rounding;",
         "order, error, change: orders of D_S.D_T in eps, of its prediction error in eps, of the loss change in",
         "eps alpha (theory 1, 2, 1), fitted above rounding; - where nothing is (a prediction that is exact).",
+        *_spreads(results),
         "a student of another initialisation, over seeds (theory: order 0, no sign):",
     ]
     for network in results.distinct("network"):
@@ -253,6 +254,18 @@ def report(results: Results, config: Config) -> str:
 
 _HEADER = f"{'cases':>7}{'zero':>6}{'wrong':>7}{'order':>9}{'error':>9}{'change':>9}"
 _ORDERS = ("order_inner_product", "order_prediction_error", "order_change")
+
+
+def _spreads(results: Results) -> list[str]:
+    """How far the fitted orders of single cases are from each other."""
+    lines = []
+    for metric in _ORDERS:
+        if values := results.values(condition="same_init", metric=metric):
+            low, middle, high = np.percentile(values, [1, 50, 99])
+            lines.append(
+                f"  {metric}: median {middle:.4f}, 98% of {len(values)} cases from {low:.4f} to {high:.4f}"
+            )
+    return lines
 
 
 def _counts(results: Results, **of: str) -> tuple[int, int, int, int]:
@@ -299,7 +312,9 @@ def plot(results: Results, config: Config) -> Figure:
         axes.set_xlabel(r"teacher step $\epsilon$ (units of the raw gradient)")
     orders.set_title(r"inner product $D_S \cdot D_T$ (median)")
     errors.set_title(r"error of $\epsilon A$ (median)")
-    orders.legend(fontsize=7)
+    low, high = orders.get_ylim()
+    orders.set_ylim(low, high * (high / low) ** 0.6)  # room for the names
+    orders.legend(fontsize=6, loc="upper left", ncols=2)
     errors.legend(handles=errors.get_lines()[-1:], fontsize=7)
     for x, network in enumerate(networks):
         for shift, condition, color in ((-0.2, "same_init", COLORS[0]), (0.2, "other_init", COLORS[3])):

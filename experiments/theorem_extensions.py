@@ -31,7 +31,7 @@ from subliminal_theory.source import Examples
 from subliminal_theory.theorem import contraction
 
 from .app.contract import Part, option
-from .app.figures import COLORS, panels
+from .app.figures import COLORS, note, panels
 from .architectures import BUILDERS, CLASSES, EXAMPLES, IMAGE, OUTPUTS, build, random_trait
 
 SMALL_STEP = optax.sgd(1e-3)
@@ -378,7 +378,7 @@ def _share(results: Results, extension: Extension) -> tuple[float, float, float]
 
 def plot(results: Results, config: Config) -> Figure:
     """Shares with intervals, colored by what can be proved."""
-    figure, ((axes,),) = panels(size=(8.0, 4.6))
+    figure, ((axes,),) = panels(size=(8.0, 5.2))
     for y, extension in enumerate(EXTENSIONS):
         low, share, high = _share(results, extension)
         color = COLORS[2] if extension.holds else COLORS[3]
@@ -389,9 +389,8 @@ def plot(results: Results, config: Config) -> Figure:
     axes.set_yticks(range(len(EXTENSIONS)), [extension.name for extension in EXTENSIONS])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel(
-        f"share of n = {config.seeds} random networks ({config.network}) in which the trait loss fell,\n"
-        "95% exact interval; circles: proved to leading order; diamonds: a counterexample exists"
-    )
+    axes.set_xlabel("share of random networks in which the trait loss fell")
+    text = "95% exact interval; circles: proved to leading order; diamonds: a counterexample exists"
+    note(axes, f"n = {config.seeds} ({config.network}); {text}")
     axes.set_title("Beyond one small gradient step")
     return figure
