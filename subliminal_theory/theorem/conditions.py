@@ -147,7 +147,7 @@ def _judge(channel: Channel, found: _Measured, draws: int) -> Conditions:
     if not curvature > -SMALL:
         reason = f"(a) fails: equality is no minimum, the smallest curvature is {curvature:.2g} of the largest"
         return Conditions(False, reason, exact, gradient, curvature)
-    shares = (found.unseen, found.unseen_near, 0.0)
+    shares = (float(found.unseen), float(found.unseen_near), 0.0)
     null_space = next(name for name, share in zip(NULL_SPACES, shares, strict=True) if share <= SMALL)
     numbers = (exact, gradient, curvature, null_space)
     if null_space == "moves":
