@@ -43,12 +43,13 @@ def test_theorem_rows(measured):
         assert rows.values(condition="same_init", metric=metric) == [0] * cases
     for metric, expected, tolerance in (
         ("order_inner_product", 1, 0.01),
-        ("order_prediction_error", 2, 0.05),
+        ("order_prediction_error", 2, 0.2),  # where the second order nearly vanishes, the third shows
         ("order_change", 1, 0.01),
     ):
         values = rows.values(condition="same_init", metric=metric)
         assert 0.9 * cases <= len(values) <= cases  # the others stand too little above rounding
         np.testing.assert_allclose(values, expected, atol=tolerance)
+        assert np.median(values) == pytest.approx(expected, abs=1e-3)
     np.testing.assert_allclose(rows.values(condition="other_init", metric="order_inner_product"), 0, atol=0.1)
     np.testing.assert_allclose(rows.values(condition="other_init", metric="cosine_unupdated"), 1, atol=1e-6)
 
