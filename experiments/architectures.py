@@ -1,4 +1,4 @@
-"""Six small networks of different kinds on 8 x 8 images, to test statements about all differentiable networks."""
+"""Eight small networks of different kinds on 8 x 8 images, for statements about all differentiable networks."""
 
 from collections.abc import Callable
 
@@ -64,8 +64,8 @@ class Transformer(nnx.Module):
         return self.head(jnp.mean(x, axis=1))
 
 
-def _mlp(depth: int, activation: str) -> Callable[[nnx.Rngs], nnx.Module]:
-    sizes = (IMAGE[0] * IMAGE[1], *[WIDTH] * depth, OUTPUTS)
+def _mlp(depth: int, activation: str, width: int = WIDTH) -> Callable[[nnx.Rngs], nnx.Module]:
+    sizes = (IMAGE[0] * IMAGE[1], *[width] * depth, OUTPUTS)
     return lambda rngs: MLP(sizes, activation=activation, rngs=rngs)
 
 
@@ -73,6 +73,8 @@ BUILDERS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "linear": _mlp(0, "identity"),
     "MLP, ReLU": _mlp(2, "relu"),
     "MLP, tanh": _mlp(2, "tanh"),
+    "MLP, tanh, wide": _mlp(1, "tanh", 128),
+    "MLP, GELU, deep": _mlp(6, "gelu", 8),
     "CNN, ReLU": lambda rngs: CNN(IMAGE, (4, 4), OUTPUTS, rngs=rngs),
     "residual, layer norm": lambda rngs: ResidualNet(rngs=rngs),
     "transformer": lambda rngs: Transformer(rngs=rngs),

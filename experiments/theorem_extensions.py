@@ -3,7 +3,8 @@
 The theorem covers one small gradient step of the teacher and one of the student from a shared initialisation.
 Each row here changes one thing. "Holds" is a statement to leading order with its reason; "fails" comes with an
 example of one to three parameters, run by the same `distill`, in which the trait loss rises. Besides, the share
-of random networks in which it fell is measured.
+of random networks in which it fell is measured. Rates are in units of 1 / sharpness where the condition of many
+steps is at stake: sharpness is the largest eigenvalue of the Gauss-Newton matrix G of a step's imitation loss.
 """
 
 import functools
@@ -21,14 +22,16 @@ from scipy import stats
 
 from subliminal_theory.channel import Channel, SampledToken, SquaredError, Subset
 from subliminal_theory.distill import distill
+from subliminal_theory.divergence import JensenShannon, ReverseKL
 from subliminal_theory.inits import Perturbed, initialise
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.source import Examples
+from subliminal_theory.theorem import contraction
 
 from .app.contract import Part, option
-from .app.figures import COLORS, panels
+from .app.figures import COLORS, note, panels
 from .architectures import BUILDERS, CLASSES, EXAMPLES, IMAGE, OUTPUTS, build, random_trait
 
 SMALL_STEP = optax.sgd(1e-3)
@@ -73,7 +76,15 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class Extension:
-    """One change to the setting of the theorem."""
+    """One change to the setting of the theorem.
+
+    Attributes:
+        rate: of each of the student's steps, in units of 1 / (largest eigenvalue of that step's G); it takes the
+            place of `student`.
+        momentum: of such steps.
+        batch: images of a step, all of them if None.
+        then: channels of further runs of as many steps, each from where the last one ended.
+    """
 
     name: str
     holds: bool
@@ -84,6 +95,10 @@ class Extension:
     student_steps: int = 1
     channel: Channel = AUXILIARY
     sigma: float = 0.0
+    rate: float | None = None
+    momentum: float | None = None
+    batch: int | None = None
+    then: tuple[Channel, ...] = ()
     counterexample: Counterexample | None = None
 
 
@@ -101,13 +116,53 @@ _CONVERGED = Counterexample([[2.0, -1.0]], [1.0, 1.0], _quadratic([1.0, 10.0]))
 EXTENSIONS = (
     Extension("the theorem: one gradient step each", True, "Theorem 1"),
     Extension(
-        "many student steps",
+        "20 student steps at 1.9 / sharpness",
+        True,
+        "every step contracts theta - theta_T while its rate is at most 2 / (largest eigenvalue of its G)",
+        rate=1.9,
+        student_steps=20,
+    ),
+    Extension(
+        "20 minibatches at 1.9 / their sharpness",
+        True,
+        "as above: any sequence of batches",
+        rate=1.9,
+        student_steps=20,
+        batch=4,
+    ),
+    Extension(
+        "changing channels at 1.9 / sharpness",
+        True,
+        "as above: any sequence of losses, temperatures and visible logits",
+        rate=1.9,
+        student_steps=5,
+        batch=8,
+        then=(Subset(AUXILIARY.where[:2], ReverseKL(3.0)), SquaredError(), JensenShannon(0.5)),
+    ),
+    Extension(
+        "20 student steps at 2.1 / sharpness",
         False,
-        "holds for gradient flow in G; at a rate above 2 / (largest eigenvalue of G) the trait loss rises",
-        student=optax.sgd(1e-2),
-        student_steps=100,
-        # One logit of slope 1 under squared error: G = 2, so a rate of 1.05 overshoots by a tenth in every step.
-        counterexample=Counterexample([[1.0]], [0.0], _slope([1.0]), student=optax.sgd(1.05)),
+        "the steepest direction grows by a tenth in every step, and the trait loss with it in the end",
+        rate=2.1,
+        student_steps=20,
+        # One logit of slope 1 under squared error: G = 2, and the change is -eps (1 - (1 - 2.1)^20) = 5.73 eps.
+        counterexample=Counterexample([[1.0]], [0.0], _slope([1.0])),
+    ),
+    Extension(
+        "2 student steps, momentum 0.9, at 3.6 / sharpness",
+        False,
+        "stable below 3.8, but it overshoots: by 2.52 eps in the example, where G = 2",
+        rate=3.6,
+        momentum=0.9,
+        student_steps=2,
+        counterexample=Counterexample([[1.0]], [0.0], _slope([1.0])),
+    ),
+    Extension(
+        "weight decay of the student",
+        False,
+        "it pulls towards 0, whatever the teacher did",
+        student=optax.chain(optax.add_decayed_weights(0.01), SMALL_STEP),
+        counterexample=Counterexample([[1.0]], [1.0], _slope([1.0])),
     ),
     Extension(
         "many teacher steps",
@@ -223,17 +278,21 @@ def measure(config: Config, extension: Extension) -> list[Row]:
     """The change of the student's trait loss in random networks, and in the counterexample."""
     with jax.enable_x64(True):
         keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
-        changes = jax.jit(jax.vmap(functools.partial(_random_network, config.network, extension)))(keys)
+        changes, sharpest = jax.jit(jax.vmap(functools.partial(_random_network, config.network, extension)))(keys)
+        measured = {"trait_loss_change": changes, "sharpness": sharpest if extension.rate else ()}
         rows: list[Row] = [
-            {"condition": extension.name, "seed": seed, "metric": "trait_loss_change", "value": float(change)}
-            for seed, change in enumerate(changes)
+            {"condition": extension.name, "seed": seed, "metric": metric, "value": float(value)}
+            for metric, values in measured.items()
+            for seed, value in enumerate(values)
         ]
         if (change := counterexample(extension)) is not None:
             rows.append({**rows[0], "seed": 0, "metric": "counterexample", "value": float(change)})
         return rows
 
 
-def _random_network(network: str, extension: Extension, key: Key[Array, ""]) -> Float[Array, ""]:
+def _random_network(
+    network: str, extension: Extension, key: Key[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     model = build(network, named(key, "init"))
     inputs = jax.random.uniform(named(key, "inputs"), (EXAMPLES, *IMAGE), minval=-1.0)
     fresh = build(network, named(key, "perturbation scale")).params
@@ -253,7 +312,7 @@ def counterexample(extension: Extension) -> Float[Array, ""] | None:
     student = case.student or (SMALL_STEP if extension.teacher_steps > 1 else extension.student)
     changed = replace(extension, teacher=case.teacher or extension.teacher, student=student)
     seen = jnp.asarray(case.seen)
-    return _transmit(changed, model, start, case.trait_loss, seen, case.channel, jax.random.key(0))
+    return _transmit(changed, model, start, case.trait_loss, seen, case.channel, jax.random.key(0))[0]
 
 
 def _transmit(
@@ -264,8 +323,8 @@ def _transmit(
     inputs: Float[Array, "batch ..."],
     channel: Channel,
     key: Key[Array, ""],
-) -> Float[Array, ""]:
-    """The change of the student's trait loss when both take their steps."""
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The change of the student's trait loss when both take their steps, and the largest sharpness of a step."""
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         params, state = carry
@@ -274,11 +333,23 @@ def _transmit(
 
     opening = (model.params, extension.teacher.init(model.params))
     (taught, _), _ = jax.lax.scan(step, opening, None, length=extension.teacher_steps)
-    student = distill(
-        model.with_params(student_start), model.with_params(taught), channel, Examples(inputs, len(inputs)),
-        extension.student, extension.student_steps, key=key,
-    )  # fmt: skip
-    return trait_loss(student.model.params) - trait_loss(student_start)
+    teacher, student = model.with_params(taught), model.with_params(student_start)
+    source, count, sharpest = (
+        Examples(inputs, extension.batch or len(inputs)),
+        extension.student_steps,
+        jnp.array(0.0),
+    )
+    for number, own in enumerate((channel, *extension.then)):
+        run_key, optimizer = named(key, number), extension.student
+        if extension.rate is not None:
+            each = contraction(
+                model.apply, model.params, trait_loss, source, own, teacher_step=1.0, rates=np.ones(count),
+                key=run_key,
+            ).sharpness.value  # fmt: skip
+            sharpest, rates = jnp.maximum(sharpest, jnp.max(each)), extension.rate / each
+            optimizer = optax.sgd(lambda step, rates=rates: rates[step], momentum=extension.momentum)
+        student = distill(student, teacher, own, source, optimizer, count, key=run_key).model
+    return trait_loss(student.params) - trait_loss(student_start), sharpest
 
 
 def report(results: Results, config: Config) -> str:
@@ -287,9 +358,14 @@ def report(results: Results, config: Config) -> str:
     for extension in EXTENSIONS:
         low, share, high = _share(results, extension)
         verdict = "holds" if extension.holds else "fails"
-        lines.append(f"  {extension.name:42} {share:.3f} [{low:.3f}, {high:.3f}]  {verdict}: {extension.why}")
+        lines.append(f"  {extension.name:50} {share:.3f} [{low:.3f}, {high:.3f}]  {verdict}: {extension.why}")
+        if found := results.values(condition=extension.name, metric="sharpness"):
+            text = (
+                f"steepest G of each network: median {np.median(found):.3g}, {min(found):.3g} to {max(found):.3g}"
+            )
+            lines.append(f"  {'':50} {text}")
         for rise in results.values(condition=extension.name, metric="counterexample"):
-            lines.append(f"  {'':42} counterexample: the trait loss changes by {rise:+.3g}")
+            lines.append(f"  {'':50} counterexample: the trait loss changes by {rise:+.3g}")
     return "\n".join(lines)
 
 
@@ -302,7 +378,7 @@ def _share(results: Results, extension: Extension) -> tuple[float, float, float]
 
 def plot(results: Results, config: Config) -> Figure:
     """Shares with intervals, colored by what can be proved."""
-    figure, ((axes,),) = panels(size=(8.0, 4.6))
+    figure, ((axes,),) = panels(size=(8.0, 5.2))
     for y, extension in enumerate(EXTENSIONS):
         low, share, high = _share(results, extension)
         color = COLORS[2] if extension.holds else COLORS[3]
@@ -313,9 +389,8 @@ def plot(results: Results, config: Config) -> Figure:
     axes.set_yticks(range(len(EXTENSIONS)), [extension.name for extension in EXTENSIONS])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel(
-        f"share of n = {config.seeds} random networks ({config.network}) in which the trait loss fell,\n"
-        "95% exact interval; circles: proved to leading order; diamonds: a counterexample exists"
-    )
+    axes.set_xlabel("share of random networks in which the trait loss fell")
+    text = "95% exact interval; circles: proved to leading order; diamonds: a counterexample exists"
+    note(axes, f"n = {config.seeds} ({config.network}); {text}")
     axes.set_title("Beyond one small gradient step")
     return figure

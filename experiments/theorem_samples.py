@@ -3,7 +3,7 @@
 How often the sign of a student's step is right after n sampled tokens, against Phi(sqrt(2 n KL)); the step of a
 student of filtered answers, with and without its control of the base's answers under the same filter, and the same
 for other ways of drawing; and whether cos_M(delta, J D_T) tells where a prompted teacher's student goes. In
-float64; docs/theory_tokens.md has the derivations.
+float64; docs/theory.md has the derivations.
 """
 
 import functools

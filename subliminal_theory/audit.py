@@ -157,7 +157,7 @@ def refuse_wrong_channel(channel: Channel, logits: int, key: Key[Array, ""] | No
         return
     with jax.ensure_compile_time_eval():
         channel.visible(logits)
-        teacher, student, tangent = _probes(logits)
+        teacher, student, tangent = probes(logits)
         refuse_false_visible(channel, teacher, student, key)
         for part in _exact_parts(channel):
             _refuse_other_objective(part, teacher, student, key)
@@ -246,7 +246,7 @@ def _exact_parts(channel: Any) -> Iterator[Any]:
         yield from (replace(channel, of=part) for part in _exact_parts(channel.of))
 
 
-def _probes(n: int) -> tuple[Array, Array, Array]:
+def probes(n: int) -> tuple[Array, Array, Array]:
     """Logits of a teacher and a student and a tangent, [8, n], neither constant nor sparse."""
     count = jnp.arange(float(PROBES * n)).reshape(PROBES, n)
     return jnp.sin(1 + count), jnp.sin(2 + 1.7 * count), jnp.cos(3 + 2.3 * count)

@@ -291,7 +291,7 @@ class TopK:
             raise InputError(f"TopK: k must be at least 1, got {self.k}")
 
     def targets(self, key: MaybeKey, teacher_logits: Logits) -> PyTree:
-        mask = self._largest(teacher_logits)
+        mask = self.largest(teacher_logits)
         return mask, self.of.targets(key, _hide(teacher_logits, mask))
 
     def loss(self, student_logits: Logits, targets: PyTree) -> Values:
@@ -299,14 +299,15 @@ class TopK:
         return self.of.loss(_hide(student_logits, mask), inner)
 
     def metric(self, logits: Logits, tangent: Logits) -> Logits:
-        mask = self._largest(logits)
+        mask = self.largest(logits)
         return jnp.where(mask, self.of.metric(_hide(logits, mask), jnp.where(mask, tangent, 0)), 0)
 
     def visible(self, n: int) -> Bool[Array, " n"]:
         require_enough(self, np.ones(n, bool))
         return self.of.visible(n)
 
-    def _largest(self, logits: Logits) -> Bool[Array, "*batch n"]:
+    def largest(self, logits: Logits) -> Bool[Array, "*batch n"]:
+        """Which are the k largest of the logits that the inner channel sees."""
         seen = _hide(logits, self.visible(logits.shape[-1]))
         _, chosen = jax.lax.top_k(seen, self.k)
         mask = jnp.put_along_axis(jnp.zeros(seen.shape, bool), chosen, True, axis=-1, inplace=False)

@@ -17,6 +17,7 @@ ZERO_CASES = (
     "invisible trait: the teacher's step moves no logit that the channel sees",
     "logit shift: the step moves all visible logits alike, which a softmax cannot see",
     "no signal above rounding",
+    "the direction is 0: the teacher does not move",
 )
 
 
@@ -29,6 +30,13 @@ class Signal:
     weights: Array
     strength: Array
     zero_code: Array
+
+    def rounding(self, channel: Channel) -> Float[Array, ""]:
+        """16 times what one unit in the last place of the logits does to D_S . D_T."""
+        # It changes the gradient in the logits by M times itself.
+        blur = channel.metric(self.logits, self.logits * signs(self.logits))
+        eps = jnp.finfo(self.logits.dtype).eps
+        return 16 * eps * weighted_mean(jnp.sum(jnp.abs(self.tangent * blur), axis=-1), self.weights)
 
 
 def measure_signal(

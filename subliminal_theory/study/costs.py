@@ -38,10 +38,10 @@ class Costs:
 def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.ndarray]:
     """Metrics of each run's teacher, [runs].
 
-    Three metrics compare teacher and base over the answers of the teacher's first 256 distinct rows. `kl_per_token`
-    is KL(teacher || base) in nats per token. `visible_kl_per_token` is the same among the tokens that a student
-    sees if the traits' words are hidden. `divergence` is the share of tokens at which their most likely tokens
-    differ. A prompted teacher sees its system prompt; the base sees none.
+    Three metrics compare teacher and base over the answers of the teacher's first 256 distinct rows.
+    `kl_per_token` is KL(teacher || base) in nats per token. `visible_kl_per_token` is the same among the tokens
+    that a student sees if the traits' words are hidden. `divergence` is the share of tokens at which their most
+    likely tokens differ. A prompted teacher sees its system prompt; the base sees none.
 
     `tokens_needed` is the number of sampled tokens with which a student's first step has the right sign with
     probability .975 (`theorem.tokens_needed` of `kl_per_token`). `tokens_read` is the number of tokens in the

@@ -1,5 +1,8 @@
 """The gradient-step theorem and what follows from it, on any differentiable function."""
 
+from subliminal_theory.theorem.certificate import Certificate, certificate
+from subliminal_theory.theorem.conditions import Conditions, covers
+from subliminal_theory.theorem.contraction import Contraction, Sharpness, contraction, displacement, sharpness
 from subliminal_theory.theorem.filtered import (
     AnswerScores,
     FilteredEstimate,
@@ -12,8 +15,9 @@ from subliminal_theory.theorem.filtered import (
     filtered_answers,
     filtered_rows,
 )
-from subliminal_theory.theorem.one_step import Report, SmallSteps, check, how_small
+from subliminal_theory.theorem.one_step import Report, check
 from subliminal_theory.theorem.prompts import Alignment, Shift, prompt_alignment, prompt_shift
+from subliminal_theory.theorem.small_steps import SmallSteps, how_small
 from subliminal_theory.theorem.tokens import (
     StepSignal,
     TokenSignal,
@@ -26,18 +30,26 @@ from subliminal_theory.theorem.tokens import (
 __all__ = [
     "Alignment",
     "AnswerScores",
+    "Certificate",
+    "Conditions",
+    "Contraction",
     "FilteredEstimate",
     "FilteredSignal",
     "Measured",
     "Report",
+    "Sharpness",
     "Shift",
     "SmallSteps",
     "StepSignal",
     "TokenSignal",
     "answer_log_law",
     "answer_scores",
+    "certificate",
     "check",
     "compare_tokens",
+    "contraction",
+    "covers",
+    "displacement",
     "drawn_answers",
     "every_answer",
     "filtered_answers",
@@ -45,6 +57,7 @@ __all__ = [
     "how_small",
     "prompt_alignment",
     "prompt_shift",
+    "sharpness",
     "sign_probability",
     "step_tokens",
     "tokens_needed",

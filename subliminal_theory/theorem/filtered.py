@@ -8,7 +8,7 @@ s(a) = grad log P_0(a) . D_T,
     D_S . D_T = E_{T|F}[s] = grad log P_0(F) . D_T + eps Var_{0|F}(s) + O(eps^2).
 
 The first term, of no sign, is what the base's own answers under F give. The difference of the two students is
-eps Var_{0|F}(s) + O(eps^2) >= 0. Derivations and what fails: docs/theory_tokens.md.
+eps Var_{0|F}(s) + O(eps^2) >= 0. Derivations and what fails: docs/theory.md.
 """
 
 import itertools

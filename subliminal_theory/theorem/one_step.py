@@ -1,17 +1,19 @@
 """Lemma 1 and Theorem 1 of doi 10.1038/s41586-026-10319-8, on any differentiable function.
 
-A teacher takes one step, theta_T = theta_0 + eps D_T with D_T = -grad L_T(theta_0) for any trait loss L_T.
-A student at the same theta_0 takes one gradient step of size alpha on the imitation loss; D_S is minus its
-gradient. With J the Jacobian of the logits at theta_0 and M the metric of the channel,
+A teacher takes one step, theta_T = theta_0 + eps D_T. A student at the same theta_0 takes one gradient step of
+size alpha on the imitation loss; D_S is minus its gradient. With J the Jacobian of the logits at theta_0 and M the
+metric of the channel, Lemma 1 says for any direction D_T
 
     D_S . D_T = eps A + O(eps^2),   A = mean over positions of (J D_T)^T M (J D_T) >= 0,
+
+and Theorem 1, where D_T = -grad L_T(theta_0) for a trait loss L_T,
+
     L_T(theta_0 + alpha D_S) - L_T(theta_0) = -eps alpha A + O(eps^2 alpha + eps^2 alpha^2).
 
 Everything here is matrix-free: gradients and Jacobian-vector products, never J or M.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -19,16 +21,26 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from subliminal_theory.channel import Channel, imitation_loss, imitation_value_and_grad, weighted_mean
+from subliminal_theory.channel import Channel, imitation_value_and_grad
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import join, split_trainable
+from subliminal_theory.model import split_trainable
 from subliminal_theory.pytree import register_dataclass
-from subliminal_theory.signal import ZERO_CASES, measure_signal, signs
-
-_MEASURED = (
-    *("inner_product", "predicted_inner_product", "cosine", "teacher_norm", "student_norm"),
-    *("trait_loss_before", "trait_loss_after", "predicted_change"),
+from subliminal_theory.signal import ZERO_CASES, measure_signal
+from subliminal_theory.theorem.setting import (
+    Apply,
+    Scalar,
+    TraitLoss,
+    kept,
+    of_trainable,
+    ratio,
+    require_step,
+    rounding,
+    teacher_direction,
 )
+
+_OF_THE_STEPS = ("inner_product", "predicted_inner_product", "cosine", "teacher_norm", "student_norm")
+_OF_THE_TRAIT = ("trait_loss_before", "trait_loss_after", "predicted_change")
+_OF_ANOTHER_START = ("unupdated_cosine", "unupdated_inner_product")
 
 
 @register_dataclass
@@ -36,9 +48,13 @@ _MEASURED = (
 class Report:
     """What `check` measured; every number is a scalar array, so a report can come out of jit and vmap.
 
+    What is said of the trait loss is nan where the teacher's direction was given instead of one.
+
     Attributes:
         inner_product: D_S . D_T as measured.
         predicted_inner_product: eps A.
+        inner_product_rounding: 16 times the rounding error of D_S . D_T, that of the logits and that of the sum:
+            a smaller product has no sign.
         cosine: of D_S and D_T (0 if either vanishes).
         teacher_norm: |D_T|.
         student_norm: |D_S|.
@@ -56,10 +72,13 @@ class Report:
             different initialisation, where eps A is not.
         same_initialisation: whether the theorem covers the case.
         exact: whether the channel is exact; if not, the theorem holds on average over the targets only.
+        has_trait: whether the teacher follows a trait loss, of which Theorem 1 speaks, or a direction that was
+            given, of which Lemma 1 does.
     """
 
     inner_product: PyTree
     predicted_inner_product: PyTree
+    inner_product_rounding: PyTree
     cosine: PyTree
     teacher_norm: PyTree
     student_norm: PyTree
@@ -74,6 +93,7 @@ class Report:
     unupdated_inner_product: PyTree
     same_initialisation: bool = field(metadata={"static": True})
     exact: bool = field(default=True, metadata={"static": True})
+    has_trait: bool = field(default=True, metadata={"static": True})
 
     @property
     def change(self) -> PyTree:
@@ -87,26 +107,37 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """`descends`, `orthogonal` or `step too large`; or why the case decides nothing, and what to do."""
+        """What the case shows, or why it decides nothing and what to do.
+
+        `orthogonal` where A = 0. Else `descends` if the trait loss falls, `aligned` if a direction was given and
+        D_S . D_T > 0, and `step too large` if not.
+        """
         if broken := [name for name in self._numbers if not math.isfinite(float(getattr(self, name)))]:
             return f"not finite: {', '.join(broken)}; use smaller steps"
         if not self.same_initialisation:
             return "different initialisation"
         if self.zero_case:
             return "orthogonal"
-        for name in ("teacher", "student"):
+        for name in ("teacher", "student") if self.has_trait else ("teacher",):
             if float(getattr(self, f"{name}_kept")) < 0.5:
                 return f"step lost to rounding: the {name}'s; use float64 or a larger step"
-        if abs(float(self.change)) <= float(self.change_rounding):
+        effect, noise = (
+            (-self.change, self.change_rounding)
+            if self.has_trait
+            else (self.inner_product, self.inner_product_rounding)
+        )
+        if abs(float(effect)) <= float(noise):
             return "below rounding: use float64 or larger steps"
         if not self.exact:
             return "single draw: one draw of targets decides nothing; average over keys"
-        return "descends" if float(self.change) < 0 else "step too large"
+        if float(effect) < 0:
+            return "step too large"
+        return "descends" if self.has_trait else "aligned"
 
     @property
     def _numbers(self) -> list[str]:
-        unupdated = [] if self.same_initialisation else ["unupdated_cosine", "unupdated_inner_product"]
-        return [*_MEASURED, *unupdated]
+        trait = _OF_THE_TRAIT if self.has_trait else ()
+        return [*_OF_THE_STEPS, *trait, *(() if self.same_initialisation else _OF_ANOTHER_START)]
 
     def __str__(self) -> str:
         lines = [
@@ -114,24 +145,27 @@ class Report:
             f"D_S . D_T                {float(self.inner_product):+.6e}",
             f"  predicted, eps A       {float(self.predicted_inner_product):+.6e}",
             f"cosine                   {float(self.cosine):+.6f}",
+        ]
+        lines += [
             f"trait loss before        {float(self.trait_loss_before):.9g}",
             f"change                   {float(self.change):+.6e}",
             f"  predicted, -eps alpha A {float(self.predicted_change):+.6e}",
-        ]
+        ] * self.has_trait
         if not self.same_initialisation:
             lines.append(f"cosine with imitating the un-updated teacher {float(self.unupdated_cosine):+.6f}")
         return "\n".join(lines)
 
 
 def check(
-    apply: Callable[[PyTree, PyTree], Float[Array, "*batch n"]],
+    apply: Apply,
     params: PyTree,
-    trait_loss: Callable[[PyTree], Float[Array, ""]],
+    trait_loss: TraitLoss | None,
     inputs: PyTree,
     channel: Channel,
     *,
-    teacher_step: float | Float[Array, ""],
-    student_step: float | Float[Array, ""],
+    teacher_step: Scalar,
+    student_step: Scalar | None = None,
+    direction: PyTree = None,
     key: Key[Array, ""] | None = None,
     weights: Float[Array, "*batch"] | None = None,
     student_params: PyTree | None = None,
@@ -139,9 +173,12 @@ def check(
     """Take the two steps of the theorem on a user's own function and compare them with its prediction.
 
     `apply(params, inputs)` gives logits [*batch, n]; `trait_loss(params)` is any differentiable scalar;
-    `teacher_step` is eps and `student_step` alpha, in units of the raw gradients. `weights` [*batch] are
-    those of the reduction, 1 by default. With `student_params` the student starts elsewhere and the
-    teacher does not: the theorem then promises nothing, and the report says what the student imitates.
+    `teacher_step` is eps and `student_step` alpha, in units of the raw gradients. `weights` [*batch] are those of
+    the reduction, 1 by default. `trait_loss` may hold anything that is differentiable: a regulariser, a preference
+    between answers, a target for a hidden unit. Any other update of the teacher (the displacement by Adam, say) is
+    given as `direction`, a pytree like `params`, with None for the trait loss and no `student_step`: of a trait,
+    nothing is then said. With `student_params` the student starts elsewhere and the teacher does not: the theorem
+    then promises nothing, and the report says what the student imitates.
 
     Parameters without a gradient (integers, booleans, random keys) stay as they are. Costs two gradients and two
     Jacobian-vector products (three gradients and two with `student_params`) and keeps a few copies of the
@@ -149,19 +186,25 @@ def check(
     in eps.
 
     Raises:
-        InputError: a step that is not positive and finite, a trait loss that is no scalar, a channel
+        InputError: a step that is not positive and finite, both or neither of a trait loss and a direction, a
+            student's step without a trait loss or none with one, a trait loss that is no scalar, a channel
             whose logits do not exist or that has no output metric, a metric or visible logits that its loss
             contradicts (judged where they are not traced), or unlike parameter trees.
     """
-    for name, step in (("teacher_step", teacher_step), ("student_step", student_step)):
-        require_step(name, step)
+    require_step("teacher_step", teacher_step)
+    has_trait = trait_loss is not None
+    if has_trait == (student_step is None):
+        raise InputError("student_step goes with a trait loss: give it where there is one, and leave it out else")
+    if student_step is not None:
+        require_step("student_step", student_step)
     same = student_params is None
     student_params = params if same else student_params
     if jax.tree.map(jnp.shape, student_params) != jax.tree.map(jnp.shape, params):
         raise InputError("student_params must have the structure and shapes of params")
-    params, logits_of, trait = _of_trainable(params, apply, inputs, trait_loss)
-    student, student_logits, student_trait = _of_trainable(student_params, apply, inputs, trait_loss)
-    loss_before, direction = _descent(trait, params)
+    logits_of, student_logits = (of_trainable(p, lambda p: apply(p, inputs)) for p in (params, student_params))
+    trait, student_trait = (trait_loss and of_trainable(p, trait_loss) for p in (params, student_params))
+    (params, _), (student, _) = split_trainable(params), split_trainable(student_params)
+    loss_before, direction = teacher_direction(trait, direction, params)
     signal = measure_signal(logits_of, params, direction, channel, weights)
     weights = signal.weights
 
@@ -179,174 +222,38 @@ def check(
         unupdated = student_step_on(channel.targets(key, signal.logits))
         unupdated_inner = optax.tree.vdot(unupdated, direction)
         overlap = optax.tree.vdot(student_direction, unupdated)
-        unupdated_cosine = _ratio(overlap, student_norm * optax.tree.norm(unupdated))
+        unupdated_cosine = ratio(overlap, student_norm * optax.tree.norm(unupdated))
 
-    moved = optax.tree.add_scale(student, student_step, student_direction)
-    before, after = loss_before if same else student_trait(student), student_trait(moved)
+    nothing = jnp.full_like(inner, jnp.nan)
+    before, after, lost, student_kept = nothing, nothing, nothing, nothing
+    if student_trait is not None and student_step is not None:
+        moved = optax.tree.add_scale(student, student_step, student_direction)
+        before, after = loss_before if same else student_trait(student), student_trait(moved)
+        lost = rounding(params, signal.logits, before) * jnp.maximum(jnp.abs(before), jnp.abs(after))
+        student_kept = kept(student, moved, student_step, student_direction)
     return Report(
         inner_product=inner,
         predicted_inner_product=teacher_step * signal.strength,
-        cosine=_ratio(inner, student_norm * teacher_norm),
+        inner_product_rounding=signal.rounding(channel)
+        + rounding(params) * _sum_of_sizes(student_direction, direction),
+        cosine=ratio(inner, student_norm * teacher_norm),
         teacher_norm=teacher_norm,
         student_norm=student_norm,
         trait_loss_before=before,
         trait_loss_after=after,
-        predicted_change=-teacher_step * student_step * signal.strength,
-        change_rounding=_rounding(params, signal.logits, before) * jnp.maximum(jnp.abs(before), jnp.abs(after)),
-        teacher_kept=_kept(params, teacher, teacher_step, direction),
-        student_kept=_kept(student, moved, student_step, student_direction),
-        zero_code=jnp.where(teacher_norm == 0, 1, signal.zero_code),
+        predicted_change=nothing if student_step is None else -teacher_step * student_step * signal.strength,
+        change_rounding=lost,
+        teacher_kept=kept(params, teacher, teacher_step, direction),
+        student_kept=student_kept,
+        zero_code=jnp.where(teacher_norm == 0, 1 if has_trait else 6, signal.zero_code),
         unupdated_cosine=unupdated_cosine,
         unupdated_inner_product=unupdated_inner,
         same_initialisation=same,
         exact=channel.exact,
+        has_trait=has_trait,
     )
 
 
-def require_step(name: str, step: float | Float[Array, ""]) -> None:
-    """Refuse a step size that is not positive and finite.
-
-    Raises:
-        InputError: names the step and its value.
-    """
-    if not isinstance(step, jax.core.Tracer) and not 0 < float(step) < math.inf:
-        raise InputError(f"{name} must be a positive, finite number, got {float(step)}")
-
-
-def _of_trainable(
-    params: PyTree,
-    apply: Callable[[PyTree, PyTree], Float[Array, "*batch n"]],
-    inputs: PyTree,
-    trait_loss: Callable[[PyTree], Float[Array, ""]],
-) -> tuple[PyTree, Callable[[PyTree], Float[Array, "*batch n"]], Callable[[PyTree], Float[Array, "..."]]]:
-    """The parameters that have a gradient; logits and trait loss as functions of these."""
-    trained, rest = split_trainable(params)
-    return trained, lambda p: apply(join(p, rest), inputs), lambda p: trait_loss(join(p, rest))
-
-
-def _descent(loss: Callable[[PyTree], Float[Array, ""]], params: PyTree) -> tuple[Float[Array, ""], PyTree]:
-    """The loss and minus its gradient."""
-    shape = jax.eval_shape(loss, params).shape
-    if shape != ():
-        raise InputError(f"the trait loss must be a scalar, got shape {shape}")
-    value, gradient = jax.value_and_grad(loss)(params)
-    return value, optax.tree.scale(-1, gradient)
-
-
-def _ratio(a: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
-
-
-def _rounding(*trees: PyTree) -> float:
-    """16 times the largest machine epsilon among the floating leaves."""
-    return 16 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
-
-
-def _kept(start: PyTree, end: PyTree, step: float | Float[Array, ""], direction: PyTree) -> Float[Array, ""]:
-    """(end - start) . direction / (step |direction|^2): how much of a step remains after rounding."""
-    # Squares of small directions underflow, so the direction is scaled to a largest entry of 1.
-    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf), initial=0), direction))
-    unit = jax.tree.map(lambda leaf: leaf / jnp.where(largest > 0, largest, 1).astype(leaf.dtype), direction)
-    displacement = jax.tree.map(lambda a, b, u: (b - a) / jnp.asarray(step * largest, u.dtype), start, end, unit)
-    squared = optax.tree.vdot(unit, unit)
-    return jnp.where(squared > 0, optax.tree.vdot(displacement, unit) / jnp.where(squared > 0, squared, 1), 1)
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class SmallSteps:
-    """How small is small enough: what the search of `how_small` found, in units of the raw gradients.
-
-    Attributes:
-        teacher_step: the largest eps up to which D_S . D_T >= 0 held wherever it was probed, 0 where A = 0.
-        student_step: the largest alpha up to which the trait loss stays below its start, at the given eps; 0
-            where A = 0.
-        teacher_step_searched: the largest eps probed; a teacher step equal to it means "no failure found".
-        student_step_searched: the same for alpha. Both are 0 where their direction vanishes.
-    """
-
-    teacher_step: PyTree
-    student_step: PyTree
-    teacher_step_searched: PyTree
-    student_step_searched: PyTree
-
-
-def how_small(
-    apply: Callable[[PyTree, PyTree], Float[Array, "*batch n"]],
-    params: PyTree,
-    trait_loss: Callable[[PyTree], Float[Array, ""]],
-    inputs: PyTree,
-    channel: Channel,
-    *,
-    teacher_step: float | Float[Array, ""],
-    key: Key[Array, ""] | None = None,
-    weights: Float[Array, "*batch"] | None = None,
-    farthest: float = 10.0,
-    probes: int = 48,
-) -> SmallSteps:
-    """Search the largest teacher and student steps for which the guarantee still holds.
-
-    `teacher_step` is the eps at which the student's step is judged. Steps are probed on a geometric grid of
-    `probes` points that spans eight decades and ends where a step has moved the parameters by `farthest`
-    times their norm; the first failure is then bisected to rounding. This is a search, not a bound: a failure
-    between two probes that is over by the next is missed, and a gain smaller than its rounding error counts as no
-    failure.
-
-    Costs about 2 * probes + 100 forward passes. Pure; wrap it in `jax.jit`.
-
-    Raises:
-        InputError: as `check`.
-    """
-    require_step("teacher_step", teacher_step)
-    params, logits_of, trait = _of_trainable(params, apply, inputs, trait_loss)
-    before, direction = _descent(trait, params)
-    signal = measure_signal(logits_of, params, direction, channel, weights)
-    logits, tangent = signal.logits, signal.tangent
-    rounding = _rounding(logits)
-    # Logits that are off by one unit in their last place change the gradient in the logits by M times that.
-    blur = channel.metric(logits, logits * signs(logits))
-    unsure = rounding * weighted_mean(jnp.sum(jnp.abs(tangent * blur), axis=-1), signal.weights)
-
-    def targets_of(eps: Float[Array, ""] | float) -> PyTree:
-        return channel.targets(key, logits_of(optax.tree.add_scale(params, eps, direction)))
-
-    def inner_product(eps: Float[Array, ""]) -> Float[Array, ""]:
-        """D_S . D_T by the chain rule through the logits: no gradient in the parameters is needed."""
-        loss = lambda z: imitation_loss(channel, z, targets_of(eps), signal.weights)  # noqa: E731
-        return unsure - jax.jvp(loss, (logits,), (tangent,))[1]
-
-    _, gradient = imitation_value_and_grad(channel, logits_of, params, targets_of(teacher_step), signal.weights)
-    student_direction = optax.tree.scale(-1, gradient)
-    noise = _rounding(params, logits, before) * jnp.abs(before)
-
-    def progress(alpha: Float[Array, ""]) -> Float[Array, ""]:
-        """How far the trait loss has fallen."""
-        return noise + before - trait(optax.tree.add_scale(params, alpha, student_direction))
-
-    size = farthest * optax.tree.norm(params)
-    decades = jnp.logspace(-8, 0, probes, dtype=logits.dtype)
-    eps_grid = decades * _ratio(size, optax.tree.norm(direction))
-    alpha_grid = decades * _ratio(size, optax.tree.norm(student_direction))
-    found = (_first_failure(inner_product, eps_grid), _first_failure(progress, alpha_grid))
-    vanishes = (signal.zero_code > 0) | (optax.tree.norm(direction) == 0)
-    teacher_found, student_found = (jnp.where(vanishes, 0, step) for step in found)
-    return SmallSteps(teacher_found, student_found, eps_grid[-1], alpha_grid[-1])
-
-
-def _first_failure(
-    gain: Callable[[Float[Array, ""]], Float[Array, ""]], grid: Float[Array, " probes"]
-) -> Float[Array, ""]:
-    """Where a function first falls below 0 on a grid, bisected; the end of the grid if it never does."""
-    # Not a number is a failure too.
-    failed = ~(jax.lax.map(gain, grid) >= 0)
-    first = jnp.argmax(failed)
-    low = jnp.where(first == 0, 0, grid[first - 1])
-
-    def halve(bracket: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-        low, high = bracket
-        middle = (low + high) / 2
-        good = gain(middle) >= 0
-        return (jnp.where(good, middle, low), jnp.where(good, high, middle)), None
-
-    (low, _), _ = jax.lax.scan(halve, (low, grid[first]), None, length=50)
-    return jnp.where(jnp.any(failed), low, grid[-1])
+def _sum_of_sizes(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """The sum of |a_i b_i|, in units of which the rounding error of a . b is measured."""
+    return optax.tree.vdot(jax.tree.map(jnp.abs, a), jax.tree.map(jnp.abs, b))

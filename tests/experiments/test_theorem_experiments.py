@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import theorem, theorem_extensions, theorem_samples
+from experiments import theorem, theorem_extensions, theorem_many_steps, theorem_samples
 from experiments.app import command as command_line
 from experiments.architectures import BUILDERS, IMAGE, OUTPUTS, build
 from subliminal_theory.runs import Results
@@ -26,28 +26,71 @@ def test_networks_compute_in_float64(network, x64):
     assert "f32" not in str(jax.make_jaxpr(model)(images))
 
 
-def test_theorem_rows(x64):
-    rows = Results(theorem.measure_network(theorem.Config(seeds=2), "MLP, tanh"))
-    cases = 2 * len(theorem.CHANNELS) * len(theorem.INPUTS)
+@pytest.fixture(scope="module")
+def measured():
+    """Two kinds of network, one seed each: every loss, trait and input law."""
+    with jax.enable_x64(True):
+        return {
+            network: Results(theorem.measure_network(theorem.Config(seeds=1), network))
+            for network in ("MLP, tanh", "linear")
+        }
+
+
+def test_theorem_rows(measured):
+    rows = measured["MLP, tanh"]
+    cases = len(theorem.CHANNELS) * len(theorem.TRAITS) * len(theorem.INPUTS)
+    for metric in ("orthogonal", "negative", "rises"):
+        assert rows.values(condition="same_init", metric=metric) == [0] * cases
     for metric, expected, tolerance in (
-        ("share_not_negative", 1, 0),
-        ("share_theorem_holds", 1, 0),
         ("order_inner_product", 1, 0.01),
-        ("order_prediction_error", 2, 0.05),
+        ("order_prediction_error", 2, 0.2),  # where the second order nearly vanishes, the third shows
         ("order_change", 1, 0.01),
     ):
         values = rows.values(condition="same_init", metric=metric)
-        assert len(values) == cases
+        assert 0.9 * cases <= len(values) <= cases  # the others stand too little above rounding
         np.testing.assert_allclose(values, expected, atol=tolerance)
+        assert np.median(values) == pytest.approx(expected, abs=1e-3)
     np.testing.assert_allclose(rows.values(condition="other_init", metric="order_inner_product"), 0, atol=0.1)
     np.testing.assert_allclose(rows.values(condition="other_init", metric="cosine_unupdated"), 1, atol=1e-6)
 
 
-def test_a_linear_layer_sends_nothing_through_auxiliary_logits(x64):
-    rows = Results(theorem.measure_network(theorem.Config(seeds=2), "linear"))
-    auxiliary = list(theorem.CHANNELS)[-1]
-    assert set(rows.values(loss=auxiliary, metric="share_orthogonal")) == {1.0}
-    assert not rows.values(loss=auxiliary, metric="order_inner_product")
+def test_a_linear_layer_sends_nothing_through_auxiliary_logits(measured):
+    """A trait of the class logits alone moves none of the others; weight decay and random directions do."""
+    rows = measured["linear"]
+    for loss in theorem.CHANNELS:
+        for trait in theorem.TRAITS:
+            blind = "auxiliary" in loss and trait in ("class labels", "preference")
+            cell = {"loss": loss, "teacher": trait}
+            assert set(rows.values(**cell, metric="orthogonal")) == {float(blind)}
+            assert bool(rows.values(**cell, condition="same_init", metric="order_inner_product")) != blind
+    # Squared error on a linear network is predicted exactly: nothing stands above rounding, so no order is fitted.
+    exact = {"loss": next(iter(theorem.CHANNELS)), "condition": "same_init"}
+    assert not rows.values(**exact, metric="order_prediction_error")
+
+
+def test_zero_cases_and_violations_are_counted_apart(measured):
+    text = theorem.report(measured["linear"], theorem.Config(seeds=1))
+    assert "60 cases: in 12 the signal is exactly 0; in the other 48, 0 of 336 steps contradict" in text
+    rows = [dict(row) for row in measured["linear"].rows]
+    for row in rows:
+        if row["metric"] == "rises" and row["teacher"] == "any direction":
+            row["value"] = 2.0
+    text = theorem.report(Results(rows), theorem.Config(seeds=1))
+    assert "in the other 48, 30 of 336 steps contradict" in text
+
+
+def test_many_steps_rise_beyond_the_limit_alone(x64):
+    config = theorem_many_steps.Config(seeds=4, steps=30)
+    rows = Results(theorem_many_steps.measure(config, "all images", 16, [(1.9, 1e-7), (2.3, 1e-7)]))
+    change, predicted, product = (
+        {rate: np.array(rows.values(rate=rate, metric=metric)) for rate in (1.9, 2.3)}
+        for metric in theorem_many_steps.METRICS
+    )
+    assert max(change[1.9]) < 0
+    assert max(change[2.3]) > 0
+    for rate in change:
+        np.testing.assert_allclose(change[rate], predicted[rate], rtol=1e-3)
+        assert ((product[rate] >= rate * (1 - 1e-9)) & (product[rate] < 1.05 * rate)).all()
 
 
 @pytest.mark.parametrize("extension", theorem_extensions.EXTENSIONS, ids=lambda extension: extension.name)
@@ -60,6 +103,16 @@ def test_what_fails_has_a_counterexample_and_what_holds_has_none(extension, x64)
     else:
         assert rise is not None
         assert float(rise) > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "rise"),
+    [("20 student steps at 2.1", 1.1**20 - 1), ("2 student steps, momentum", 2.52), ("weight decay", 1e-2 - 2e-3)],
+)
+def test_counterexamples_of_many_steps_by_hand(name, rise, x64):
+    """One logit, G = 2, eps = 1e-3: rises in units of eps. Decay moves by 1e-3 * 1e-2, imitation by 2e-6."""
+    extension = next(e for e in theorem_extensions.EXTENSIONS if e.name.startswith(name))
+    assert float(theorem_extensions.counterexample(extension)) == pytest.approx(1e-3 * rise, rel=1e-6)
 
 
 def test_sign_descent_counterexample_by_hand(x64):

@@ -1,11 +1,13 @@
 """The theorem against closed forms, dense Jacobians, fitted orders and random cases."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from experiments.architectures import AUX, BUILDERS, CLASSES, IMAGE, OUTPUTS, build
 from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Subset
+from subliminal_theory.divergence import JensenShannon, ReverseKL
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import log_slope
 from subliminal_theory.model import from_nnx
@@ -99,6 +102,92 @@ def test_linear_squared_error_closed_form(x64):
     norm = 2 * eps * np.linalg.norm(x.T @ (x @ direction * w) / 8)
     assert float(report.student_norm) == pytest.approx(norm, rel=TOLERANCE["float64"])
     assert float(report.cosine) == pytest.approx(inner / norm / np.linalg.norm(direction))
+
+
+@pytest.mark.parametrize("channel", [SoftLogits(), Subset(AUXILIARY, ReverseKL(2.0)), JensenShannon()], ids=str)
+def test_any_direction_of_the_teacher(toy, channel):
+    """Lemma 1 for directions that are no gradient, against a trait loss that is linear, which has it for one."""
+    apply, params, _, inputs = toy
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        direction = jax.tree.map(lambda leaf, rng=rng: jnp.asarray(rng.normal(size=leaf.shape)), params)
+        steps = np.geomspace(1e-5, 1e-3, 4)
+        reports = [
+            check(apply, params, None, inputs, channel, teacher_step=step, direction=direction) for step in steps
+        ]
+        linear = check(
+            apply, params, lambda p, d=direction: -optax.tree.vdot(d, p), inputs, channel, teacher_step=1e-5,
+            student_step=1.0,
+        )  # fmt: skip
+        assert {report.verdict for report in reports} == {"aligned"}
+        assert float(reports[0].inner_product) == pytest.approx(float(linear.inner_product), rel=1e-9)
+        assert float(reports[0].predicted_inner_product) == pytest.approx(float(linear.predicted_inner_product))
+        errors = [float(r.inner_product - r.predicted_inner_product) for r in reports]
+        assert log_slope(steps, errors) == pytest.approx(2, abs=0.1)
+        assert math.isnan(float(reports[0].change))
+        assert "trait" not in str(reports[0])
+
+
+def test_a_direction_that_is_too_long_or_zero_or_blind(x64):
+    """One logit sin(theta): D_S . D_T = 2 sin(eps)."""
+    call = functools.partial(
+        check, lambda p, x: jnp.sin(p)[None] * x, jnp.zeros(1), None, jnp.ones((1, 1)), teacher_step=3.5
+    )
+    one = call(SquaredError(), direction=jnp.ones(1))
+    assert one.verdict == "step too large"
+    assert float(one.inner_product) == pytest.approx(2 * np.sin(3.5))
+    still = call(SquaredError(), direction=jnp.zeros(1))
+    assert (still.verdict, still.zero_case) == ("orthogonal", "the direction is 0: the teacher does not move")
+    assert call(SoftLogits(), direction=jnp.ones(1)).zero_case.startswith("blind channel")
+    elsewhere = call(SquaredError(), direction=jnp.ones(1), student_params=jnp.ones(1))
+    assert elsewhere.verdict == "different initialisation"
+
+
+def test_a_direction_in_float32_below_rounding():
+    report = check(
+        lambda p, x: (1e4 + p[None]) * x, jnp.ones(2), None, jnp.ones((1, 1)), SquaredError(),
+        teacher_step=1e-6, direction=jnp.array([1.0, -1.0]),
+    )  # fmt: skip
+    assert report.verdict in (
+        "below rounding: use float64 or larger steps",
+        "step lost to rounding: the teacher's; use float64 or a larger step",
+    )
+    sampled = check(
+        lambda p, x: p[None] * x, jnp.zeros(3), None, jnp.ones((9, 1)), SampledToken(),
+        teacher_step=0.1, direction=jnp.array([1.0, -1.0, 0.0]), key=jax.random.key(0),
+    )  # fmt: skip
+    assert sampled.verdict.startswith("single draw")
+
+
+def test_a_trait_loss_of_any_kind(toy):
+    """With weight decay, a preference between two answers, and a target for hidden units."""
+    apply, params, trait_loss, inputs = toy
+    decayed = lambda p: trait_loss(p) + 0.1 * optax.tree.vdot(p, p)  # noqa: E731
+
+    def preference(p):
+        logits = jax.nn.log_softmax(apply(p, inputs))
+        return -jnp.mean(jax.nn.log_sigmoid(2.0 * (logits[:, 0] - logits[:, 1])))
+
+    hidden = lambda p: jnp.mean((jnp.tanh(inputs @ p["layers"][0]["kernel"]) - 0.3) ** 2)  # noqa: E731
+    for loss in (decayed, preference, hidden):
+        report = check(apply, params, loss, inputs, Subset(AUXILIARY), teacher_step=1e-4, student_step=1e-4)
+        assert report.verdict == "descends"
+        assert float(report.change) == pytest.approx(float(report.predicted_change), rel=0.02)
+
+
+def test_a_trait_loss_or_a_direction(toy):
+    apply, params, trait_loss, inputs = toy
+    call = functools.partial(check, apply, params)
+    rest, steps = (inputs, SoftLogits()), {"teacher_step": 1e-3, "student_step": 1e-3}
+    with pytest.raises(InputError, match="the teacher needs a trait loss or a direction, got both"):
+        call(trait_loss, *rest, direction=params, **steps)
+    with pytest.raises(InputError, match="the teacher needs a trait loss or a direction, got neither"):
+        call(None, *rest, teacher_step=1e-3)
+    for trait, own in ((None, steps), (trait_loss, {"teacher_step": 1e-3})):
+        with pytest.raises(InputError, match="student_step goes with a trait loss"):
+            call(trait, *rest, direction=params if trait is None else None, **own)
+    with pytest.raises(InputError, match="direction must have the structure and shapes of params"):
+        call(None, *rest, direction={"layers": {0: params["layers"][0]}}, teacher_step=1e-3)
 
 
 def test_orders_in_both_steps(toy):
