@@ -17,13 +17,11 @@ from subliminal_theory.divergence import JensenShannon, ReverseKL
 from subliminal_theory.errors import InputError
 from subliminal_theory.theorem import certificate
 
+WEIGHTED = SquaredError([1, 2, 0, 0.5])
 CHANNELS = [
-    *(SoftLogits(), SoftLogits(3.0), ReverseKL(0.5), JensenShannon(), SquaredError([1, 2, 0, 0.5])),
-    *(Subset((0, 1, 3), JensenShannon(0.5)), TopK(2), Subset((0, 2, 3), TopK(2, JensenShannon()))),
-    WeightedSum((SoftLogits(), SquaredError(0.1)), (1.0, 0.3)),
+    *(WEIGHTED, SoftLogits(), ReverseKL(0.5), Subset((0, 1, 3), JensenShannon(0.5))),
+    *(Subset((0, 2, 3), TopK(2, JensenShannon())), WeightedSum((SoftLogits(3.0), SquaredError(0.1)), (1.0, 0.3))),
 ]
-
-
 # How far certified steps move the parameters, in units of their norm, before the first that is not.
 REACH = [
     (SquaredError(), np.inf),
@@ -122,20 +120,25 @@ def test_it_says_nothing_of_smaller_steps(x64):
 def test_condition_covers_weighted_squared_errors(seed, eps):
     with jax.enable_x64(True):
         params, direction, inputs, weights = drawn(seed)
-        found, _ = compiled(4)(params, direction, inputs, weights, eps)
+        found, _ = compiled(0)(params, direction, inputs, weights, eps)
         rng = np.random.default_rng(seed)
         factor = float(found.condition)
         if not factor:
             return  # the changes point away from each other
-        channel = CHANNELS[4]
-        seen = np.asarray(channel.weights) > 0
+        seen = np.asarray(WEIGHTED.weights) > 0
+        change, tangent = jax.device_get(moved(params, direction, inputs, eps))
         for _ in range(20):
             # The worst weights are extreme ones.
             extreme = factor ** rng.integers(0, 2, size=(10, 4)).astype(float) * seen
-            start, end = network(params, inputs), network(optax.tree.add_scale(params, eps, direction), inputs)
-            _, tangent = jax.jvp(lambda p: network(p, inputs), (params,), (direction,))
-            product = np.sum(np.asarray(weights)[:, None] * extreme * np.asarray((end - start) * tangent))
-            assert product >= -1e-9 * factor
+            assert np.sum(np.asarray(weights)[:, None] * extreme * change * tangent) >= -1e-9 * factor
+
+
+@jax.jit
+def moved(params, direction, inputs, eps):
+    """What a step changes in the logits, and J D_T."""
+    logits = lambda p: network(p, inputs)  # noqa: E731
+    change = logits(optax.tree.add_scale(params, eps, direction)) - logits(params)
+    return change, jax.jvp(logits, (params,), (direction,))[1]
 
 
 def test_condition_by_hand(x64):
