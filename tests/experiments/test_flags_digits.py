@@ -102,7 +102,7 @@ def test_other_networks_share_the_output_layer_or_nothing(start: str) -> None:
 
 @pytest.mark.parametrize("start", [start for start in STARTS if start != "cross"])
 def test_cloning_needs_another_start(start: str) -> None:
-    with pytest.raises(InputError, match="cloning is for a student of another"):
+    with pytest.raises(InputError, match="cloning is for a student with another"):
         Setting(start=start, cloning_epochs=1)
 
 
