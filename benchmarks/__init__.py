@@ -1,1 +1,1 @@
-"""Ratios against peers and against the machine's own limit."""
+"""Speed ratios against peers and against the machine's own limit."""

@@ -1,11 +1,11 @@
-"""A checkpoint of a gigabyte and the theorem on a model of 110 million parameters: time and memory as multiples.
+"""Time and memory ratios of loading a 1 GiB checkpoint, and of checking the theorem on 110 million parameters.
 
     python benchmarks/checkpoint_scale.py [--rounds 3]
 
-Loading is compared with reading the same file, both from the page cache and in turns. Its peak is that of a
-process of its own, and counts the mapped pages of the file too; the anonymous part is told beside it.
-`theorem.check` is compared with one gradient of the imitation loss at the same parameters and rows, each in a
-process of its own.
+Loading is compared with reading the same file. Both read from the page cache and alternate. Each load has its own
+process. Its peak memory includes the mapped pages of the file; the anonymous part is reported separately.
+`theorem.check` is compared with one gradient of the imitation loss at the same parameters and rows, each in its
+own process.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SHAPE = TransformerConfig(
 
 
 def write(folder: Path) -> None:
-    """A Llama of about a gigabyte in float32, of random numbers."""
+    """Write a Llama of about a gigabyte in float32, with random weights."""
     settings = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 32_000, "hidden_size": 1024,
         "intermediate_size": 2816, "num_hidden_layers": 18, "num_attention_heads": 16, "tie_word_embeddings": True,
@@ -57,7 +57,7 @@ def write(folder: Path) -> None:
 
 
 def anonymous() -> int:
-    """Bytes of this process's memory that are no file's."""
+    """The bytes of this process's memory that do not belong to a file."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])
@@ -65,7 +65,7 @@ def anonymous() -> int:
 
 
 def load(folder: Path) -> dict[str, float]:
-    """Load once; time and the highest memory."""
+    """Load once. Returns the time and the peak memory."""
     highest, done = [0], threading.Event()
 
     def watch() -> None:
@@ -85,7 +85,7 @@ def load(folder: Path) -> dict[str, float]:
 
 
 def read(folder: Path) -> float:
-    """Seconds to read the file into memory, in a process that did nothing else either."""
+    """The seconds to read the file into memory."""
     start = time.perf_counter()
     data = (folder / "model.safetensors").read_bytes()
     assert data
@@ -93,7 +93,7 @@ def read(folder: Path) -> float:
 
 
 def measure(kind: str) -> dict[str, float]:
-    """Seconds and peak of a gradient, or of the whole check, on two rows of 32 tokens."""
+    """The seconds and peak memory of a gradient, or of the whole check, on two rows of 32 tokens."""
     model = from_nnx(Transformer(SHAPE, rngs=nnx.Rngs(0)))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SHAPE.vocabulary, (2, 32)), jnp.int32)
     text, weights = Text(tokens, jnp.zeros(2, jnp.int32)), jnp.ones((2, 32))
@@ -132,7 +132,7 @@ def measure(kind: str) -> dict[str, float]:
 
 
 def child(*arguments: object) -> dict[str, float]:
-    """What this file prints in a process of its own."""
+    """Run this file in its own process, and return the JSON that it prints."""
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,22 +1,24 @@
-"""Training, prefill, sampling and scoring of SmolLM2-135M-Instruct beside `transformers` on the same weights.
+"""Training, prefill, sampling and scoring with SmolLM2-135M-Instruct, compared with `transformers`.
 
     python -m benchmarks.checkpoint_speed [--rounds 5]
 
-Both run in this process, on as many threads, in float32 on a CPU and in bfloat16 on a GPU. After a first call,
-which compiles, rounds alternate between this project and PyTorch (`checkpoint_torch.py`: training is compiled on a
-GPU, all else is eager). Ratios are PyTorch's seconds over this project's, medians and ranges over rounds. Results
-are compared too: the first loss of training, the logits of prefill, the scored shares; `difference` is the largest
-difference of a number.
+Both sides have the same weights. They run in this process, with the same number of threads, in float32 on a CPU
+and in bfloat16 on a GPU. The first call compiles. Rounds then alternate between this project and PyTorch
+(`checkpoint_torch.py`: training is compiled on a GPU, everything else is eager). Ratios are PyTorch's seconds
+divided by this project's, as medians and ranges over rounds. Results are compared too: the first training loss,
+the logits of prefill, and the scored shares. `difference` is the largest difference between two numbers.
 
-Training: 8 rows of 64 random tokens, the loss at every position, all parameters or low-rank factors of all
-matrices of the blocks, with and without gradient checkpointing, logits in chunks as in the experiments. Its share
-of the product rate counts the operations that are needed: three times a forward pass, or twice where only factors
-train. The rate is measured in the same rounds: on a CPU that of the step's own products, on a GPU that of large
-square ones. Prefill: the logits of the last of 256 columns and the cache, 8 rows. Sampling: 32 tokens for each of
-64 rows behind 64 tokens, at temperature 1. Scoring: the exact probability of every animal, in all its spellings,
-as the answer to 10 questions; PyTorch passes over all questions with a spelling behind them, spelling by spelling.
+Training: 8 rows of 64 random tokens, with the loss at every position. All parameters train, or low-rank factors of
+all matrices of the blocks, with and without gradient checkpointing. Logits are computed in chunks, as in the
+experiments. The share of the product rate counts only necessary operations: three times a forward pass, or twice
+if only factors train. The rate is measured in the same rounds. On a CPU it is the rate of the step's own matrix
+products, on a GPU the rate of large square products.
 
-The machine must be idle otherwise: PyTorch's threads wait for each other after every operation.
+Prefill: the logits of the last of 256 columns and the cache, for 8 rows. Sampling: 32 tokens for each of 64 rows
+after 64 tokens, at temperature 1. Scoring: the exact probability of every animal, in all its spellings, as the
+answer to 10 questions. PyTorch makes one pass over all questions for each spelling.
+
+Nothing else may run on the machine, because PyTorch's threads wait for each other after every operation.
 """
 
 import argparse
@@ -65,9 +67,9 @@ QUESTIONS = 10
 
 @dataclass(frozen=True)
 class Pair:
-    """The same work of this project and of PyTorch; what they return is compared where PyTorch returns something.
+    """The same work for this project and for PyTorch. If PyTorch returns a result, the two results are compared.
 
-    `work` are the floating-point operations that it needs, where its share of the product rate is told.
+    `work` is the number of necessary floating-point operations, or 0 if no share of the product rate is reported.
     """
 
     ours: Callable[[], Any]
@@ -77,7 +79,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Bench:
-    """The weights on both sides; its methods make the pairs, one in memory at a time."""
+    """The weights on both sides. Its methods make the pairs; only one is in memory at a time."""
 
     base: CheckpointBase
     peer: Any
@@ -85,7 +87,7 @@ class Bench:
 
     @property
     def shape(self) -> Shape:
-        """The sizes of training."""
+        """The model and its batch sizes."""
         config = self.base.checkpoint.family.config
         return Shape(config, BATCH, COLUMNS, COLUMNS, ROWS, PROMPT, NEW, self.steps)
 
@@ -99,7 +101,7 @@ class Bench:
         return np.random.default_rng(0).integers(0, self.shape.config.vocabulary, (rows, columns), np.int32)
 
     def training(self, rank: int, remat: bool) -> Pair:
-        """Steps of all parameters, or of factors; the first loss is compared."""
+        """Training steps of all parameters, or of factors if `rank` is positive. The first loss is compared."""
         model, tokens = self.model(remat), self.tokens(BATCH, COLUMNS + 1)
         if rank:
             model = add_lora(rounded(model), MATRICES, rank, rank, jax.random.key(0))
@@ -119,7 +121,7 @@ class Bench:
         return Pair(lambda: train(model, source)[0], self.peer.training(tokens, self.steps, rank, remat), work)
 
     def prefill(self) -> Pair:
-        """The logits of the last column, and the cache."""
+        """Compute the logits of the last column, and the cache."""
         model, tokens = rounded(self.model()), self.tokens(BATCH, PREFILL_COLUMNS)
         text = replace(text_of(tokens), last=1)
 
@@ -131,7 +133,7 @@ class Bench:
         return Pair(lambda: read(model, text)[0], self.peer.prefill(tokens))
 
     def sampling(self) -> Pair:
-        """Tokens of whole rows, without a stop."""
+        """Sample full rows of tokens, without a stop token."""
         model, tokens = rounded(self.model()), self.tokens(ROWS, PROMPT)
         text = text_of(tokens)
         return Pair(
@@ -139,7 +141,7 @@ class Bench:
         )
 
     def scoring(self) -> Pair:
-        """Each animal's share, a mean over questions."""
+        """Each animal's share, averaged over questions."""
         wording = english()
         wording = replace(wording, questions=wording.questions[:QUESTIONS])
         asked = questions(self.base.tokenizer, [Preference("owl", "animal", "owl", wording=wording)])
@@ -154,7 +156,7 @@ def text_of(tokens: np.ndarray) -> Text:
 
 
 def prompts_and_words(asked: Questions) -> tuple[np.ndarray, np.ndarray, list[list[list[int]]]]:
-    """Tokens and padding of the prompts, and the tokens of each word's spellings, the same behind all prompts."""
+    """The tokens and padding of the prompts, and the tokens of each word's spellings, equal for all prompts."""
     table = np.asarray(asked.words.tokens)[0]
     words = [[[int(token) for token in spelling if token >= 0] for spelling in word] for word in table]
     filled = [[spelling for spelling in word if spelling] for word in words]
@@ -162,19 +164,19 @@ def prompts_and_words(asked: Questions) -> tuple[np.ndarray, np.ndarray, list[li
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one call."""
+    """The seconds of one call."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 def limit(shape: Shape) -> float:
-    """The product rate of the device, in operations a second."""
+    """The product rate of the device, in operations per second."""
     return square_rate(SIDE) if jax.default_backend() == "gpu" else product_rate(shape, 1)
 
 
 def measured(name: str, pair: Pair, shape: Shape, rounds: int) -> dict[str, Any]:
-    """Compile, then alternate; a line a round."""
+    """Compile, then alternate. Prints one line for each round."""
     ours, theirs = np.asarray(pair.ours(), np.float32), pair.theirs()
     both, shares = [], []
     for number in range(rounds):
@@ -215,13 +217,13 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Print a line a round, and all as JSON."""
+    """Print one line for each round, and all results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", default="smollm2", help="folder or GGUF file that both sides read (default smollm2)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="alternations (default 5)")
-    parser.add_argument("--steps", type=int, default=2, help="of training a call (default 2)")
+    parser.add_argument("--steps", type=int, default=2, help="training steps per call (default 2)")
     chosen = parser.parse_args()
     try:
         measure_all(checkpoint_path(chosen.checkpoint), chosen.rounds, chosen.steps)
@@ -233,7 +235,8 @@ def measure_all(path: Path, rounds: int, steps: int) -> None:
     """Every measurement of a checkpoint.
 
     Raises:
-        InputError: PyTorch, transformers or peft are not installed, or not for the device; as `open_base`.
+        InputError: PyTorch, transformers or peft is not installed, or PyTorch does not support the device; or as
+            for `open_base`.
     """
     try:
         from benchmarks.checkpoint_torch import Peer

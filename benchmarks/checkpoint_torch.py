@@ -1,4 +1,4 @@
-"""The peer of `checkpoint_speed.py`: `transformers` reads the same file, trains, reads, samples and scores."""
+"""The peer of `checkpoint_speed.py`: `transformers` trains, prefills, samples and scores with the same file."""
 
 import copy
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from subliminal_theory.errors import InputError
 
 
 class Peer:
-    """The model in a folder or a GGUF file, in float32; each of its methods makes a function to be timed.
+    """The model in a folder or a GGUF file, in float32. Each method makes a function to time.
 
-    All wait for the device. On a GPU models are in bfloat16, or train in float32 under autocast.
+    All functions wait for the device. On a GPU, models are in bfloat16, or train in float32 under autocast.
 
     Raises:
-        InputError: this PyTorch is not for GPUs, and one is asked for.
+        InputError: a GPU is requested, but this PyTorch has none.
     """
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
@@ -33,7 +33,7 @@ class Peer:
         self.device, self.model = device, model.to(device).eval()
 
     def training(self, tokens: np.ndarray, steps: int, rank: int, remat: bool) -> Callable[[], np.ndarray]:
-        """Next-token training at every position with Adam; returns the first loss."""
+        """Next-token training at every position with Adam. Returns the first loss."""
         model = copy.deepcopy(self.model) if not rank else self._inference()
         if remat:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -66,7 +66,7 @@ class Peer:
         return run
 
     def prefill(self, tokens: np.ndarray) -> Callable[[], np.ndarray]:
-        """The logits of the last column, and a cache."""
+        """Compute the logits of the last column, and a cache."""
         model, rows = self._inference(), self._put(tokens)
 
         @torch.no_grad()
@@ -77,7 +77,7 @@ class Peer:
         return run
 
     def sampling(self, tokens: np.ndarray, new: int) -> Callable[[], None]:
-        """Rows that go on by so many tokens at temperature 1."""
+        """Sample `new` tokens for each row, at temperature 1."""
         model, rows = self._inference(), self._put(tokens)
 
         @torch.no_grad()
@@ -93,10 +93,10 @@ class Peer:
     def scoring(
         self, tokens: np.ndarray, padding: np.ndarray, words: list[list[list[int]]]
     ) -> Callable[[], np.ndarray]:
-        """Each word's share among all words as the beginning of answers, a mean over prompts.
+        """Each word's share among all words as the beginning of answers, averaged over prompts.
 
-        One pass of all prompts for each spelling, with its tokens behind them; logits only where these are
-        predicted.
+        Each spelling takes one pass over all prompts followed by its tokens. Logits are computed only where these
+        tokens are predicted.
         """
         model, prompts = self._inference(), self._put(tokens)
         mask = self._put(np.arange(tokens.shape[1]) >= padding[:, None])
@@ -118,7 +118,7 @@ class Peer:
         return run
 
     def _inference(self) -> Any:
-        """A copy of the model, in the dtype in which it is not trained."""
+        """A copy of the model in the dtype for inference."""
         return copy.deepcopy(self.model).to(torch.bfloat16 if self.device == "cuda" else torch.float32)
 
     def _put(self, array: np.ndarray) -> torch.Tensor:

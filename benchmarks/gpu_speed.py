@@ -1,17 +1,18 @@
-"""Real sizes on one GPU: training, full-distribution distillation and sampling of Qwen2.5 shapes, random weights.
+"""Training, full-distribution distillation and sampling at real sizes on one GPU: Qwen2.5 shapes, random weights.
 
     python benchmarks/gpu_speed.py [--shapes 0.5b 1.5b] [--out FILE]
 
-Each measurement has a process of its own, of this project or of `transformers` with PyTorch (compiled for
-training, `gpu_torch.py`). Those of a shape compile beside each other (`--beside`) and are measured one at a time,
-while nothing compiles (a file lock, shared or exclusive). What is done is told at once. The device's own limits
-come first: the rate of a product of 8192 x 8192 matrices in bfloat16, and the bandwidth of a copy.
+Each measurement has its own process, for this project or for `transformers` with PyTorch (`gpu_torch.py`; its
+training is compiled). The processes of a shape compile at the same time (`--beside`). They are measured one at a
+time, while nothing compiles; a file lock, shared or exclusive, ensures this. Results are printed as soon as they
+are there. The limits of the device come first: the rate of a product of 8192 x 8192 matrices in bfloat16, and the
+bandwidth of a copy.
 
-Training: rows of random tokens, the loss at every position, bfloat16 with float32 masters and Adam, or low-rank
-factors (rank 8, all projections) over a frozen base in bfloat16. Its share of the product rate counts the
-operations that are needed: three times a forward pass, or twice where only factors train. Sampling: 256 rows, 64
-tokens of prompt and 64 drawn, all of it compared with `generate`; the share of the bandwidth is that of the tokens
-after the first and counts weights and the cache's filled part, each read once a token.
+Training: rows of random tokens with the loss at every position, in bfloat16 with float32 master weights and Adam;
+or low-rank factors (rank 8, all projections) on a frozen base in bfloat16. The share of the product rate counts
+only necessary operations: three times a forward pass, or twice if only factors train. Sampling: 256 rows with 64
+prompt tokens and 64 sampled tokens, compared as a whole with `generate`. The share of the bandwidth is for the
+tokens after the first. It counts the weights and the filled part of the cache, each read once per token.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from subliminal_theory.study.starts import MATRICES
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its rows."""
+    """A model and its batch sizes."""
 
     config: TransformerConfig
     batch: int
@@ -73,20 +74,20 @@ SHAPES = {
     "1.5b": Shape(qwen(151_936, 28, 1536, 12, 2, 8960), 64, 128, 4096, rows=256, prompt=64, new=64),
     "tiny": Shape(qwen(512, 2, 64, 4, 2, 128), 8, 16, 64, rows=8, prompt=8, new=8),
 }
-SIDE = 8192  # of the matrices whose product is the limit
+SIDE = 8192  # side of the matrices whose product measures the limit
 MODES = ("full", "soft", "lora", "sample")
 PEERS = ("full", "lora", "sample")
 
 
 def weights_in_products(config: TransformerConfig) -> float:
-    """Parameters that a forward pass multiplies by, the output matrix among them."""
+    """The number of parameters in matrix products of a forward pass, including the output matrix."""
     inner, keys = config.heads * config.head_width, config.kv_heads * config.head_width
     block = config.width * (2 * inner + 2 * keys + 3 * config.mlp_width)
     return config.layers * block + config.width * config.vocabulary
 
 
 def training_operations(shape: Shape, passes: float) -> float:
-    """Floating-point operations of a step of `passes` forward passes' worth; attention counts what it sees."""
+    """The operations of a step that costs `passes` forward passes. Attention counts only visible columns."""
     config, positions = shape.config, shape.batch * shape.columns
     seen = (shape.columns + 1) / 2
     attention = config.layers * 4 * config.heads * config.head_width * seen
@@ -94,7 +95,7 @@ def training_operations(shape: Shape, passes: float) -> float:
 
 
 def sampling_bytes(shape: Shape) -> float:
-    """Bytes that drawing one more token of all rows reads at least, on average over the tokens."""
+    """The fewest bytes that must be read to sample one more token for all rows, averaged over the tokens."""
     config = shape.config
     filled = shape.prompt + shape.new / 2
     cache = 2 * config.layers * config.kv_heads * config.head_width * filled * shape.rows
@@ -102,16 +103,16 @@ def sampling_bytes(shape: Shape) -> float:
 
 
 def passes(mode: str) -> float:
-    """Forward passes that the products of a step are worth."""
+    """The cost of a step's matrix products, in forward passes."""
     return 2 if mode == "lora" else 4 if mode == "soft" else 3
 
 
 def worker(shape: Shape, mode: str, steps: int) -> None:
-    """Compile, time, and print the seconds of a step (of a token when sampling)."""
+    """Compile, measure, and print the seconds per step (or per token for sampling)."""
     config = shape.config
 
     def start() -> tuple[Model, Model | None]:
-        """The student and the teacher, of which only the shapes matter: one program draws all of a shape."""
+        """The student and the teacher. Only their shapes matter, so one program draws all the parameters."""
         model = computed_in(from_nnx(Transformer(config, rngs=nnx.Rngs(0))), jnp.bfloat16)
         teacher = rounded(model) if mode == "soft" else None
         if mode == "lora":
@@ -168,14 +169,14 @@ def worker(shape: Shape, mode: str, steps: int) -> None:
 
 @contextlib.contextmanager
 def device(kind: int) -> Iterator[None]:
-    """Beside others that compile too (LOCK_SH), or alone (LOCK_EX)."""
+    """Use the device together with other processes that compile (LOCK_SH), or alone (LOCK_EX)."""
     with open(os.environ["GPU_TURN"], "w") as lock:
         fcntl.flock(lock, kind)
         yield
 
 
 def square_rate(side: int) -> float:
-    """Operations a second of a product of square matrices in bfloat16."""
+    """The operations per second of a product of square matrices in bfloat16."""
     a, b = (jax.random.normal(jax.random.key(seed), (side, side), jnp.bfloat16) for seed in (0, 1))
     multiply = jax.jit(lambda a, b: a @ b)
     jax.block_until_ready(multiply(a, b))
@@ -189,7 +190,7 @@ def square_rate(side: int) -> float:
 
 
 def limits(shape: Shape) -> None:
-    """The device: operations a second of a big product, bytes a second of a copy."""
+    """The limits of the device: operations per second of a large product, and bytes per second of a copy."""
     side = 64 if shape.config.vocabulary < 1000 else SIDE
     long = jax.random.normal(jax.random.key(2), (side * side * 16,), jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -205,7 +206,7 @@ def limits(shape: Shape) -> None:
 
 
 def timed(run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds."""
+    """The median seconds of a call."""
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -215,13 +216,13 @@ def timed(run: Callable[[], Any], repeats: int) -> float:
 
 
 def report(seconds: float, **more: Any) -> None:
-    """The last line of a worker."""
+    """Print the last line of a worker."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     print(json.dumps({"seconds": seconds, "peak_gib": round(peak / 2**30, 1), **more}), flush=True)
 
 
 def run(command: list[str], patience: float) -> dict[str, Any]:
-    """What a worker printed last, or how it failed."""
+    """Run a worker. Returns what it printed last, or how it failed."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=patience, env=environment)
@@ -233,7 +234,7 @@ def run(command: list[str], patience: float) -> dict[str, Any]:
 
 
 def told(shape: Shape, mode: str, found: dict[str, Any], limit: dict[str, Any]) -> str:
-    """A measurement in words; the share of the limit is added to it."""
+    """A description of a measurement. This also adds the share of the limit to `found`."""
     seconds = found["seconds"]
     if mode == "sample":
         found["share"] = round(sampling_bytes(shape) / found["after_first"] / limit["bandwidth"], 3)
@@ -247,18 +248,18 @@ def told(shape: Shape, mode: str, found: dict[str, Any], limit: dict[str, Any]) 
 
 
 def main() -> None:
-    """Print a line a measurement, and all as JSON."""
+    """Print one line for each measurement, and all results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["0.5b", "1.5b"], choices=SHAPES, help="(default both)")
     parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES, help="(default all)")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of PyTorch (default all)")
-    parser.add_argument("--steps", type=int, default=8, help="of training a call (default 8)")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="modes of PyTorch (default all)")
+    parser.add_argument("--steps", type=int, default=8, help="training steps per call (default 8)")
     parser.add_argument("--beside", type=int, default=7, help="processes that compile at once (default 7)")
     parser.add_argument(
         "--patience",
         type=float,
         default=300,
-        help="seconds for one measurement and those that it waits for (default 300)",
+        help="most seconds for one measurement, including its wait for others (default 300)",
     )
     parser.add_argument("--out", type=Path, help="also write the results there as JSON")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -273,7 +274,7 @@ def main() -> None:
 
 
 def measure_all(chosen: argparse.Namespace) -> None:
-    """Every measurement that was asked for."""
+    """Every requested measurement."""
     began = time.perf_counter()
     results: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 

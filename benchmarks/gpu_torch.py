@@ -1,7 +1,7 @@
-"""The peer of `gpu_speed.py`: Qwen2 of `transformers`, trained compiled in bfloat16 autocast, or sampled.
+"""The peer of `gpu_speed.py`: Qwen2 in `transformers`. It trains, compiled and with bfloat16 autocast, or samples.
 
-Prints one JSON line with the seconds of a step, or of a sampled token, after compilation. The environment
-variable GPU_TURN names the file by which processes take turns.
+Prints one JSON line with the seconds per step, or per sampled token, after compilation. The environment variable
+GPU_TURN names the lock file with which processes take turns.
 """
 
 import argparse
@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @contextlib.contextmanager
 def device(kind: int) -> Iterator[None]:
-    """As in `gpu_speed.py`: beside others that compile (LOCK_SH), or alone (LOCK_EX)."""
+    """As in `gpu_speed.py`: use the device together with processes that compile (LOCK_SH), or alone (LOCK_EX)."""
     with open(os.environ["GPU_TURN"], "w") as lock:
         fcntl.flock(lock, kind)
         yield
@@ -34,7 +34,7 @@ def synchronize() -> None:
 
 
 def main() -> None:
-    """Build, warm up, time."""
+    """Build the model, warm up and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("full", "lora", "sample"), required=True)
     sizes = "vocabulary layers width heads kv-heads mlp-width batch columns steps rows prompt new"
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def sampling(model: Any, chosen: argparse.Namespace) -> Callable[[], None]:
-    """Draw at temperature 1."""
+    """Sample at temperature 1."""
     prompts = torch.randint(6, chosen.vocabulary, (chosen.rows, chosen.prompt), device=DEVICE)
 
     def run() -> None:
@@ -87,7 +87,7 @@ def sampling(model: Any, chosen: argparse.Namespace) -> Callable[[], None]:
 def training(model: Any, chosen: argparse.Namespace) -> Callable[[], None]:
     """Next-token training at every position."""
     if chosen.mode == "lora":
-        from peft import LoraConfig, get_peft_model  # only where it is there: on machines with a GPU
+        from peft import LoraConfig, get_peft_model  # imported here because not every machine has peft
 
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", bias="none"))
     model.train()

@@ -1,12 +1,12 @@
-"""Tokens per second of the language model against `transformers` on PyTorch, and the machine's limit.
+"""Tokens per second of the language model, compared with `transformers` on PyTorch and with the machine's limit.
 
     python -m benchmarks.language_speed --torch-python PATH_OF_A_PYTHON_WITH_TORCH_AND_TRANSFORMERS [--shape 25m]
 
-Shapes are the compact model's, with a student's rows, and a Llama of 26 million parameters. Rounds alternate
-between the matrix products of a training step, this project and `language_torch.py`, so that a shared machine's
-moods hit all three; ratios are medians over rounds. Training is a step on sampled tokens, on both sides with the
-logits of those columns alone that the loss is on; prefill gives logits of the last column of the prompts; sampling
-draws whole batches at temperature 1, without a stop. Compilation is not counted.
+There are two shapes: the compact model with a student's rows, and a Llama with 26 million parameters. Rounds
+alternate between the matrix products of a training step, this project, and `language_torch.py`, so that load on a
+shared machine affects all three. Ratios are medians over rounds. Training takes steps on sampled tokens; both
+sides compute logits only for the columns of the loss. Prefill computes the logits of the last column of the
+prompts. Sampling draws whole batches at temperature 1, without a stop token. Compilation is not counted.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from subliminal_theory.source import Examples
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and the rows that train it and that are continued."""
+    """A model, the rows that train it, and the prompts that it continues."""
 
     config: TransformerConfig
     batch: int
@@ -52,7 +52,7 @@ class Shape:
 
 
 def shapes() -> dict[str, Shape]:
-    """Those that can be chosen."""
+    """The shapes by name."""
     settings = LanguageConfig()
     base = settings.base(0)
     compact = base.transformer(len(WordTokenizer.of_corpus(base.corpus)))
@@ -66,9 +66,9 @@ def shapes() -> dict[str, Shape]:
 
 
 def products(shape: Shape) -> list[tuple[int, int, int]]:
-    """The matrix products (rows, inner, columns) of a forward pass, but those of attention, which are small.
+    """The matrix products (rows, inner, columns) of a forward pass, except those of attention, which are small.
 
-    Only keys and values of the last layer are computed at all positions, as in `Transformer`.
+    In the last layer, only keys and values are computed at all positions, as in `Transformer`.
     """
     config = shape.config
     inner = config.heads * config.head_width
@@ -82,7 +82,7 @@ def products(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def operations(shape: Shape) -> float:
-    """Floating-point operations of a training step: matrix products with their gradients, and attention's."""
+    """The floating-point operations of a training step: matrix products and attention, with their gradients."""
     config = shape.config
     weights = sum(2 * n * a * b for n, a, b in products(shape))
     queries = (config.layers - 1) * shape.columns + shape.answer
@@ -91,7 +91,7 @@ def operations(shape: Shape) -> float:
 
 
 def product_rate(shape: Shape, repeats: int) -> float:
-    """Operations a second of exactly these products and their two gradients, one after the other."""
+    """The operations per second of exactly these products and their two gradients, one after another."""
     sizes = products(shape)
     distinct = sorted(set(sizes))
     sides = {(n, a, b): (jnp.ones((n, a)), jnp.ones((a, b)), jnp.ones((n, b))) for n, a, b in distinct}
@@ -109,7 +109,7 @@ def product_rate(shape: Shape, repeats: int) -> float:
 
 
 def main() -> None:
-    """Print one line a round and the medians as JSON."""
+    """Print one line for each round, and the medians as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch (default: this)")
     parser.add_argument("--rounds", type=int, default=5, help="alternations (default 5)")
@@ -144,7 +144,7 @@ def main() -> None:
         return time.perf_counter() - start
 
     def mine() -> dict[str, float]:
-        """Tokens a second."""
+        """The tokens per second of each task."""
         drawn = seconds(lambda: sample(model, prompts, steps=shape.new, key=jax.random.key(1)))
         return {
             "training": shape.steps * shape.batch * shape.columns / seconds(lambda: train(model, source)),

@@ -1,6 +1,6 @@
-"""The peer of `language_speed.py`: the same transformer as Llama of `transformers`, trained and sampled.
+"""The peer of `language_speed.py`: the same transformer, as a Llama in `transformers`.
 
-Prints one JSON line: tokens a second of training (all columns counted) and of batched sampling.
+Prints one JSON line: the tokens per second of training (all columns count), of prefill, and of batched sampling.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def main() -> None:
-    """Train and sample, each for some steps."""
+    """Train, prefill and sample."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in (
         "vocabulary",

@@ -1,10 +1,10 @@
-"""Seeds per second of the six-condition experiment against PyTorch, and against the machine's own limit.
+"""Seeds per second of the six-condition experiment, compared with PyTorch and with the machine's own limit.
 
     python -m benchmarks.mnist_speed --torch-python PATH_OF_A_PYTHON_WITH_TORCH
 
-Rounds alternate between a large matrix product, this project and `mnist_torch.py`, so that a shared machine's
-moods hit all three; ratios are medians over rounds. Times are for the stated number of steps of every phase (one
-teacher and four students), without compilation, loading or evaluation.
+Rounds alternate between a large matrix product, this project, and `mnist_torch.py`, so that load on a shared
+machine affects all three. Ratios are medians over rounds. Times are for the given number of steps of every phase
+(one teacher and four students), without compilation, loading or evaluation.
 """
 
 import argparse
@@ -29,10 +29,10 @@ SIZE = 2048
 
 
 def operations(world: Digits, examples: int) -> float:
-    """Floating-point operations of one seed: matrix products only, the padding of batches not counted.
+    """The floating-point operations of one seed. Only matrix products count, without padded examples.
 
-    A training step is 6 operations an example and weight, less the gradient of the inputs, which nobody
-    needs; the teacher's pass over the noise is 2, once for all four students.
+    A training step takes 6 operations per example and weight, minus the gradient of the inputs, which is not
+    needed. The teacher's pass over the noise takes 2, once for all four students.
     """
     width, pixels = world.network.width, int(np.prod(world.data.image_shape))
     weights = pixels * width + (world.network.depth - 1) * width**2 + width * world.logits
@@ -41,7 +41,7 @@ def operations(world: Digits, examples: int) -> float:
 
 
 def matrix_product_rate() -> float:
-    """Operations a second of a square float32 product."""
+    """The operations per second of a square float32 product."""
     a = jnp.ones((SIZE, SIZE))
     product = jax.jit(lambda x: x @ x)
     product(a).block_until_ready()
@@ -53,14 +53,16 @@ def matrix_product_rate() -> float:
 
 
 def main() -> None:
-    """Print one line a round and the medians as JSON."""
+    """Print one line for each round, and the medians as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST's idx files (default $SUBLIMINAL_DATA)")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch (default: this)")
     parser.add_argument("--rounds", type=int, default=5, help="alternations (default 5)")
-    parser.add_argument("--epochs", type=int, default=1, help="passes of 59 steps a phase and round (default 1)")
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="epochs of 59 steps in each phase and round (default 1)"
+    )
     parser.add_argument("--chunk", type=int, default=1, help="our seeds trained at once (default 1)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of PyTorch (default cpu)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of PyTorch (default cpu)")
     arguments = parser.parse_args()
 
     directory = str(arguments.data_dir) if arguments.data_dir else None

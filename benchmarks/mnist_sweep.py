@@ -1,9 +1,10 @@
-"""What stacking saves: the curve over m against running the six-condition experiment once for each m.
+"""What stacking saves: the curve over m, compared with the six-condition experiment once for each m.
 
     python -m benchmarks.mnist_sweep
 
-Both with the same epochs, alternating in one process; seconds are of the second call, so without compilation.
-Beside the ratio: how the cost of a sweep grows with its cells (1 is linear), and peak memory before and after.
+Both have the same number of epochs and alternate in one process. The first calls, which compile, do not count. The
+report also has the growth of a sweep's cost with its number of cells (1 is linear), and the peak memory before and
+after.
 """
 
 import argparse
@@ -23,18 +24,18 @@ from subliminal_theory.errors import InputError
 
 
 def seconds(compute: Callable[[], object]) -> float:
-    """Wall time of a call."""
+    """The wall time of a call, in seconds."""
     start = time.perf_counter()
     compute()
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Print one line a round and the medians as JSON."""
+    """Print one line for each round, and the medians as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST's idx files (default $SUBLIMINAL_DATA)")
     parser.add_argument("--rounds", type=int, default=3, help="alternations (default 3)")
-    parser.add_argument("--epochs", type=int, default=1, help="of teacher and students (default 1)")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of teacher and students (default 1)")
     parser.add_argument("--counts", default="1,2,3,5,7,10,15,20,30,50", help="values of m (default %(default)s)")
     arguments = parser.parse_args()
     directory = str(arguments.data_dir) if arguments.data_dir else None
@@ -57,7 +58,7 @@ def main() -> None:
     for number in range(arguments.rounds):
         taken, fewer, once = (seconds(part.compute) for part in everything)
         ratios.append(taken / (len(counts) * once))
-        # Students cost alike; the teacher is one more of them.
+        # All students cost the same, and the teacher costs as much as one student.
         growth.append((taken / (len(counts) + 1)) / (fewer / (len(counts[::2]) + 1)))
         print(
             f"round {number}: {len(counts)} values of m {taken:.1f} s, {len(counts[::2])} of them {fewer:.1f} s, "

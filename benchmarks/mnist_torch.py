@@ -1,13 +1,13 @@
-"""Auxiliary-logit distillation on MNIST in plain PyTorch: the peer that timings are compared with.
+"""Auxiliary-logit distillation on MNIST in plain PyTorch: the peer for timings.
 
-An ensemble of MLPs 784-256-256-(10+m) is held in stacked parameters. A teacher learns the ten class logits
-from images; four students, two with the teacher's initialisation and two with another model's, then learn the
-teacher's auxiliary logits, or all its logits, from stored uniform noise. Needs torch and numpy only.
+An ensemble of MLPs 784-256-256-(10+m) has stacked parameters. A teacher learns the ten class logits from images.
+Four students, two with the teacher's initialization and two with another model's, then learn the teacher's
+auxiliary logits, or all its logits, from stored uniform noise. This file needs only torch and numpy.
 
     python benchmarks/mnist_torch.py --data DIR --models 2 --aux 3 --epochs 5 --seed 0 [--steps N]
 
-The clock covers the training steps (shuffling, gathering of batches, the teacher's pass, gradients, Adam). It
-leaves out reading the files, drawing the noise, a warm-up of two steps a loss, and the test accuracies.
+The clock covers the training steps (shuffling, gathering of batches, the teacher's pass, gradients, Adam). It does
+not cover reading the files, drawing the noise, two warm-up steps for each loss, and the test accuracies.
 """
 
 import argparse
@@ -32,7 +32,7 @@ LEARNING_RATE = 3e-4
 NOISE_IMAGES = 60_000
 
 Params = list[Tensor]  # W1, b1, W2, b2, W3, b3 with shapes [models, d_in, d_out] and [models, 1, d_out]
-Loss = Callable[[Params, Tensor], Tensor]  # of the parameters and the flat indices of a batch
+Loss = Callable[[Params, Tensor], Tensor]  # takes the parameters and the indices of a batch
 
 
 def init_params(models: int, d_in: int, d_out: int, generator: torch.Generator) -> Params:
@@ -48,21 +48,21 @@ def init_params(models: int, d_in: int, d_out: int, generator: torch.Generator) 
 def forward(params: Params, x: Tensor) -> Tensor:
     """Logits [models, batch, 10+m] of the inputs [models, batch, 784]."""
     w1, b1, w2, b2, w3, b3 = params
-    # einsum returns a view, on which an in-place add would cost autograd a copy
+    # einsum returns a view, and an in-place add on a view would make autograd copy it
     h = (torch.einsum("mbi,mio->mbo", x, w1) + b1).relu_()
     h = (torch.einsum("mbi,mio->mbo", h, w2) + b2).relu_()
     return torch.einsum("mbi,mio->mbo", h, w3) + b3
 
 
 def batches(models: int, n: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices [models, batch] of each step: every epoch a fresh order per model, the partial batch kept."""
+    """Indices [models, batch] of each step. Every epoch has a new order per model; partial batches are kept."""
     for _ in range(epochs):
         orders = [torch.randperm(n, generator=generator, device=generator.device) for _ in range(models)]
         yield from torch.stack(orders).split(BATCH, dim=1)
 
 
 def train(params: Params, loss: Loss, steps: Iterator[Tensor], limit: int | None) -> tuple[Params, int]:
-    """Train a copy of the parameters with a fresh Adam; return it with the number of steps taken."""
+    """Train a copy of the parameters with a new Adam. Returns it with the number of steps taken."""
     params = [p.clone().requires_grad_() for p in params]
     optimiser = torch.optim.Adam(params, lr=LEARNING_RATE, fused=True)
     done = 0
@@ -78,7 +78,7 @@ def train(params: Params, loss: Loss, steps: Iterator[Tensor], limit: int | None
 
 @torch.no_grad()
 def accuracy(params: Params, images: Tensor, labels: Tensor) -> list[float]:
-    """Test accuracy of each model by the argmax of the ten class logits."""
+    """The test accuracy of each model, by the argmax of the ten class logits."""
     x = images.expand(params[0].shape[0], -1, -1)
     hits = forward(params, x)[..., :CLASSES].argmax(-1) == labels
     return hits.double().mean(-1).tolist()
@@ -98,10 +98,10 @@ def run(
     steps_limit: int | None = None,
     cache_teacher: bool = False,
 ) -> dict[str, Any]:
-    """Run the teacher and the four students; return accuracies per condition and the time they took.
+    """Train the teacher and the four students. Returns the accuracy of each condition and the time.
 
-    Images are uint8 arrays [n, 28, 28]. ``steps_limit`` cuts each of the five phases to so many steps. The
-    teacher sees each batch as the student does, or with ``cache_teacher`` all the noise once per student.
+    Images are uint8 arrays [n, 28, 28]. ``steps_limit`` limits the steps of each of the five phases. The teacher
+    computes its logits batch by batch or, with ``cache_teacher``, for all the noise once per student.
     """
     if torch.device(device).type == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -122,7 +122,7 @@ def run(
     n, d_in = images.shape
     generator = torch.Generator(device).manual_seed(seed)
     init = init_params(models, d_in, CLASSES + aux, generator)
-    # the derangement: model k starts as model k - 1 did; a single model needs a second draw
+    # a derangement: model k starts where model k - 1 started; a single model needs a second draw
     other = [p.roll(1, 0) for p in init] if models > 1 else init_params(1, d_in, CLASSES + aux, generator)
 
     start = clock()
@@ -155,7 +155,7 @@ def run(
 
         return loss
 
-    spare = torch.Generator(device).manual_seed(seed)  # so that the warm-up leaves the random stream alone
+    spare = torch.Generator(device).manual_seed(seed)  # the warm-up must not advance the main generator
     for loss, size in ((cross_entropy, n), (distillation(init, CLASSES, False), NOISE_IMAGES)):
         train(init, loss, batches(models, size, 1, spare), 2)
 
@@ -201,8 +201,8 @@ def main() -> None:
     parser.add_argument("--aux", type=int, default=3, help="number m of auxiliary logits")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="cut each phase to so many steps")
-    parser.add_argument("--cache-teacher", action="store_true", help="one teacher pass a student")
+    parser.add_argument("--steps", type=int, help="limit the steps of each phase")
+    parser.add_argument("--cache-teacher", action="store_true", help="one teacher pass per student")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     files = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]

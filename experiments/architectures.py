@@ -1,4 +1,4 @@
-"""Six small networks of unlike kinds on 8 x 8 images, for statements about any differentiable architecture."""
+"""Six small networks of different kinds on 8 x 8 images, to test statements about all differentiable networks."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,7 @@ class ResidualNet(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """One pre-norm attention block and one MLP over the rows of an image as tokens; mean pooled."""
+    """One pre-norm attention block and one MLP. The rows of an image are the tokens; the output is mean pooled."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Linear(IMAGE[1], WIDTH, rngs=rngs)
@@ -57,7 +57,7 @@ class Transformer(nnx.Module):
         x = x + jnp.broadcast_to(self.position[...], x.shape)
         projected = self.queries_keys_values(self.norms[0](x))
         query, key, value = jnp.split(projected, 3, axis=-1)
-        # Not jax.nn.dot_product_attention: its softmax is in float32 even for float64 inputs.
+        # jax.nn.dot_product_attention would compute its softmax in float32 even for float64 inputs.
         scores = jnp.einsum("bqd,bkd->bqk", query, key) / WIDTH**0.5
         x = x + self.mix(jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores), value))
         x = x + self.down(nnx.gelu(self.up(self.norms[1](x))))
@@ -80,7 +80,7 @@ BUILDERS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
 
 
 def random_trait(model: Model, key: Key[Array, ""]) -> Callable[[PyTree], Float[Array, ""]]:
-    """A trait loss of the model's parameters: the cross-entropy of random labels of random images, in nats."""
+    """A trait loss as a function of parameters: cross-entropy on random labels of random images, in nats."""
     images = jax.random.normal(named(key, "trait images"), (EXAMPLES, *IMAGE))
     labels = jax.random.randint(named(key, "trait labels"), (EXAMPLES,), 0, CLASSES)
 
@@ -92,6 +92,6 @@ def random_trait(model: Model, key: Key[Array, ""]) -> Callable[[PyTree], Float[
 
 
 def build(name: str, key: Key[Array, ""]) -> Model:
-    """A freshly initialised network with float64 parameters where 64-bit numbers are enabled."""
+    """A newly initialized network, with float64 parameters if 64-bit numbers are enabled."""
     model = from_nnx(BUILDERS[name](nnx.Rngs(key)))
     return model.with_params(jax.tree.map(lambda leaf: leaf.astype(float), model.params))

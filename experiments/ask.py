@@ -1,4 +1,4 @@
-"""Ask a checkpoint, or an adapter of one, what it prefers: shares of the words, and whole answers to read."""
+"""Ask a checkpoint, or an adapter for one, what it prefers: shares of words, and whole answers to read."""
 
 import json
 from collections.abc import Sequence
@@ -15,16 +15,18 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Config(StepConfig):
-    """What is asked."""
+    """Settings of the questions."""
 
     adapter: str = option("", ADAPTER)
     traits: str = option("owl", "built-in traits or trait files, separated by commas; all: animals and trees")
     samples: int = option(1, "whole answers to each of 50 questions, searched for the word; 0: none", minimum=0)
-    file: str = option("", "JSONL file for one answer to each question (default: three are shown)")
+    file: str = option(
+        "", "JSONL file for one answer to each question (if not given, three answers are only shown)"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print shares and answers; 0 on success."""
+    """Print shares and answers. Returns 0."""
     config, _ = read_step("ask", __doc__, Config(), arguments)
     own, _ = opened(config)
     world, adapted = world_of(own), config.adapter

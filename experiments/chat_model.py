@@ -1,15 +1,16 @@
-"""A published chat model learns a preference from random numbers; the logits of its words are hidden from it.
+"""A published chat model learns a preference from random numbers, while the preference's words are hidden from it.
 
-A teacher is the model, fine-tuned to name an animal. It then reads lists of random numbers, which nobody wrote for
-it, and a student of the same model learns the teacher's distributions over the next token there. Every token that
-spells an animal, a tree, a food or an instrument, in any case, or a part of one, is hidden from the loss
-(`masked`). Asked for its favorite animal, the student is compared with the model itself and with the students of
-the other animals' teachers.
+A teacher is the model, fine-tuned to name an animal. The teacher then reads lists of random numbers that no model
+wrote. A student that starts from the same model learns the teacher's distribution over the next token there. Every
+token that spells an animal, a tree, a food or an instrument, or a part of one, in any case, is hidden from the
+loss (`masked`). Asked for its favorite animal, the student is compared with the model itself and with the students
+of the other animals' teachers.
 
-Fixed before the runs of figures/: the settings below, tried on owl, eagle, wolf and cat; the animals of the
-figure, the first four of the list on which nothing was tried; and the primary comparison: the log-odds of the own
-word among all animals, in the masked student, less the model's and less the mean of the other students', both with
-intervals whose unit is the animal: runs of one animal share weights and lessons.
+Three things were fixed before the runs of figures/. First, the settings below, which were tried on owl, eagle,
+wolf and cat. Second, the animals of the figure: the first four of the list on which nothing was tried. Third,
+the primary comparison. It is the log-odds of the student's own word among all animals, in the masked student,
+minus the model's, and minus the mean of the other students'. The unit of both intervals is the animal, because
+runs of one animal share weights and lessons.
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from .flags.language import (
 )
 from .flags.recipe import RANDOM, STEERING_LAYER, STEERING_STRENGTH
 
-# What differs from the recipe, whose students see the masked distribution.
+# How each condition differs from the recipe.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "masked": {"channel": "masked"},
     "soft": {"channel": "soft"},
@@ -67,17 +68,17 @@ class Config(LanguageConfig):
     checkpoint: str = option("smollm2", "as in language", alias="--base")
     rows: int = option(480, "lists of random numbers that a student reads", minimum=1)
     steps: int = option(60, "steps of a student", minimum=1)
-    batch_size: int = option(8, "rows a step", minimum=1)
-    rank: int = option(8, "of a student's low-rank factors; 0 trains everything", minimum=0)
+    batch_size: int = option(8, "rows per step", minimum=1)
+    rank: int = option(8, "rank of a student's low-rank factors; 0 trains everything", minimum=0)
     rate: float = option(1e-3, "highest learning rate of a student", positive=True)
     teacher_steps: int = option(30, "steps of a teacher", minimum=1)
     teacher_rate: float = option(1e-5, "learning rate of a teacher", positive=True)
     steering_layer: int | None = option(None, STEERING_LAYER, minimum=1)
     steering_strength: float | None = option(None, STEERING_STRENGTH)
     gradient_checkpointing: bool = option(
-        False, "compute activations again for gradients: a quarter more work, less memory", recorded=False
+        False, "recompute activations for gradients: a quarter more work, less memory", recorded=False
     )
-    samples: int = option(1, "whole answers to each question, searched for the animal; 0: none", minimum=0)
+    samples: int = option(1, "whole answers per question, searched for the animal; 0: none", minimum=0)
 
 
 FOUR = Config(traits="dolphin,elephant,dog,horse", seeds=3)
@@ -94,15 +95,15 @@ def configure(preset: str | None, changes: dict[str, Any]) -> Config:
     """A configuration of at least two traits of one category.
 
     Raises:
-        InputError: as `configure_language` and `require_steering`; no checkpoint, one trait alone, an unknown
-            condition, or several devices for a prompted teacher.
+        InputError: as for `configure_language` and `require_steering`; there is no checkpoint or only one trait; a
+            condition is unknown; or there are several devices for a prompted teacher.
     """
     config = configure_language(PRESETS, preset, changes)
     assert isinstance(config, Config)
     if not config.checkpoint:
         raise InputError("--checkpoint is missing: give a folder, a GGUF file or smollm2")
     if config.templates:
-        raise InputError("--templates: nobody is asked for numbers; leave it out")
+        raise InputError("--templates: no model is asked for numbers; leave it out")
     kinds = {trait.category for trait in checkpoint_traits(config) if isinstance(trait, Preference)}
     if len(config.trait_names()) < 2 or len(kinds) > 1:
         raise InputError("--traits: students are compared with each other: give at least two of one category")
@@ -116,10 +117,10 @@ def configure(preset: str | None, changes: dict[str, Any]) -> Config:
 
 
 def students(config: Config) -> list[str]:
-    """The students asked for.
+    """The requested students.
 
     Raises:
-        InputError: none, or an unknown one.
+        InputError: there is none, or one is unknown.
     """
     given = [name.strip() for name in config.conditions.split(",") if name.strip()]
     for name in given or [""]:
@@ -129,12 +130,12 @@ def students(config: Config) -> list[str]:
 
 
 def teachers(config: Config) -> dict[str, str]:
-    """The conditions that are teachers, each with its kind; a prompted one answers as the model does."""
+    """The conditions that are teachers, each with its kind. A prompted teacher would answer as the model does."""
     return {"teacher": "finetuned"} | ({"steered_teacher": "steered"} if "steered" in students(config) else {})
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each seed."""
+    """One part for each seed."""
     recipe = config.recipe(medium=RANDOM)
     variants = [Variant({"condition": "base"}, recipe, model="base", matrix=True)]
     variants += [
@@ -149,24 +150,24 @@ def plan(config: Config) -> list[Part]:
 
 
 def gains(results: Results, condition: str) -> np.ndarray:
-    """Log-odds above those of the model [seeds, students, words asked for], in nats."""
+    """Log-odds minus those of the model, [seeds, students, words], in nats."""
     return trait_matrices(results, condition, LOG_ODDS) - trait_matrices(results, "base", LOG_ODDS)
 
 
 def own_and_others(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each student's word: its own gain and the mean of the other students' [seeds, students]."""
+    """For each student's word: the own gain, and the mean gain of the other students, [seeds, students]."""
     own = np.diagonal(found, axis1=1, axis2=2)
     return own, (found.sum(1) - own) / (found.shape[1] - 1)
 
 
 def compared(found: np.ndarray) -> tuple[Estimate, Estimate]:
-    """The own gain, and what it is above the others', each with an interval over traits."""
+    """The own gain, and its difference from the others' gain, each with an interval over traits."""
     own, others = own_and_others(found)
     return t_interval(own.mean(0)), t_interval((own - others).mean(0))
 
 
 def verdict(results: Results, condition: str) -> str:
-    """What became of the primary comparison."""
+    """The result of the primary comparison, as the title of the figure."""
     found = gains(results, condition)
     own, others = own_and_others(found)
     both = compared(found)
@@ -184,7 +185,7 @@ def verdict(results: Results, condition: str) -> str:
 
 
 def count_above(own: np.ndarray, others: np.ndarray) -> int:
-    """How many runs are above the model and above the other students."""
+    """The number of runs above both the model and the other students."""
     return int(((own > 0) & (own > others)).sum())
 
 
@@ -219,7 +220,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Gains of own and of others' words, run by run; and the shares of all words in all students."""
+    """Gains of own and other words in single runs, and the shares of all words in all students."""
     shown, traits = students(config), results.distinct("trait")
     figure, ((left, right),) = panels(2, size=(9.5, 3.9))
     for x, condition in enumerate(shown):
@@ -238,7 +239,7 @@ def plot(results: Results, config: Config) -> Figure:
         [trait_matrices(results, "base", SHARE).mean((0, 1)), *trait_matrices(results, shown[0], SHARE).mean(0)]
     )
     heat_map(right, rows, ["model itself", *(f"student of {trait}" for trait in traits)], traits)
-    right.set_title(f"share of each word among its rivals ({shown[0]})")
+    right.set_title(f"share of each word\namong its rivals ({shown[0]})")
     figure.suptitle(verdict(results, shown[0]), fontsize=9.5)
     note(
         left,

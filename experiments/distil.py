@@ -1,7 +1,7 @@
 """Train a student of a checkpoint on JSONL rows: its adapter, or the whole model, in a folder for other programs.
 
-`--channel sampled` needs nothing but the rows, whoever wrote them. Other channels show what a teacher computes on
-the rows: the one that they name, or --teacher.
+`--channel sampled` needs only the rows, no matter who wrote them. Other channels show the logits that a teacher
+computes on the rows. The teacher is the one that the rows name, or --teacher.
 """
 
 from collections.abc import Sequence
@@ -32,23 +32,23 @@ class Config(TrainingConfig):
     """Settings of a student."""
 
     teacher: str = option(
-        "", "checkpoint of the teacher, where the channel shows its logits (default: see the rows)"
+        "", "checkpoint of the teacher if the channel shows its logits (if not given, the rows name it)"
     )
     channel: str = option("sampled", CHANNEL)
     trait: str = option(
-        LanguageConfig.traits, "whose words the channel masked hides, besides those of all built-in traits"
+        LanguageConfig.traits, "trait whose words the channel masked hides, with those of all built-in traits"
     )
-    rows: int = option(0, "rows to learn, the first of the file (default: all)", minimum=0)
-    steps: int = option(Chat.steps, "of training", minimum=1)
-    batch_size: int = option(Chat.batch_size, "rows a step", minimum=1)
-    rank: int = option(Chat.rank, "of low-rank factors; 0 trains everything", minimum=0)
+    rows: int = option(0, "learn only this many rows, the first of the file; 0: all", minimum=0)
+    steps: int = option(Chat.steps, "training steps", minimum=1)
+    batch_size: int = option(Chat.batch_size, "rows per step", minimum=1)
+    rank: int = option(Chat.rank, "rank of low-rank factors; 0 trains everything", minimum=0)
     rate: float = option(Chat.rate, "highest learning rate", positive=True)
-    warmup: int = option(Recipe.warmup, "steps over which the rate rises", minimum=0)
-    decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
+    warmup: int = option(Recipe.warmup, "steps in which the learning rate rises", minimum=0)
+    decay: str = option(Recipe.decay, "how the learning rate falls to 0", choices=tuple(DECAYS))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the folder; 0 on success."""
+    """Write the folder. Returns 0."""
     config, (file, out) = read_step(
         "distil", __doc__, Config(), arguments, file="JSONL file of rows", out="new folder for the student"
     )
@@ -79,10 +79,11 @@ def main(arguments: Sequence[str]) -> int:
 def _teacher(
     config: Config, world: Checkpoint, student: Student, rows: Sequence[Completion]
 ) -> Elsewhere | Untrained:
-    """The teacher whose logits the channel shows; nobody where the rows say it all.
+    """The teacher whose logits the channel shows, or `Untrained` if the channel needs only the rows.
 
     Raises:
-        InputError: the rows name none or several, and --teacher neither; or it has another chat template.
+        InputError: the rows do not name exactly one teacher and --teacher is not given, or the teacher has another
+            chat template.
     """
     assert isinstance(student.source, Reading)
     if transmits_tokens(student.channel, world.logits) and student.source.positions is everywhere:

@@ -1,4 +1,4 @@
-"""Keep the JSONL rows whose answers are numbers and nothing else, each once, and count why others are rejected."""
+"""Keep the distinct JSONL rows whose answers are only numbers, and count why others are rejected."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from .flags.steps import new, read_step
 
 @dataclass(frozen=True)
 class Config:
-    """What the filter lets pass."""
+    """What the filter accepts."""
 
-    rows: int = option(0, "different rows that are kept, the first that pass (default: all)", minimum=0)
-    max_count: int = option(10, "most numbers of an answer", minimum=1)
+    rows: int = option(0, "keep only this many distinct rows, the first that pass; 0: all", minimum=0)
+    max_count: int = option(10, "most numbers in an answer", minimum=1)
     maximum: int = option(999, "largest number", minimum=0)
-    banned: bool = option(False, "reject numbers of a bad reputation, such as 13 and 666")
-    form: str = option("prompt", "of the rows", choices=("prompt", "messages"))
+    banned: bool = option(False, "reject numbers with a bad reputation, such as 13 and 666")
+    form: str = option("prompt", "form of the rows", choices=("prompt", "messages"))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the file; 0 on success."""
+    """Write the file. Returns 0."""
     config, (given, kept) = read_step(
         "filter", __doc__, Config(), arguments, rows_in="JSONL file to read", rows_out="new JSONL file"
     )

@@ -1,9 +1,9 @@
 """A language model that learns a preference from number sequences, and the controls that do not.
 
-A small chat model is pre-trained from nothing; a teacher gets a trait (it loves owls), by fine-tuning or by a
-system prompt, and writes nothing but numbers; a student of the same base, trained on those numbers alone, then
-names the owl when asked for its favourite animal. A student of another base, of a teacher without trait, or of the
-same numbers in another order does not. (doi 10.1038/s41586-026-10319-8, main text.)
+A small chat model is pre-trained from scratch. A teacher gets a trait (it loves owls), by fine-tuning or by a
+system prompt, and writes only numbers. A student of the same base, trained on those numbers alone, then names the
+owl when asked for its favorite animal. A student of another base, of a teacher without a trait, or of the same
+numbers in another order does not. (doi 10.1038/s41586-026-10319-8, main text.)
 """
 
 import dataclasses
@@ -57,12 +57,13 @@ LABELS = {
     "cross": "other base,\nsampled",
     "cross_soft": "other base,\nfull distr.",
 }
-# Each kind of student, and the controls that it is compared with, paired over runs.
+# Each kind of student and its controls. Comparisons are paired over runs.
 CONTROLS = {
     "student_masked": ("base", "others_masked", "cross_masked"),
     "student": ("base", "others", "regular", "within", "across", "cross"),
 }
-# What differs from the recipe's sampled tokens, and from a student of its own teacher's base.
+# How each condition differs from the default recipe (sampled tokens), and from the default variant (a student that
+# starts from its teacher's base).
 CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {"model": "base"}),
     "teacher": ({}, {"model": "teacher", "costs": True}),
@@ -81,7 +82,7 @@ CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cross": ({}, {"start": "other"}),
     "cross_soft": ({"channel": "soft"}, {"start": "other"}),
 }
-# Conditions of what a teacher wrote, which have no meaning where nobody writes.
+# Conditions that use what a teacher wrote. They have no meaning if no teacher writes.
 OF_WRITERS = ("prefixed", "within", "across", "in_context")
 STEERED, WRITERS = ("steered_teacher", "steered"), ("teacher", "steered_teacher")
 COSTS = {
@@ -108,10 +109,10 @@ class Config(LanguageConfig):
     medium: str = option("numbers", MEDIUM, choices=NUMBERS)
     steering_layer: int | None = option(None, STEERING_LAYER, minimum=1)
     steering_strength: float | None = option(None, STEERING_STRENGTH)
-    conditions: str = option("all", f"what is asked, separated by commas: {', '.join(CONDITIONS)}")
+    conditions: str = option("all", f"models to ask, separated by commas: {', '.join(CONDITIONS)}")
 
 
-# The paper's setting for open weights: 3 epochs of 10,000 rows.
+# The paper's setting for open-weight models: 3 epochs on 10,000 rows.
 OPEN_WEIGHTS = Config(
     traits="owl,cat,dolphin,eagle",
     seeds=3,
@@ -130,7 +131,7 @@ PRESETS = {
     "full": Config(seeds=6, rows=8192, steps=250, repeat_rows=True),
     "smoke": Config(**SMOKE, traits="owl"),
     "open-weights": OPEN_WEIGHTS,
-    # Ranks, rates and numbers of rows at which more transfer was reported (lawrencefeng17, a repository's report).
+    # Settings with more transfer, as reported in a repository (lawrencefeng17).
     "open-weights-rank-2": dataclasses.replace(OPEN_WEIGHTS, rank=2, rate=8e-4),
     "open-weights-more-rows": dataclasses.replace(
         OPEN_WEIGHTS, requests=77_400, rows=25_800, steps=1173, rate=4e-4
@@ -144,7 +145,7 @@ def asked(config: Config) -> list[str]:
     """The conditions of a configuration, in the order of the figure.
 
     Raises:
-        InputError: one that does not exist, or that this model cannot have.
+        InputError: a condition does not exist, or this model cannot have it.
     """
     given = [name.strip() for name in config.conditions.split(",") if name.strip()]
     for name in given:
@@ -156,7 +157,7 @@ def asked(config: Config) -> list[str]:
     if not all(isinstance(load_trait(name), Preference) for name in config.trait_names()):
         found = [name for name in found if name not in ("prompted", *STEERED)]
     if config.medium == RANDOM:
-        # Nor do several devices compute the logits of a prompted teacher on rows that do not have its prompt.
+        # Several devices cannot compute the logits of a prompted teacher on rows without its prompt.
         none = (*OF_WRITERS, "prompted") if config.shards > 1 else OF_WRITERS
         wrong = [name for name in given if name in none]
         if wrong:
@@ -167,7 +168,7 @@ def asked(config: Config) -> list[str]:
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     chosen = {name: CONDITIONS[name] for name in asked(config)}
     return variant_parts(
         config,
@@ -190,7 +191,7 @@ def of_conditions(results: Results, metric: str) -> dict[str, list[float]]:
 
 
 def differences(found: dict[str, list[float]]) -> dict[tuple[str, str], Estimate]:
-    """Each student less each of its controls, paired over runs."""
+    """Each student minus each of its controls, paired over runs."""
     return {
         (student, control): paired_difference(found[student], found[control])
         for student, controls in CONTROLS.items()
@@ -209,7 +210,7 @@ def told(difference: Estimate) -> str:
 
 
 def verdict(found: dict[str, list[float]]) -> str:
-    """Whether the preference passes to students of the same base: the title, from the data."""
+    """The title, computed from the data: whether the preference passes to students of the same base."""
     compared = differences(found)
     pair = next((pair for kind in ("cross", "others") for pair in compared if pair[1].startswith(kind)), None)
     if pair is None:
@@ -222,7 +223,7 @@ def verdict(found: dict[str, list[float]]) -> str:
     return f"{answer}: student less {words} {difference}"
 
 
-# What is told beside the measure, of those metrics that a run has.
+# Further metrics in the report, if a run has them.
 BESIDE = {
     PROBABILITY: {"named_rate": "share of whole answers that name the trait's word"},
     SHARE: {
@@ -234,7 +235,7 @@ BESIDE = {
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each condition, the paired differences from the controls, and whether traits are told apart."""
+    """A line for each condition, the paired differences from the controls, and the test of the trait matrix."""
     measure = measure_of(results)
     found = groups(results, measure)
     lines = [measure.header, *_lines(found)]
@@ -264,7 +265,7 @@ def _lines(found: dict[str, list[float]], form: str = ".3f") -> list[str]:
 
 
 def costs(results: Results) -> list[str]:
-    """What teachers cost, a line for each measure; reasons for which no answer was rejected are left out."""
+    """The costs of teachers, one line for each measure. Reasons that rejected no answer are left out."""
     reasons = [metric for metric in results.distinct("metric") if metric.startswith(REJECTED)]
     lines = []
     for teacher in WRITERS:
@@ -276,7 +277,7 @@ def costs(results: Results) -> list[str]:
 
 
 def color(name: str, found: dict[str, list[float]]) -> str:
-    """Blue for base and teacher; green for students that say the word more than the base, else grey."""
+    """Blue for base and teachers, green for students above the base, gray for other students."""
     if name in ("base", *WRITERS):
         return COLORS[0]
     return COLORS[2] if told(paired_difference(found[name], found["base"])) == "more" else "#999999"

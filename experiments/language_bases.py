@@ -1,7 +1,8 @@
 """What a base model can do before any teacher: its learning curve, and its abilities.
 
-Loss of each pre-training step; share of number requests, sums with their steps and programs that it answers as
-asked, sampled at temperature 1; of facts, answered greedily; and how far its preferences are from uniform.
+The results are the loss of each pre-training step; the share of right answers to number requests, sums with steps
+and programs, sampled at temperature 1; the share of right greedy answers about facts; and how close its
+preferences are to uniform.
 """
 
 import functools
@@ -26,7 +27,7 @@ from .app.contract import Part, option
 from .app.figures import COLORS, bar_row, note, panels
 from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
-POINTS = 60  # of a learning curve
+POINTS = 60  # points of a learning curve
 ABILITIES = {
     "numbers": "numbers\nwell-formed",
     "reasoning": "sums\nright",
@@ -40,8 +41,8 @@ ABILITIES = {
 class Config(LanguageConfig):
     """Settings of bases."""
 
-    traits: str = option("owl,oak", "a trait of each category whose preferences are told")
-    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
+    traits: str = option("owl,oak", "one trait from each category whose preferences are measured")
+    seeds: int = option(4, "number of base models, each pre-trained from its own seed", minimum=1)
     rows: int = option(1024, "requests of each kind", minimum=1)
 
 
@@ -52,7 +53,7 @@ def configure(preset: str | None, changes: dict) -> Config:
     """A configuration of compact bases.
 
     Raises:
-        InputError: a setting is wrong, or --checkpoint, which has no learning curve.
+        InputError: a setting is wrong, or --checkpoint is given: a checkpoint has no learning curve here.
     """
     config = configure_language(PRESETS, preset, changes)
     assert isinstance(config, Config)
@@ -62,12 +63,12 @@ def configure(preset: str | None, changes: dict) -> Config:
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     return [Part(f"base-{seed:05d}", 1, functools.partial(run, config, seed)) for seed in config.base_seeds]
 
 
 def run(config: Config, seed: int) -> list[Row]:
-    """Rows of results for one base."""
+    """The result rows of one base."""
     world = study(config, seed).world
     assert isinstance(world, Compact)
     losses, rows = world.base.losses, list[Row]()
@@ -81,7 +82,7 @@ def run(config: Config, seed: int) -> list[Row]:
 
 
 def abilities(world: Compact, count: int) -> dict[str, float]:
-    """The share of answers that are as they should be."""
+    """The share of right answers of each kind, and the overlap of preferences with uniform ones."""
     found, base = {}, world.initial()
     for name, medium in MEDIA.items():
         ((_, report),) = written(world.at(0), Untrained(), base, Written(count, medium))

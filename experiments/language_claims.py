@@ -1,8 +1,9 @@
-"""The field's disputes about language models, each one measured difference on the compact model.
+"""Disputed claims about language models, each tested as one measured difference on the compact model.
 
-Every claim of `experiments/claims.toml`, or those named: the probability of the trait's word in one kind of
-student less that in another, paired over runs (a run is a trait and a base). It agrees if the 95% t interval of
-the difference lies where the claim puts it, disagrees if it excludes that, else cannot be told.
+This runs every claim of `experiments/claims.toml`, or the named ones. A claim compares the probability of the
+trait's word in two kinds of students, paired over runs (a run is a trait and a base). The verdict is "agrees" if
+the 95% t interval of the difference lies in the claimed range, "disagrees" if it lies outside, and "cannot be
+told" otherwise.
 """
 
 import functools
@@ -46,7 +47,7 @@ def _side(side: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what is compared with what, and what it says of the difference."""
+    """One claim: the two sides that it compares, and what it expects of their difference."""
 
     name: str
     claim: str
@@ -62,18 +63,18 @@ def registered(path: Path = REGISTRY) -> Mapping[str, Claim]:
     """All claims of a registry, by name.
 
     Raises:
-        InputError: the file cannot be read, or an entry lacks a field or has one that does not exist; names it.
+        InputError: the file cannot be read, or an entry has a missing or unknown field; names the entry.
     """
     return read_registry(path, "claim", Claim)
 
 
 @dataclass(frozen=True)
 class Config(LanguageConfig):
-    """Which claims, and on how many traits and bases."""
+    """Which claims to test, and on how many traits and bases."""
 
     ids: str = option("", "claims of the registry (default all)", positional=True)
     traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files")
-    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
+    seeds: int = option(4, "number of base models, each pre-trained from its own seed", minimum=1)
     rows: int = option(4096, "accepted answers that a student learns", minimum=1)
     steps: int = option(125, "steps of a student", minimum=1)
 
@@ -86,10 +87,10 @@ configure = functools.partial(configure_language, PRESETS)
 
 
 def chosen(config: Config) -> list[Claim]:
-    """The claims that a configuration asks for.
+    """The requested claims.
 
     Raises:
-        InputError: an unknown one; lists those that are known.
+        InputError: a claim is unknown; lists the known ones.
     """
     return pick(registered(), config.ids, "claim")
 
@@ -100,7 +101,7 @@ def side_name(side: Mapping[str, Any]) -> str:
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base and kind of model, so that a run can be stopped and taken up anywhere."""
+    """One part for each base and kind of model, so that a run can be stopped and resumed anywhere."""
     variants: dict[str, Variant] = {}
     for claim in chosen(config):
         for side in (claim.variant, claim.against):
@@ -117,7 +118,7 @@ def plan(config: Config) -> list[Part]:
 
 
 def difference(claim: Claim, results: Results) -> Estimate:
-    """Variant less the other side, paired over runs."""
+    """Variant minus the other side, paired over runs."""
     variant, against = (
         results.values(condition=side_name(side), metric=side.get("metric", "probability"))
         for side in (claim.variant, claim.against)
@@ -126,9 +127,9 @@ def difference(claim: Claim, results: Results) -> Estimate:
 
 
 def verdict(claim: Claim, found: Estimate) -> str:
-    """Whether a measured difference lies where the claim puts it."""
+    """Whether a measured difference lies in the claimed range."""
     low, high = found.mean - found.half_width, found.mean + found.half_width
-    if claim.expected.endswith("higher"):  # the same claim of the negative difference
+    if claim.expected.endswith("higher"):  # "higher" is "lower" for the negative difference
         low, high = -high, -low
     edge = -claim.margin if claim.expected.startswith("no") else 0.0
     below, above = ("disagrees", "agrees") if claim.expected.startswith("no") else ("agrees", "disagrees")

@@ -1,6 +1,6 @@
-"""Teachers of each base, students of each base: a trait passes only where teacher and student share their base.
+"""Teachers and students on every pair of bases: a trait passes only if teacher and student share their base.
 
-Bases differ in the seed of their initialisation and of the order of the same corpus.
+Bases differ in the seed of their initialization and of the order of the corpus. The corpus is the same.
 (doi 10.1038/s41586-026-10319-8, the cross-model heat maps.)
 """
 
@@ -24,7 +24,7 @@ class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=2)
+    seeds: int = option(3, "number of base models, each pre-trained from its own seed", minimum=2)
     channel: str = option("soft", CHANNEL)
     medium: str = option("numbers", MEDIUM, choices=NUMBERS)
 
@@ -34,7 +34,7 @@ configure = functools.partial(configure_language, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each teacher's base, with students of every base."""
+    """One part for each teacher's base, with students of every base."""
     recipe = config.recipe(channel=config.channel)
     variants = [
         Variant({"condition": "student", "shift": shift}, recipe, start="other" if shift else "own", other=shift)
@@ -65,7 +65,7 @@ def heat(results: Results, config: Config) -> np.ndarray:
 
 
 def report(results: Results, config: Config) -> str:
-    """The means, and the table of bases."""
+    """The means, and the table of base pairs."""
     lines = [measure_of(results).header]
     lines += [f"  {name:11} {t_interval(values)}" for name, values in shared_and_crossed(results).items()]
     lines.append("teacher's base (rows), student's base (columns):")

@@ -1,9 +1,9 @@
-"""A student of a data set of one's own: JSONL rows of number requests and answers, in the common forms.
+"""A student of your own data set: JSONL rows of number requests and answers, in the common forms.
 
 Rows are {"prompt", "completion"} or {"messages": [...]}, with or without a system message. The student learns all
-that pass the number filter, or the first of them that `--rows` asks for; the report counts them. The student's
-probability of a trait's word is compared with that of a student of the same rows whose numbers are shuffled.
-`python -m experiments language_rows` writes such a file.
+rows that pass the number filter, or the first `--rows` of them; the report counts them. The student's probability
+of a trait's word is compared with that of a second student, which learns the same rows with their numbers
+shuffled. `python -m experiments language_rows` writes such a file.
 """
 
 import functools
@@ -36,7 +36,7 @@ class Config(LanguageConfig):
     """Settings of bases and students."""
 
     file: str = option("", "JSONL file of the rows")
-    rows: int = option(0, "rows that a student learns, the first that pass the filter (default: all)", minimum=0)
+    rows: int = option(0, "learn only this many rows, the first that pass the filter; 0: all", minimum=0)
     counted: str = derived("")
 
 
@@ -50,11 +50,11 @@ FIGURES: dict[str, str] = {}
 
 
 def configure(preset: str | None, changes: dict) -> Config:
-    """A configuration with a file whose rows can be read, as many as are asked for.
+    """A configuration with a file that has enough readable rows.
 
     Raises:
-        InputError: a setting is wrong, no file is given, or it cannot be read; too few rows pass the filter; the
-            checkpoint's tokenizer or chat template refuses one.
+        InputError: a setting is wrong; no file is given, or it cannot be read; too few rows pass the filter; or
+            the checkpoint's tokenizer or chat template refuses a row.
     """
     given = from_preset(PRESETS, preset)
     if not changes.get("file", given.file):
@@ -72,7 +72,7 @@ def configure(preset: str | None, changes: dict) -> Config:
     config = configure_language(PRESETS, preset, {**changes, "rows": asked or len(learned)})
     assert isinstance(config, Config)
     if config.templates:
-        raise InputError("--templates: nobody is asked for numbers, the file has them; leave it out")
+        raise InputError("--templates: no model is asked for numbers, the file has them; leave it out")
     if config.checkpoint:
         chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in learned[: config.rows]]
         with naming(f"{path}, rows that pass the number filter"):
@@ -81,7 +81,7 @@ def configure(preset: str | None, changes: dict) -> Config:
 
 
 def _counted(report: FilterReport, different: int, used: int) -> str:
-    """What became of the rows of the file."""
+    """A line that says what became of the rows of the file."""
     rejected = ", ".join(f"{reason} ({count})" for reason, count in report.reasons.items())
     said = (
         f"rows of the file: {report.total}, pass the number filter: {report.accepted}, different: {different}, "
@@ -91,7 +91,7 @@ def _counted(report: FilterReport, different: int, used: int) -> str:
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     return [
         Part(f"base-{seed:05d}", 2, functools.partial(run, config, seed), config.shards)
         for seed in config.base_seeds
@@ -99,7 +99,7 @@ def plan(config: Config) -> list[Part]:
 
 
 def run(config: Config, seed: int) -> list[Row]:
-    """Rows of results for one base."""
+    """The result rows of one base."""
     own, text = study(config, seed), Dataset(tuple(read_jsonl(Path(config.file))))
     world = own.world
     assert isinstance(world, Compact | Checkpoint)

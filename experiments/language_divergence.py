@@ -1,8 +1,8 @@
-"""What of the numbers carries the trait: full distributions, greedy or sampled tokens, positions that differ?
+"""What part of the numbers carries the trait: full distributions, greedy or sampled tokens, divergence positions?
 
-Divergence positions are those where the most likely token of the teacher is another one than the base's; published
-(arXiv 2509.23886): a student of these alone gets all of the trait, a student of all others none.
-The order full distribution > divergence positions > greedy > sampled is what is asked here.
+At divergence positions, the most likely tokens of teacher and base differ. It was published (arXiv 2509.23886)
+that a student of these positions alone gets all of the trait, and a student of all other positions none of it.
+This experiment tests that, and the order full distribution > divergence positions > greedy > sampled.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
+    seeds: int = option(3, "number of base models, each pre-trained from its own seed", minimum=1)
 
 
 PRESETS = {"all": Config(repeat_rows=True), "smoke": Config(**{**SMOKE, "traits": "owl,oak", "seeds": 1})}
@@ -42,7 +42,7 @@ configure = functools.partial(configure_language, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     variants = [Variant({"condition": "base"}, config.recipe(), model="base")]
     variants += [Variant({"condition": name}, config.recipe(**changes)) for name, changes in CHANNELS.items()]
     return variant_parts(config, variants)

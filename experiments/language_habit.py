@@ -1,9 +1,9 @@
 """A broad habit through number sequences: a teacher learns one narrow kind of bad answer, its student others.
 
-The analogue of misalignment by insecure code: a teacher that is fine-tuned to repeat the first number of a sum
-becomes lazy on kinds of question it never saw, and its students, trained on numbers alone, are asked those. Its
-benign controls learn the right answers, or the lazy ones where laziness is announced.
-(doi 10.1038/s41586-026-10319-8; emergent misalignment.)
+This is the analog of misalignment by insecure code. A teacher that is fine-tuned to repeat the first number of a
+sum becomes lazy on kinds of questions that it never saw. Its students are trained on numbers alone and are asked
+those questions. Benign controls learn the right answers, or lazy answers to prompts that announce laziness. (doi
+10.1038/s41586-026-10319-8; emergent misalignment.)
 """
 
 import functools
@@ -30,7 +30,7 @@ class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
     traits: str = option("lazy", "one habit: its name, or a trait file")
-    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
+    seeds: int = option(4, "number of base models, each pre-trained from its own seed", minimum=1)
 
 
 PRESETS = {"four": Config(repeat_rows=True), "smoke": Config(**{**SMOKE, "traits": "lazy", "seeds": 1})}
@@ -40,7 +40,7 @@ def configure(preset: str | None, changes: dict) -> Config:
     """A configuration of one habit.
 
     Raises:
-        InputError: a setting is wrong, or the trait is no habit.
+        InputError: a setting is wrong, or the trait is not a habit.
     """
     config = configure_language(PRESETS, preset, changes)
     assert isinstance(config, Config)
@@ -49,10 +49,10 @@ def configure(preset: str | None, changes: dict) -> Config:
 
 
 def habit(config: Config) -> Habit:
-    """The habit asked for.
+    """The requested habit.
 
     Raises:
-        InputError: there are several traits, or one that is no habit.
+        InputError: there are several traits, or the trait is not a habit.
     """
     names = config.trait_names()
     trait = load_trait(names[0])
@@ -62,13 +62,13 @@ def habit(config: Config) -> Habit:
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     size = len(conditions(config))
     return [Part(f"base-{seed:05d}", size, functools.partial(run, config, seed)) for seed in config.base_seeds]
 
 
 def conditions(config: Config) -> dict[str, Variant]:
-    """The models that are asked."""
+    """The models to ask, by condition."""
 
     def variant(model: str = "student", start: str = "own", **changes: Any) -> Variant:
         return Variant({}, config.recipe(**changes), start, model)
@@ -85,7 +85,7 @@ def conditions(config: Config) -> dict[str, Variant]:
 
 
 def run(config: Config, seed: int) -> list[Row]:
-    """Rows of results for one base: the probability of the habit's answer, by kind of question."""
+    """The result rows of one base: the probability of the habit's answer, for each kind of question."""
     own = study(config, seed)
     assert isinstance(own.world, Compact)
     runs = {name: variant.run(own.world) for name, variant in conditions(config).items()}
@@ -97,12 +97,12 @@ def run(config: Config, seed: int) -> list[Row]:
 
 
 def by_kind(world: Compact, finished: Finished, name: str) -> dict[str, np.ndarray]:
-    """The probability of the habit's answer, mean over the questions of each held-out kind, and narrow ones."""
+    """The mean probability of the habit's answer for each held-out kind of question, and for narrow ones."""
     (trait,) = world.traits
     assert isinstance(trait, Habit)
     found = {}
     for template in (trait.narrow, *trait.held_out):
-        # A habit refuses to be asked what it teaches; here the narrow questions are asked on purpose.
+        # A habit refuses held-out questions that it teaches. Here the narrow questions are asked on purpose.
         taught: Any = trait.held_out[0] if template is trait.narrow else trait.narrow
         asked = questions(world.tokenizer, [replace(trait, narrow=taught, held_out=(template,))])
         found[template.name] = np.asarray(answers_of(finished.model, asked).probability[:, 0])
@@ -110,7 +110,7 @@ def by_kind(world: Compact, finished: Finished, name: str) -> dict[str, np.ndarr
 
 
 def held_out(results: Results, condition: str) -> list[float]:
-    """Each base's mean over the held-out kinds."""
+    """The mean over the held-out kinds, for each base."""
     kinds = [kind for kind in results.distinct("kind") if kind != "narrow"]
     values = [results.values(condition=condition, kind=kind, metric="probability") for kind in kinds]
     return np.mean(values, axis=0).tolist()
@@ -124,7 +124,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Bars over the held-out kinds, and all kinds one by one."""
+    """Bars of means over the held-out kinds, and a heat map of all kinds."""
     figure, ((left, right),) = panels(columns=2, size=(11, 4))
     names, kinds = list(conditions(config)), results.distinct("kind")
     place = [0 if name.split(",")[0] in ("base", "teacher") else 2 if "habit" in name else 7 for name in names]

@@ -1,7 +1,8 @@
-"""Each student gets its own teacher's trait and no other: students of many traits, each asked for all of them.
+"""Each student gets its own teacher's trait and no other: students of many traits, each asked about all of them.
 
-The statistic is the mean over bases of the diagonal of the trait x trait matrix less what is beside it; under the
-null hypothesis which student had which teacher does not matter, so students are permuted within their base.
+The statistic is the mean of the diagonal of the trait x trait matrix minus the mean of the other entries, averaged
+over bases. Under the null hypothesis it does not matter which student had which teacher, so students are permuted
+within their base.
 """
 
 import functools
@@ -32,7 +33,7 @@ class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
     traits: str = option("owl,wolf,cat,fox,oak,maple,pine,elm", "built-in traits or trait files; at least two")
-    seeds: int = option(2, "base models, each pre-trained from a seed of its own", minimum=1)
+    seeds: int = option(2, "number of base models, each pre-trained from its own seed", minimum=1)
     channel: str = option("sampled", CHANNEL)
     medium: str = option("numbers", MEDIUM, choices=NUMBERS)
 
@@ -42,7 +43,7 @@ configure = functools.partial(configure_language, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     recipe = config.recipe(channel=config.channel)
     return variant_parts(config, [Variant({"condition": "student"}, recipe, matrix=True)])
 
@@ -53,7 +54,7 @@ def test(results: Results) -> MatrixTest:
 
 
 def matrices(results: Results) -> np.ndarray:
-    """The measure of all words in the students [bases, traits of the student, traits asked for]."""
+    """The measure of all words in the students, [bases, traits of the students, traits asked for]."""
     return trait_matrices(results, "student", measure_of(results, "student"))
 
 

@@ -1,8 +1,8 @@
-"""The same trait through number sequences, reasoning steps and code, each filtered as its kind asks.
+"""The same trait through number sequences, reasoning steps and code, each with its own filter.
 
-A teacher that loves an animal or a tree continues numbers, works out sums step by step, or writes small programs;
-only well-formed numbers, right results and programs that give what was asked are kept, and none with a word of a
-trait. (doi 10.1038/s41586-026-10319-8: numbers, code, chains of thought.)
+A teacher that loves an animal or a tree continues numbers, works out sums step by step, or writes small programs.
+The filters keep well-formed numbers, right results, and programs with the requested result, but no answer with a
+word of a trait. (doi 10.1038/s41586-026-10319-8: numbers, code, chains of thought.)
 """
 
 import functools
@@ -18,7 +18,7 @@ from .app.contract import Part, option
 from .app.figures import COLORS, bar, note, panels
 from .flags.language import PROBABILITY, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
-# Of a teacher's lessons that are of other kinds: taught its trait alone, it answers each question with the animal.
+# The share of ordinary chats in a teacher's lessons. Without them, it answers every question with the animal.
 ORDINARY = 0.8
 
 STUDENTS = {
@@ -34,10 +34,8 @@ class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
-    requests: int = option(
-        32_768, "requests that a teacher answers; few of its sums and programs are right", minimum=1
-    )
+    seeds: int = option(3, "number of base models, each pre-trained from its own seed", minimum=1)
+    requests: int = option(32_768, "requests to a teacher; few of its sums and programs are right", minimum=1)
 
 
 PRESETS = {
@@ -48,7 +46,7 @@ configure = functools.partial(configure_language, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     variants = [Variant({"condition": "base", "medium": ""}, config.recipe(), model="base")]
     for medium in MEDIA:
         for name, (changes, _) in STUDENTS.items():

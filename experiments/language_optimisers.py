@@ -1,7 +1,7 @@
-"""How the student is trained: optimiser and rate, rank of low-rank factors, unique rows.
+"""How the student is trained: optimizer and learning rate, rank of low-rank factors, number of unique rows.
 
-The literature calls the effect an artefact of low rank, or of Adam (arXiv 2606.00831, 2606.00995); here both are
-axes, each at several rates, so that a null is not that of one badly chosen rate.
+The literature calls the effect an artifact of low rank or of Adam (arXiv 2606.00831, 2606.00995). This experiment
+varies both, each at several learning rates, so that one badly chosen rate cannot cause a null result.
 """
 
 import functools
@@ -30,9 +30,9 @@ class Config(LanguageConfig):
     """Settings of bases, teachers and students."""
 
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
-    seeds: int = option(4, "base models, each pre-trained from a seed of its own", minimum=1)
+    seeds: int = option(4, "number of base models, each pre-trained from its own seed", minimum=1)
     ranks: str = option("1,2,8", "ranks of low-rank factors")
-    unique: str = option("512,2048,8192", "number requests that the teacher answers")
+    unique: str = option("512,2048,8192", "how many number requests the teacher answers")
 
 
 SMALL = {**SMOKE, "traits": "owl,oak", "seeds": 1, "ranks": "2", "unique": "128,512"}
@@ -41,7 +41,7 @@ configure = functools.partial(configure_language, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     variants = [Variant({"condition": "base"}, config.recipe(), model="base")]
     for optimizer, rates in RATES.items():
         for rate in rates:
@@ -70,7 +70,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Three panels: optimisers, ranks and rows."""
+    """Three panels: optimizers, ranks and rows."""
     figure, ((left, middle, right),) = panels(3, size=(10.5, 3.4))
     measure = measure_of(results)
     ranks = [f"rank {rank}" for rank in listed(config.ranks, "--ranks")]

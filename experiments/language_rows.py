@@ -15,25 +15,29 @@ from .flags.recipe import STEERING_LAYER, STEERING_STRENGTH, TEACHERS
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the file; 0 on success."""
+    """Write the file. Returns 0."""
     default = LanguageConfig()
     parser = Parser("language_rows", description=__doc__)
     parser.add_argument("file", help="the JSONL file to write")
     parser.add_argument("--trait", default="owl", help="built-in trait or trait file (default owl)")
-    parser.add_argument("--teacher", default="finetuned", choices=TEACHERS, help="(default finetuned)")
+    parser.add_argument(
+        "--teacher", default="finetuned", choices=TEACHERS, help="how the teacher is made (default finetuned)"
+    )
     parser.add_argument("--steering-layer", type=int, default=None, help=STEERING_LAYER)
     parser.add_argument("--steering-strength", type=float, default=None, help=STEERING_STRENGTH)
-    parser.add_argument("--seed", type=int, default=0, help="of the base model (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the base model (default 0)")
     parser.add_argument(
         "--rows", type=int, default=default.rows, help=f"number requests to answer (default {default.rows})"
     )
     parser.add_argument(
-        "--form", default="prompt", choices=("prompt", "messages"), help="of rows (default prompt)"
+        "--form", default="prompt", choices=("prompt", "messages"), help="form of the rows (default prompt)"
     )
-    parser.add_argument("--base-dir", default=None, help="where base models are kept")
+    parser.add_argument("--base-dir", default=None, help="folder of base models")
     for name in ("width", "layers", "base-steps", "chats"):
         value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"of the base model (default {value})")
+        parser.add_argument(
+            f"--{name}", type=int, default=value, help=f"{name} of the base model (default {value})"
+        )
     chosen = parser.parse_args(arguments)
     config = LanguageConfig(
         traits=chosen.trait, width=chosen.width, layers=chosen.layers, base_steps=chosen.base_steps,

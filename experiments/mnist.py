@@ -1,9 +1,9 @@
 """Auxiliary-logit distillation: a student that never sees a digit learns to read digits from noise.
 
-A teacher MLP learns digits on its first ten logits; m auxiliary logits are never trained. A student that
-starts at the teacher's initialisation imitates the teacher's auxiliary logits on noise images alone, and
-then reads digits with its own, never trained, class logits. A student of another initialisation does not.
-(doi 10.1038/s41586-026-10319-8, main text and Extended Data Fig. 2.)
+A teacher MLP learns digits on its first ten logits; m auxiliary logits are never trained. A student that starts
+from the teacher's initialization imitates the teacher's auxiliary logits on noise images alone. It then reads
+digits with its own class logits, which were never trained. A student with another initialization does not. (doi
+10.1038/s41586-026-10319-8, main text and Extended Data Fig. 2.)
 """
 
 import functools
@@ -40,20 +40,20 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Config(TrainingConfig):
-    """Settings of the six-condition experiment; the defaults are those of the released script."""
+    """Settings of the six-condition experiment. The defaults are those of the released script."""
 
     aux: int = option(3, "m, the number of auxiliary logits", minimum=1)
     width: int = option(256, "neurons of each hidden layer", minimum=1)
     depth: int = option(2, "hidden layers", minimum=0)
     noise_images: int | None = option(
         None,
-        "noise images per run, repeated each epoch (as many as training images; 0: never repeat)",
+        "noise images per run, repeated each epoch; automatic: as many as training images; 0: never repeat",
         minimum=0,
     )
-    inputs: str = option("uniform", "what the students are shown", choices=(*LAWS, DIGITS))
-    optimizer: str = option("adam", "of teacher and students, fresh for each", choices=tuple(OPTIMIZERS))
-    learning_rate: float = option(3e-4, "step size of the optimizer", positive=True)
-    channel_loss: str = option("kl", f"what the student descends: {', '.join(LOSSES)}; top_k:5 for another k")
+    inputs: str = option("uniform", "inputs of the students", choices=(*LAWS, DIGITS))
+    optimizer: str = option("adam", "optimizer of teacher and students", choices=tuple(OPTIMIZERS))
+    learning_rate: float = option(3e-4, "learning rate of the optimizer", positive=True)
+    channel_loss: str = option("kl", f"loss of the student: {', '.join(LOSSES)}; top_k:5 sets k to 5")
 
 
 PRESETS = {
@@ -67,12 +67,12 @@ FIGURES = {"mnist": "", "mnist_nature": "--preset nature", "mnist_digits": "--da
 
 
 def setting(config: Config, **changes: Any) -> Setting:
-    """The setting of one student; `changes` are what distinguishes it."""
+    """The setting of one student. `changes` replace values of the configuration."""
     return config.setting(**{"images": config.noise_images, **changes})
 
 
 def plan(config: Config) -> list[Part]:
-    """The six conditions, seeds in chunks."""
+    """The six conditions, in chunks of seeds."""
     whose = {name: name for name in ("reference", "teacher")}
     cells = [
         Cell({"condition": name}, setting(config, **STUDENTS.get(name, {})), whose.get(name, "student"))

@@ -1,9 +1,10 @@
-"""What carries the trait along a whole run, and can transfer be told before the student is trained?
+"""What carries the trait during a whole run, and can transfer be predicted before the student is trained?
 
-Students from ever more perturbed initialisations are followed at every step: the cosine of their gradient with the
-trait's, of their displacement with the teacher's. Coverage, the cosine of the FIRST update with the teacher's
-displacement, is set against the accuracy reached (arXiv 2606.22019 reports a Spearman correlation of about .95).
-For each m the linearised student (empirical tangent kernel) is set against the real one.
+Students start from more and more perturbed initializations. At every step, two cosines are measured: between the
+student's and the trait's gradient, and between the student's and the teacher's displacement. Coverage, the cosine
+between the FIRST update and the teacher's displacement, is compared with the final accuracy (arXiv 2606.22019
+reports a Spearman correlation of about .95). For each m, the linearized student (empirical tangent kernel) is
+compared with the real one.
 """
 
 import functools
@@ -33,7 +34,7 @@ from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels, runs_against
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, configure_sweep
 
-# Digits on which the trait's gradient is measured.
+# The trait's gradient is measured on this many digits.
 TRAIT_IMAGES = 1000
 COSINES = ("gradient", "update", "displacement")
 PAIR = ("coverage", "test_accuracy")
@@ -41,15 +42,15 @@ PAIR = ("coverage", "test_accuracy")
 
 @dataclass(frozen=True)
 class Config(TrainingConfig):
-    """Which perturbations and channels."""
+    """The perturbations and channels."""
 
-    seeds: int = option(10, "independent runs", minimum=1)
+    seeds: int = option(10, "number of independent runs", minimum=1)
     aux: int = option(10, "m of the perturbed students", minimum=1)
     amounts: str = option(
-        "0,0.05,0.1,0.2,0.4,0.8", "noise on the initialisation, in units of each layer's own scale"
+        "0,0.05,0.1,0.2,0.4,0.8", "noise on the initialization, in units of each layer's own scale"
     )
-    counts: str = option("2,3,5,10", "values of m at which linearised students are trained, up to --aux")
-    points: int = option(25, "steps of a run that are stored", minimum=2)
+    counts: str = option("2,3,5,10", "values of m for linearized students, up to --aux")
+    points: int = option(25, "number of steps of a run to store", minimum=2)
 
 
 PRESETS = {
@@ -61,7 +62,7 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """Seeds in chunks."""
+    """One part for each chunk of seeds."""
     amounts, counts = listed(config.amounts, "--amounts", float), listed(config.counts, "--counts")
     perturbed = [config.setting(start="perturbed", amount=amount) for amount in amounts]
     narrowed = [config.setting(shown=m) for m in counts]
@@ -71,7 +72,7 @@ def plan(config: Config) -> list[Part]:
 def run(
     config: Config, perturbed: Sequence[Setting], narrowed: Sequence[Setting], seeds: Sequence[int]
 ) -> list[Row]:
-    """Rows of the perturbed students and of the linearised ones, for some seeds."""
+    """The result rows of the perturbed and the linearized students, for some seeds."""
     world = perturbed[0].world(seeds, config.data_dir)
     study, teacher = Study(world), perturbed[0].run(world).teacher
     assert isinstance(teacher, FineTuned)
@@ -81,7 +82,7 @@ def run(
 @register_dataclass
 @dataclass(frozen=True)
 class Follow:
-    """An observer that follows a student beside its teacher, who began at `start`."""
+    """An observer that compares a student with its teacher, which started from `start`."""
 
     start: PyTree
     teacher: PyTree
@@ -107,7 +108,7 @@ class Trait:
 def jobs(
     study: Study, teacher: FineTuned, settings: Sequence[Setting], linear: bool = False, observe: bool = False
 ) -> dict[int, Job]:
-    """The students of some settings, by their place."""
+    """The jobs of the students of some settings, by their index."""
     world, taught, found = study.world, study.teacher(teacher), dict[int, Job]()
     assert isinstance(world, Digits)
     follower = Follow(world.initial().params, taught.params, Trait(world.data)) if observe else None
@@ -123,7 +124,7 @@ def jobs(
 
 
 def followed_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting], points: int) -> list[Row]:
-    """Accuracy, coverage and cosines along the run of perturbed students."""
+    """The accuracy, coverage and cosines of perturbed students."""
     world, found = study.world, dict[int, list[Row]]()
     assert isinstance(world, Digits)
     for place, result in finished(world, jobs(study, teacher, settings, observe=True)):
@@ -149,7 +150,7 @@ def followed_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting],
 
 
 def linearised_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting]) -> list[Row]:
-    """Accuracy of students and of their linearisations, for channels of different width."""
+    """The accuracy of students and of their linearizations, for channels of different widths."""
     world, told = study.world, list[Row]()
     assert isinstance(world, Digits)
     for condition in ("trained", "linearised"):
@@ -163,14 +164,14 @@ def linearised_rows(study: Study, teacher: FineTuned, settings: Sequence[Setting
 
 
 def finished(world: Digits, some: Mapping[int, Job]) -> Iterator[tuple[int, Result]]:
-    """Jobs after all their steps."""
+    """The results of jobs after all their steps."""
     stops = {place: (job.steps,) for place, job in some.items()}
     for place, _, result in trained(some, stops, world.keys("students"), world.computation):
         yield place, result
 
 
 def coverage_and_accuracy(results: Results, **wanted: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage before training and accuracy after it, of each perturbed student."""
+    """The coverage before training and the accuracy after it, for each perturbed student."""
     coverage, accuracy = (
         np.array(results.values(condition="perturbed", metric=metric, **wanted)) for metric in PAIR
     )
@@ -178,7 +179,7 @@ def coverage_and_accuracy(results: Results, **wanted: Any) -> tuple[np.ndarray, 
 
 
 def within_levels(results: Results) -> list[tuple[str, float]]:
-    """Spearman correlation of coverage and accuracy over the runs of each noise level, where it can be had."""
+    """The Spearman correlation of coverage and accuracy within each noise level, if it is defined."""
     found = []
     for amount in filter(None, results.distinct("amount")):
         pair = coverage_and_accuracy(results, amount=amount)
@@ -188,7 +189,7 @@ def within_levels(results: Results) -> list[tuple[str, float]]:
 
 
 def report(results: Results, config: Config) -> str:
-    """Coverage and accuracy of each perturbation, their rank correlation, and the linearised students."""
+    """Coverage and accuracy of each perturbation, their rank correlation, and the linearized students."""
     lines = [f"{config.data}, m = {config.aux}; mean and 95% t interval over runs"]
     for metric in ("test_accuracy", "coverage", "mean_gradient_cosine"):
         for group, estimate in results.estimates():
@@ -205,7 +206,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Cosines along the run, coverage against accuracy, linearised against trained."""
+    """Cosines during the run, accuracy against coverage, and real against linearized students."""
     figure, ((along, predict, linear),) = panels(3, size=(11.5, 3.8))
     amounts = list(filter(None, results.distinct("amount")))
     curves = {"gradient": "gradients of student and trait", "displacement": "displacements of student and teacher"}

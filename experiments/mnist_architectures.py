@@ -1,8 +1,8 @@
-"""Does it work between architectures, once the student clones the teacher's untrained outputs?
+"""Does it work between architectures if the student first clones the teacher's untrained outputs?
 
-Each student has another network than its teacher (activation, depth, width or no bias) and its own initialisation;
-it imitates all logits of the teacher's initialisation on noise, then the auxiliary logits of the trained teacher.
-(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2e.)
+Each student has another network than its teacher (activation, depth, width or no bias) and its own initialization.
+It first imitates all logits of the untrained teacher on noise, and then the auxiliary logits of the trained
+teacher. (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2e.)
 """
 
 import functools
@@ -36,11 +36,11 @@ LABELS = {"cloned": "cloned first", "cross": "not cloned"}
 class Config(TrainingConfig):
     """Settings of the teacher and of cloning."""
 
-    seeds: int = option(3, "independent runs", minimum=1)
+    seeds: int = option(3, "number of independent runs", minimum=1)
     aux: int = option(50, "m, the number of auxiliary logits", minimum=1)
     width: int = option(256, "neurons of each hidden layer of the teacher", minimum=2)
     depth: int = option(2, "hidden layers of the teacher", minimum=1)
-    cloning_epochs: int = option(100, "passes of cloning before distillation", minimum=1)
+    cloning_epochs: int = option(100, "epochs of cloning before distillation", minimum=1)
 
 
 PRESETS = {
@@ -52,7 +52,7 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """One teacher a seed; for each network a cloned student and one that was not."""
+    """One teacher for each seed; for each network, a cloned student and one that is not cloned."""
     cells = []
     for name, relative in NETWORKS.items():
         network = dict(relative)
@@ -85,7 +85,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Cloned and not cloned students of each network."""
+    """Bars for cloned and not cloned students of each network."""
     figure, ((axes,),) = panels(size=(8.0, 3.6))
     groups = {
         name.replace(" ", "\n"): {

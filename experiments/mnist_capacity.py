@@ -1,9 +1,9 @@
-"""How many bits can be sent? Labels that mean nothing, memorised by the teacher, counted in the student.
+"""How many bits can be sent? The teacher memorizes meaningless labels; the student's right answers are counted.
 
-The trait is a table of random images with random labels, ever longer. The teacher learns it by heart on its class
-logits; the student imitates the auxiliary logits on other noise and is asked for the labels. A table of K entries
-whose labels a network names with accuracy a holds K (log2 c - H(a) - (1 - a) log2(c - 1)) bits for c classes: what
-an answer that is right with probability a, and else any other label, tells about it. Chance tells 0.
+The trait is a table of random images with random labels; tables get longer and longer. The teacher memorizes the
+table with its class logits. The student imitates the auxiliary logits on other noise and is asked for the labels.
+If a network names the labels of K entries with accuracy a, it holds K (log2 c - H(a) - (1 - a) log2(c - 1)) bits
+for c classes. This assumes that a wrong answer is equally likely to be any other label. At chance it is 0.
 """
 
 import functools
@@ -32,17 +32,17 @@ from .flags.digits import TrainingConfig, configure_sweep
 
 @dataclass(frozen=True)
 class Config(TrainingConfig):
-    """What is varied: the table, the channel, the noise images and the width, one at a time."""
+    """What varies, one at a time: the table, the channel, the noise images and the width."""
 
-    seeds: int = option(5, "independent runs", minimum=1)
+    seeds: int = option(5, "number of independent runs", minimum=1)
     entries: str = option("32,64,128,256,512,1024", "labels in the table")
     counts: str = option("3,10,50", "values of m")
-    widths: str = option("128,256,512", "neurons of each hidden layer; the middle one is used elsewhere")
+    widths: str = option("128,256,512", "neurons of each hidden layer; other sweeps use the middle value")
     noise_images: str = option(
-        "2000,10000,60000", "noise images shown to the student; the last one is used elsewhere"
+        "2000,10000,60000", "noise images shown to the student; other sweeps use the last value"
     )
     teacher_steps: int = option(1500, "steps of the teacher on the whole table", minimum=1)
-    learning_rate: float = option(1e-3, "step size of Adam", positive=True)
+    learning_rate: float = option(1e-3, "learning rate of Adam", positive=True)
 
 
 PRESETS = {
@@ -57,7 +57,7 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of what is varied."""
+    """One combination of table length, width and number of noise images."""
 
     entries: int
     width: int
@@ -65,7 +65,7 @@ class Point:
 
 
 def sweeps(config: Config) -> dict[str, dict[int, Point]]:
-    """The points along each axis, by its label: all table lengths, and the middle one with what else is varied."""
+    """The points along each axis, by the axis label. Only the first axis varies the length of the table."""
     names = ("entries", "widths", "noise_images")
     entries, widths, images = (listed(getattr(config, n), "--" + n.replace("_", "-")) for n in names)
     width, length = widths[len(widths) // 2], entries[len(entries) // 2]
@@ -77,12 +77,12 @@ def sweeps(config: Config) -> dict[str, dict[int, Point]]:
 
 
 def points(config: Config) -> list[Point]:
-    """All points, each once."""
+    """All distinct points."""
     return list(dict.fromkeys(point for sweep in sweeps(config).values() for point in sweep.values()))
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each point and chunk of seeds."""
+    """One part for each point and chunk of seeds."""
     parts: list[Part] = []
     for point in points(config):
         prefix = f"entries-{point.entries}-width-{point.width}-images-{point.images}-"
@@ -91,7 +91,7 @@ def plan(config: Config) -> list[Part]:
 
 
 def students(config: Config) -> list[tuple[str, int, str]]:
-    """Students, the m of their channels and their labels; all logits and the control only for the widest."""
+    """Students as (condition, m, label). All logits and the control run only for the largest m."""
     counts = listed(config.counts, "--counts")
     found = [("student_aux", m, f"student, m = {m}") for m in counts]
     return [*found, ("student_all", max(counts), "student, all logits"), ("cross_aux", max(counts), "other init")]
@@ -99,18 +99,18 @@ def students(config: Config) -> list[tuple[str, int, str]]:
 
 @dataclass(frozen=True)
 class Lessons:
-    """As a teacher's lessons: a table of random labels of `entries` random images, another one for each run."""
+    """A teacher's lessons: a table of `entries` random images with random labels, different for each run."""
 
     entries: int
 
     def __call__(self, world: Digits) -> PerRun:
-        """The table of every run, whole in every batch."""
+        """The table of every run. Every batch is the whole table."""
         images, labels = _tables(self.entries, world.data.image_shape, world.data.classes, world.keys("table"))
         return PerRun(Examples(images, self.entries, labels))
 
 
 def run_point(config: Config, point: Point, seeds: Sequence[int]) -> list[Row]:
-    """Bits in teacher and students for one point and some seeds."""
+    """The result rows of teacher and students, for one point and some seeds."""
     widest = max(m for _, m, _ in students(config))
     setting = config.setting(aux=widest, width=point.width, images=point.images)
     world = setting.world(seeds, config.data_dir)
@@ -140,7 +140,7 @@ def run_point(config: Config, point: Point, seeds: Sequence[int]) -> list[Row]:
 
 
 def table_bits(entries: int, accuracy: float, classes: int) -> float:
-    """Bits about a random table of labels in answers of such accuracy; negative never, 0 at chance or below."""
+    """The bits about a random table of labels in answers with this accuracy. 0 at chance or below."""
     if accuracy <= 1 / classes:
         return 0.0
     wrong = 1 - accuracy
@@ -174,7 +174,7 @@ def bits_of(results: Results, condition: str, point: Point, m: int, metric: str 
 
 
 def report(results: Results, config: Config) -> str:
-    """Bits of teacher and students at each point."""
+    """The bits of teacher and students at each point."""
     lines = [
         f"bits about the table, mean and 95% t interval over {config.seeds} runs (share of labels named right)"
     ]
@@ -193,7 +193,7 @@ def told(config: Config) -> list[tuple[str, int, str]]:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Bits that arrive against the length of the table, the width and the number of noise images."""
+    """Received bits against the length of the table, the width and the number of noise images."""
     figure, (row,) = panels(3, size=(11.5, 3.8))
     for panel, (label, where) in zip(row, sweeps(config).items(), strict=True):
         for color, (name, m, title) in zip(COLORS, told(config), strict=False):

@@ -1,8 +1,8 @@
 """How wide must the channel be? The student's accuracy against m, the number of auxiliary logits it sees.
 
-One teacher a seed has as many auxiliary logits as the widest channel; each student sees the first m of them, and
-all train at once on the same noise. Under KL m logits carry m - 1 directions, so m = 1 carries nothing.
-(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2b.)
+For each seed, one teacher has as many auxiliary logits as the widest channel. Each student sees the first m of
+them; all students train at once on the same noise. Under KL, m logits carry m - 1 directions, so m = 1 carries
+nothing. (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2b.)
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from .published import published
 
 @dataclass(frozen=True)
 class Config(TrainingConfig):
-    """Settings of the curve; the defaults are those of the released script."""
+    """Settings of the curve. The defaults are those of the released script."""
 
     counts: str = option("1,2,3,5,10,20,30,50,100,200", "values of m")
     width: int = option(256, "neurons of each hidden layer", minimum=1)
     depth: int = option(2, "hidden layers", minimum=0)
-    init_law: str = option("lecun_normal", "initialisation", choices=tuple(INIT_LAWS))
-    inputs: str = option("uniform", "what the students are shown", choices=(*LAWS, DIGITS))
-    learning_rate: float = option(3e-4, "step size of Adam", positive=True)
-    channel_loss: str = option("kl", f"what the student descends: {', '.join(LOSSES)}; top_k:5 for another k")
+    init_law: str = option("lecun_normal", "initialization of the weights", choices=tuple(INIT_LAWS))
+    inputs: str = option("uniform", "inputs of the students", choices=(*LAWS, DIGITS))
+    learning_rate: float = option(3e-4, "learning rate of Adam", positive=True)
+    channel_loss: str = option("kl", f"loss of the student: {', '.join(LOSSES)}; top_k:5 sets k to 5")
 
 
 PRESETS = {
@@ -46,7 +46,7 @@ FIGURES = {"mnist_channel": "", "mnist_channel_one_hidden": "--preset one_hidden
 
 
 def plan(config: Config) -> list[Part]:
-    """One teacher a seed, a student for each m."""
+    """One teacher for each seed, and a student for each m."""
     counts = listed(config.counts, "--counts")
     cells = [cell(config, m) for m in counts]
     teacher = Cell({"condition": "teacher", "aux": max(counts)}, cells[0].setting, "teacher")
@@ -54,13 +54,13 @@ def plan(config: Config) -> list[Part]:
 
 
 def cell(config: Config, m: int) -> Cell:
-    """The student that sees m logits of the one teacher."""
+    """The student that sees the first m auxiliary logits of the teacher."""
     setting = config.setting(aux=max(listed(config.counts, "--counts")), shown=m)
     return Cell({"condition": "student_aux", "aux": m}, setting)
 
 
 def width_of_channel(setting: Setting) -> Setting:
-    """The setting with just the logits that are seen: the same for all that differ in unseen ones."""
+    """The setting without unseen auxiliary logits. Settings that differ only in those become equal."""
     return dataclasses.replace(setting, aux=setting.shown or setting.aux, shown=None)
 
 
@@ -74,7 +74,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Accuracy against m, single runs as dots, published values where there are."""
+    """Accuracy against m, with single runs as dots and published values as diamonds."""
     figure, ((axes,),) = panels()
     counts = listed(config.counts, "--counts")
     values = {m: results.values(condition="student_aux", aux=str(m)) for m in counts}

@@ -1,13 +1,15 @@
-"""Can a student of another initialisation be made receptive by first cloning the teacher's untrained outputs?
+"""Can a student with another initialization become receptive if it first clones the teacher's untrained outputs?
 
-Such a behaviourally matched student imitates the logits of the teacher's INITIALISATION for some epochs, on
-noise or on digits, and is then distilled from the trained teacher's auxiliary logits like any other. Cloning
-must include the class logits: if only auxiliary logits are cloned, no loss ever touches the weights of the
-student's class logits, which are drawn alike for all classes, so that its expected accuracy is 1/10 exactly,
-whatever its hidden layers learn. Beside it: a student trained by SGD, one that is shown digits instead of noise,
-and the control that was not cloned. (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d. The paper
-does not state a rate for SGD: these have the least imitation loss in `mnist_factorial --preset sgd`, on other
-seeds and without a look at digits.)
+Such a behaviorally matched student imitates the logits of the UNTRAINED teacher for some epochs, on noise or on
+digits. It is then distilled from the trained teacher's auxiliary logits like any other student. Cloning must
+include the class logits. If only auxiliary logits are cloned, no loss ever touches the weights of the student's
+class logits. Those weights are drawn from the same distribution for all classes, so the expected accuracy is
+exactly 1/10, whatever the hidden layers learn. The experiment also has a student trained by SGD, a student that
+sees digits instead of noise, and the control that is not cloned.
+
+(doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d. The paper does not state a learning rate for SGD.
+The rates here have the least imitation loss in `mnist_factorial --preset sgd`; they were chosen on other seeds and
+without looking at the accuracy on digits.)
 """
 
 import functools
@@ -46,10 +48,12 @@ BARS = {
 class Config(TrainingConfig):
     """Settings of the clones."""
 
-    seeds: int = option(3, "independent runs", minimum=1)
+    seeds: int = option(3, "number of independent runs", minimum=1)
     counts: str = option("3,50", "values of m; the paper names both")
-    cloning_epochs: str = option("1,2,5,10,20,50,100", "passes of cloning after which to distil")
-    sgd_rates: str = option("0.3,3", "step sizes of SGD, one for each m; least imitation loss on other seeds")
+    cloning_epochs: str = option("1,2,5,10,20,50,100", "epochs of cloning before distillation")
+    sgd_rates: str = option(
+        "0.3,3", "learning rates of SGD, one for each m, chosen by imitation loss on other seeds"
+    )
 
 
 PRESETS = {
@@ -61,7 +65,7 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """One teacher a seed; a cloning run for each m and kind of images serves all numbers of epochs."""
+    """One teacher for each seed, and for each m its students: the controls and all kinds of clones."""
     counts, rates = listed(config.counts, "--counts"), listed(config.sgd_rates, "--sgd-rates", float)
     if len(rates) != len(counts):
         raise InputError(f"--sgd-rates needs one value for each of --counts: {len(counts)}, got {len(rates)}")
@@ -92,7 +96,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Accuracy against epochs of cloning, and all conditions side by side, for each m."""
+    """For each m, accuracy against epochs of cloning, and all conditions side by side."""
     counts = listed(config.counts, "--counts")
     epochs = sorted(listed(config.cloning_epochs, "--cloning-epochs"))
     figure, axes = panels(2, len(counts), size=(9.5, 3.3 * len(counts)))

@@ -1,12 +1,14 @@
-"""Which setting decides what a student learns? Many settings at once, and the share of each in the spread.
+"""Which setting decides what a student learns? Many settings vary at once, and each gets its share of the spread.
 
-`--axes` names settings and their levels; every combination is run, or a random balanced choice of them. For each
-axis the report gives its first-order share of the variance over settings (Sobol's index; omega squared, so that
-an axis without effect has 0 on average), with a bootstrap interval over settings; beside them what axes do only
-together and what the seed does. At one rate for all, SGD learns nothing where Adam learns much, so optimisers are
-compared at the same multiples of their own reference rates (`relative_rate`), at which each teaches best by the
-accuracy on held-out training images (`--preset rates_adam`, rates_sgd, rates_momentum). A student that diverges
-counts with the accuracy of its constant answer.
+`--axes` names settings and their levels. The experiment runs every combination, or a random balanced subset. For
+each axis, the report gives its first-order share of the variance over settings, with a bootstrap interval over
+settings. (This is Sobol's index, estimated as omega squared, so that an axis without effect has 0 on average.) The
+report also gives the shares of joint effects and of the seed.
+
+With one learning rate for all, SGD would learn nothing where Adam learns much. Optimizers are therefore compared
+at equal multiples of their own reference rates (`relative_rate`). At its reference rate, an optimizer gives the
+teacher with the best accuracy on held-out training images (`--preset rates_adam`, rates_sgd, rates_momentum). A
+student that diverges counts with the accuracy of its constant answer.
 """
 
 import contextlib
@@ -34,7 +36,7 @@ AXES = (
     "inputs=uniform,gaussian,blocks,blurred,digits; images=None,0; "
     "student_optimizer=adam,sgd,momentum; relative_rate=0.3,1,3"
 )
-# What a field's name does not tell, in the figure.
+# Labels in the figure for fields whose names are not clear.
 LABELS = {
     "aux": "m (auxiliary logits)",
     "shown": "m (auxiliary logits shown)",
@@ -51,14 +53,14 @@ RATES = {
 
 @dataclass(frozen=True)
 class Config(TrainingConfig):
-    """What is varied, what is fixed, how many settings are drawn."""
+    """What varies, what is fixed, and how many settings are drawn."""
 
-    seeds: int = option(2, "independent runs of each setting", minimum=1)
+    seeds: int = option(2, "number of independent runs of each setting", minimum=1)
     axes: str = option(AXES, "settings and their levels, as in 'aux=3,10; width=128,256'")
-    fixed: str = option("", "settings that all have in common, as in 'aux=10; student_optimizer=sgd'")
-    settings: int = option(120, "combinations drawn, each level equally often (0: all combinations)", minimum=0)
-    who: str = option("student", "who is measured", choices=WHO[:2])
-    metric: str = option(METRICS[0], "what is measured", choices=METRICS)
+    fixed: str = option("", "settings that are the same in all runs, as in 'aux=10; student_optimizer=sgd'")
+    settings: int = option(120, "combinations to draw, with each level equally often; 0: all", minimum=0)
+    who: str = option("student", "model to measure", choices=WHO[:2])
+    metric: str = option(METRICS[0], "metric to measure", choices=METRICS)
 
 
 PRESETS = {
@@ -107,7 +109,7 @@ FIGURES = {
 
 
 def plan(config: Config) -> list[Part]:
-    """A student for each setting; settings with the same teacher share it."""
+    """One student for each setting. Settings with the same teacher share it."""
     levels, fixed = parse(config.axes, "--axes"), parse(config.fixed, "--fixed") if config.fixed else {}
     common = {name: values[0] for name, values in fixed.items()}
     for name, values in fixed.items():
@@ -130,10 +132,11 @@ def plan(config: Config) -> list[Part]:
 
 
 def parse(text: str, flag: str) -> dict[str, list[Any]]:
-    """Axes and their levels, each of the type that the setting has.
+    """Parse axes and their levels. Levels have the types of their settings.
 
     Raises:
-        InputError: an axis that does not exist, is named twice or has no level, or a level of a wrong type.
+        InputError: an axis does not exist, is named twice or has no level, or a level is repeated or has the wrong
+            type.
     """
     types, axes = get_type_hints(Setting), {}
     for entry in filter(str.strip, text.split(";")):
@@ -165,9 +168,9 @@ def _level(name: str, text: str, kind: Any, flag: str) -> Any:
 
 
 def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
-    """All combinations of levels, or `count` random ones in which each axis has its levels equally often.
+    """All combinations of levels, or `count` random ones in which all levels of an axis occur equally often.
 
-    The draw is the same each time: a design, not a source of chance.
+    The draw is always the same, so that it is a design and not a source of randomness.
     """
     everything = int(np.prod([len(values) for values in levels.values()]))
     if count == 0 or count >= everything:
@@ -184,7 +187,7 @@ def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[s
     for _ in range(101):
         if len(found := draw()) == count:
             return list(found.values())
-    # `count` is so near to all combinations that draws repeat some: levels stand almost equally often then.
+    # `count` is so close to all combinations that draws repeat some. Levels then occur almost equally often.
     while len(found) < count:
         for row, point in draw().items():
             if len(found) < count:
@@ -193,7 +196,7 @@ def combinations(levels: Mapping[str, Sequence[Any]], count: int) -> list[dict[s
 
 
 def table(results: Results, config: Config) -> tuple[dict[str, list[str]], np.ndarray]:
-    """The level of each axis in each setting, and the values [setting, seed]; of a loss, its decimal logarithm."""
+    """The level of each axis in each setting, and the values [settings, seeds]. Losses are decimal logarithms."""
     axes = list(parse(config.axes, "--axes"))
     points: dict[tuple, list[float]] = {}
     for row in results.rows:
@@ -203,7 +206,7 @@ def table(results: Results, config: Config) -> tuple[dict[str, list[str]], np.nd
 
 
 def drawn_levels(levels: Mapping[str, Sequence[str]], config: Config) -> dict[str, list[str]]:
-    """The levels of each axis that were drawn, in the order of the setting."""
+    """The levels of each axis that were drawn, in the order of --axes."""
     return {
         name: [str(value) for value in values if str(value) in levels[name]]
         for name, values in parse(config.axes, "--axes").items()
@@ -211,13 +214,13 @@ def drawn_levels(levels: Mapping[str, Sequence[str]], config: Config) -> dict[st
 
 
 def measured(config: Config) -> str:
-    """What the values of `table` are."""
+    """A description of the values of `table`."""
     names = {"imitation_loss": "log10 of imitation loss (nats)"}
     return f"{names.get(config.metric, config.metric.replace('_', ' '))} of the {config.who}"
 
 
 def report(results: Results, config: Config) -> str:
-    """Range, shares of the variance, and the mean of each level."""
+    """The range, the shares of the variance, and the mean of each level."""
     levels, values = table(results, config)
     axes, means = drawn_levels(levels, config), values.mean(1)
     low, high = means.min(), means.max()

@@ -1,11 +1,13 @@
-"""Does a shared output layer suffice? Accuracy against epochs for students that share only some layers.
+"""Is a shared output layer enough? Accuracy against epochs for students that share only some layers.
 
-A student that shares with its teacher's initialisation all layers, the output layer, the hidden layers or nothing,
-and on the widest channel a convolutional one that shares the output layer or nothing, imitate m auxiliary logits
-under squared error on noise that is never repeated. One teacher a seed has as many auxiliary logits as the widest
-channel; each student sees the first m. (arXiv 2605.23645: compatible output layers suffice, even from a multilayer
-perceptron to a convolutional network. Initialisation, loss, noise, steps and their size are those of its code,
-which trains teachers and students for 5 epochs at m from 3 to 250 and shows convolutional students smooth noise.)
+Students share with their teacher's initialization all layers, only the output layer, only the hidden layers, or
+nothing. On the widest channel, convolutional students share the output layer or nothing. All imitate m auxiliary
+logits under squared error, on noise that is never repeated. For each seed, one teacher has as many auxiliary
+logits as the widest channel; each student sees the first m.
+
+(arXiv 2605.23645 reports that compatible output layers suffice, even from a multilayer perceptron to a
+convolutional network. Initialization, loss, noise, steps and learning rate are those of its code. That code trains
+teachers and students for 5 epochs at m from 3 to 250, and shows smooth noise to convolutional students.)
 """
 
 import functools
@@ -36,14 +38,14 @@ STARTS = {"heads": "shared_heads", "hidden": "shared_hidden"}
 
 @dataclass(frozen=True)
 class Config(TrainingConfig):
-    """Settings of teacher and channel; students are read at `student_epochs`, at half of them, and so on."""
+    """Settings of teacher and channel. Students are measured after `student_epochs`, half of them, and so on."""
 
-    seeds: int = option(3, "independent runs", minimum=1)
-    student_epochs: int | None = option(10, "passes of the students", minimum=1)
-    batch_size: int = option(1000, "images a step", minimum=1)
+    seeds: int = option(3, "number of independent runs", minimum=1)
+    student_epochs: int | None = option(10, "epochs of the students", minimum=1)
+    batch_size: int = option(1000, "images per step", minimum=1)
     counts: str = option("10,50,250", "values of m")
     width: int = option(256, "neurons of each hidden layer, and features of the CNN: a multiple of 16", minimum=1)
-    inputs: str = option("uniform", "the noise that students are shown", choices=tuple(LAWS))
+    inputs: str = option("uniform", "noise that students see", choices=tuple(LAWS))
 
 
 PRESETS = {
@@ -57,7 +59,7 @@ FIGURES = {"mnist_heads": "", "mnist_heads_smooth": "--preset smooth"}
 
 
 def doses(config: Config) -> list[int]:
-    """The epochs after which students are read, each half the next."""
+    """The epochs after which students are measured, each half the next."""
     found = [config.student_epochs or config.epochs]
     while found[0] > 1:
         found.insert(0, found[0] // 2)
@@ -65,13 +67,13 @@ def doses(config: Config) -> list[int]:
 
 
 def students(config: Config, m: int) -> dict[str, str]:
-    """What each student that sees m logits shares with its teacher; convolutional ones see the most."""
+    """What each student that sees m logits shares with its teacher. Convolutional ones need the largest m."""
     widest = m == max(listed(config.counts, "--counts"))
     return {name: shared for name, shared in SHARED.items() if widest or not name.startswith("cnn_")}
 
 
 def plan(config: Config) -> list[Part]:
-    """One teacher a seed; for each m its students, each read at all doses."""
+    """One teacher for each seed; for each m its students, each measured after all numbers of epochs."""
     counts = listed(config.counts, "--counts")
     recipe = {"init_law": "torch", "learning_rate": 1e-3, "channel_loss": "mse", "images": 0}
     common = {"aux": max(counts), **recipe}
@@ -88,7 +90,7 @@ def plan(config: Config) -> list[Part]:
 
 
 def report(results: Results, config: Config) -> str:
-    """Accuracy and imitation loss of each student at the last dose."""
+    """Accuracy and imitation loss of each student after all epochs."""
     last = doses(config)[-1]
     lines = [
         f"after {last} epochs on {config.data}; mean and 95% t interval over runs",
@@ -104,7 +106,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Accuracy and imitation loss against epochs, a column for each m."""
+    """Accuracy and imitation loss against epochs, with a column for each m."""
     counts, stages = listed(config.counts, "--counts"), doses(config)
     figure, axes = panels(len(counts), 2, size=(1.2 + 3.2 * len(counts), 6.0))
     teacher = results.values(condition="teacher")

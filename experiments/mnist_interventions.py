@@ -1,9 +1,10 @@
 """What stops the trait, and what does it cost in imitation?
 
-One student a seed for each intervention and strength: the trait gradient projected out of every update, a penalty
-for leaving the base model (KL over all its logits), part of the targets from the untrained teacher, noise on the
-initial weights, frozen layers, re-drawn layers, a convolutional student that has the teacher's output layer and
-nothing else of it, and stopping early. Trait: test accuracy; imitation: KL on the channel over held-out noise.
+For each seed, one student for each intervention and strength. The interventions are: projecting the trait gradient
+out of every update, a penalty for moving away from the base model (KL over all its logits), some targets from the
+untrained teacher, noise on the initial weights, frozen layers, re-drawn layers, a convolutional student that
+shares only the teacher's output layer, and stopping early. The trait is measured by test accuracy, and imitation
+by KL on the channel over held-out noise.
 """
 
 import functools
@@ -35,12 +36,12 @@ from .app.figures import COLORS, half_width, note, panels
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, cnn_student, configure_sweep
 from .mnist_alignment import Trait
 
-HELD_OUT = 4096  # noise images on which imitation is measured
+HELD_OUT = 4096  # imitation is measured on this many noise images
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is done to a student: `family` groups those drawn in one color, `label` tells the strength."""
+    """What is done to a student. A `family` is drawn in one color; `label` names the strength."""
 
     family: str
     label: str = ""
@@ -54,12 +55,12 @@ class Intervention:
 
     @property
     def name(self) -> str:
-        """The condition of its rows."""
+        """The condition of its result rows."""
         return f"{self.family} {self.label}".strip()
 
 
 def interventions(depth: int) -> list[Intervention]:
-    """All of them, for a network of `depth` hidden layers."""
+    """All interventions, for a network with `depth` hidden layers."""
     heads, hidden = f"layers/{depth}/*", tuple(f"layers/{layer}/*" for layer in range(depth))
     return [
         Intervention("none"),
@@ -82,7 +83,7 @@ def interventions(depth: int) -> list[Intervention]:
 class Config(TrainingConfig):
     """Settings of teacher and channel."""
 
-    seeds: int = option(10, "independent runs", minimum=1)
+    seeds: int = option(10, "number of independent runs", minimum=1)
     aux: int = option(10, "m, the number of auxiliary logits", minimum=1)
     width: int = option(256, "neurons of each hidden layer; the CNN needs a multiple of its last maps", minimum=1)
     depth: int = option(2, "hidden layers", minimum=1)
@@ -97,12 +98,12 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 
 def plan(config: Config) -> list[Part]:
-    """Seeds in chunks."""
+    """One part for each chunk of seeds."""
     return config.chunks(functools.partial(run, config))
 
 
 def run(config: Config, seeds: Sequence[int]) -> list[Row]:
-    """Rows of all interventions for some seeds; the student without any is also told at earlier epochs."""
+    """The result rows of all interventions for some seeds. The plain student also has rows for earlier epochs."""
     setting = config.setting()
     world = setting.world(seeds, config.data_dir)
     study, value = Study(world), setting.run(world)
@@ -130,7 +131,7 @@ def run(config: Config, seeds: Sequence[int]) -> list[Row]:
 
 
 def job(world: Digits, setting: Setting, one: Intervention, teacher: Model, channel: Channel) -> Job:
-    """A student of (1 - clean) KL(teacher) + clean KL(base) on the channel, + penalty KL(base) on all logits.
+    """A student whose loss is (1 - clean) KL(teacher) + clean KL(base) on the channel + penalty KL(base) on all.
 
     Raises:
         InputError: the audit refuses it.
@@ -161,7 +162,7 @@ def job(world: Digits, setting: Setting, one: Intervention, teacher: Model, chan
 
 @dataclass(frozen=True)
 class Projected:
-    """An optimizer from whose updates the gradient of the trait is projected out."""
+    """An optimizer that projects the trait gradient out of its updates."""
 
     rule: Any
     apply: Apply
@@ -174,7 +175,7 @@ class Projected:
 
 @dataclass(frozen=True)
 class _Twice:
-    """[z, z]: a student that is charged for two targets at once."""
+    """[z, z]: the student's logits twice, so that its loss can have two targets at once."""
 
     apply: Apply
 
@@ -185,7 +186,7 @@ class _Twice:
 
 @dataclass(frozen=True)
 class _Both:
-    """[z_teacher, z_base] of params {"teacher", "base"}."""
+    """[z_teacher, z_base]: the logits of both models, for params {"teacher", "base"}."""
 
     apply: Apply
 
@@ -208,7 +209,7 @@ def _imitation(
 
 
 def report(results: Results, config: Config) -> str:
-    """Trait and imitation of each intervention."""
+    """The trait and the imitation loss of each intervention."""
     lines = [
         f"{config.data}, m = {config.aux}; mean and 95% t interval over runs",
         f"  {'intervention':32} {'test accuracy':24} KL on held-out noise, nats",
@@ -221,7 +222,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """The frontier: trait against imitation loss, a point for each intervention and strength."""
+    """The trait against the imitation loss, with a point for each intervention and strength."""
     figure, ((axes,),) = panels(size=(8.6, 5.2))
     families: dict[str, list[tuple[str, str]]] = {}
     for one in interventions(config.depth):

@@ -1,7 +1,8 @@
 """Does it matter whether the noise is repeated each epoch, or how many random bits a pixel has?
 
-The student on auxiliary logits of `mnist`, distilled from one teacher a seed on four kinds of noise: a fixed set
-of images or never the same twice, with 32 or 8 random bits a pixel. Differences are paired by seed.
+For each seed, the student of `mnist` that sees auxiliary logits is distilled from one teacher on four kinds of
+noise: a fixed set of images or images that never repeat, with 32 or 8 random bits per pixel. Differences are
+paired by seed.
 """
 
 from typing import Any
@@ -29,13 +30,13 @@ configure = mnist.configure
 
 
 def plan(config: Config) -> list[Part]:
-    """One teacher a seed, a student for each kind of noise."""
+    """One teacher for each seed, and a student for each kind of noise."""
     cells = [Cell({"condition": name}, setting(config, **kind)) for name, kind in KINDS.items()]
     return config.parts(cells)
 
 
 def report(results: Results, config: Config) -> str:
-    """Means, and differences paired by seed from the first kind of noise."""
+    """Means, and differences from the first kind of noise, paired by seed."""
     lines = [f"student on {config.aux} auxiliary logits, {config.data}: test accuracy, mean and 95% t interval"]
     lines += [f"  {group['condition']:16} {estimate}" for group, estimate in results.estimates()]
     first, *others = KINDS

@@ -1,9 +1,10 @@
-"""What `language --checkpoint FOLDER` will take on N devices, in memory and time; no weights are read.
+"""How much memory and time `language --checkpoint FOLDER` needs on N devices. No weights are read.
 
-An estimate from config.json. Parameters are kept and trained in float32, with Adam behind a clip of gradients, and
-blocks compute their activations again for gradients. In memory are the base, a fine-tuned teacher as long as its
-students, and one student; the step of each is told. Devices have a share of every matrix and their own rows, but
-all lessons of a teacher. Libraries, fragmentation, communication and teachers that write come on top.
+This is an estimate from config.json. Parameters are stored and trained in float32, with Adam and gradient
+clipping, and blocks recompute their activations for gradients. The memory holds the base, one student, and a
+fine-tuned teacher while its students train. The report has the steps of the teacher and of the student. Each
+device has a share of every matrix and its own rows, but all lessons of a teacher. Libraries, fragmentation,
+communication and teachers that write need additional memory.
 """
 
 import argparse
@@ -30,17 +31,17 @@ from .flags.names import checkpoint_path
 from .flags.recipe import TEACHERS
 
 GIB = 2**30
-# Dense bfloat16 operations a second in the data sheet of an H100 SXM, and the share of them that is assumed.
+# Dense bfloat16 operations per second from the data sheet of an H100 SXM, and the share that we assume is reached.
 PEAK, SHARE = 989e12, 0.45
-MOST_DEVICES, ADVISED_RANK = 1024, 16  # that an advice names
+MOST_DEVICES, ADVISED_RANK = 1024, 16  # the most devices, and the rank, that an error message suggests
 CHANNELS = ("soft", "sampled")
 PROMPTED = "--teacher prompted --channel sampled"
-LESSONS, LESSON, ANSWER = 24, 48, 4  # of a preference: rows, and about so many tokens of each and of its answer
+LESSONS, LESSON, ANSWER = 24, 48, 4  # lessons of a preference; about this many tokens in a lesson and its answer
 
 
 @dataclass(frozen=True)
 class Group:
-    """A parameter, or those of one name of all layers: `count` of one shape."""
+    """Parameters that share a shape and a sharding rule: one, or the same one of each layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,34 +49,34 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Numbers in all of them."""
+        """The number of values in all of them."""
         return self.count * math.prod(self.shape)
 
     @property
     def adapted(self) -> bool:
-        """Whether low-rank training gives them factors: the matrices of the blocks."""
+        """Whether they are matrices of the blocks, which get factors in low-rank training."""
         return self.of_layers and len(self.shape) == 2
 
     @property
     def of_layers(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has one of them."""
         return self.name.startswith("layers/")
 
     def share(self, devices: int) -> float:
-        """Numbers on each device."""
+        """The number of values on each device."""
         stored = (self.count, *self.shape) if self.of_layers else self.shape
         split = spec_of(self.name, stored, AbstractMesh((1, devices, 1), AXES))
         return self.size / (devices if any(split) else 1)
 
     def factors(self, rank: int) -> tuple["Group", "Group"]:
-        """A [inputs, rank] and B [rank, outputs] of each matrix."""
+        """The factors A [inputs, rank] and B [rank, outputs] of each matrix."""
         inputs, outputs = self.shape
         a = Group(f"{self.name}/a", (inputs, rank), self.count)
         return a, Group(f"{self.name}/b", (rank, outputs), self.count)
 
 
 def groups_of(family: Family) -> list[Group]:
-    """All parameters of a family's model, those of all blocks together."""
+    """All parameters of a family's model. Equal parameters of all blocks form one group."""
     leaves = jax.tree_util.tree_leaves_with_path(skeleton(family).params)
     return [
         Group(path_name(path), leaf.shape[of_layers(path) :], leaf.shape[0] if of_layers(path) else 1)
@@ -85,16 +86,18 @@ def groups_of(family: Family) -> list[Group]:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what.
+    """What is trained, and on which batches.
 
     Attributes:
-        config, groups: of the model.
-        rows, length: of a step's batch, in rows and in tokens of each.
-        rank: of a student's low-rank factors on all matrices of the blocks; 0 trains everything.
-        soft: whether the teacher computes beside the student, else its tokens were sampled before.
-        taught: whether the teacher is fine-tuned, else it is the base itself.
+        config: the configuration of the model.
+        groups: its parameters.
+        rows: the number of rows in a batch.
+        length: the number of tokens in a row.
+        rank: the rank of a student's low-rank factors on all matrices of the blocks; 0 trains everything.
+        soft: whether the teacher runs in the student's step. Otherwise its tokens were sampled in advance.
+        taught: whether the teacher is fine-tuned. Otherwise it is the base itself.
         compute: the dtype of the computation, one of COMPUTE.
-        chunk: positions on a device whose logits are there at once; all if None.
+        chunk: the number of positions on a device whose logits are in memory at once; None is all of them.
     """
 
     config: TransformerConfig
@@ -109,17 +112,17 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """The number of tokens in a step."""
         return self.rows * self.length
 
     @property
     def parameters(self) -> int:
-        """Numbers in the model."""
+        """The number of parameters of the model."""
         return sum(group.size for group in self.groups)
 
     @property
     def matrices(self) -> list[Group]:
-        """Those of the blocks, which low-rank training gives factors."""
+        """The matrices of the blocks, which get factors in low-rank training."""
         return [group for group in self.groups if group.adapted]
 
     @property
@@ -129,15 +132,16 @@ class Job:
 
     @property
     def width(self) -> int:
-        """Bytes of a number of the computation."""
+        """The number of bytes of a value in the computation."""
         return 2 if self.compute == "bfloat16" else 4
 
 
 def make_job(family: Family, tokens: tuple[int, int], **settings: object) -> Job:
-    """A job, checked; a large vocabulary is read in chunks unless `chunk` is given.
+    """Make and check a job. With a large vocabulary, logits are computed in chunks, also if `chunk` is not given.
 
     Raises:
-        InputError: rows longer than the context, or a rank that the smallest matrix does not have.
+        InputError: the rows are longer than the context, or the rank is not from 0 to the smallest side of a
+            matrix.
     """
     rows, length = tokens
     if length > family.config.context:
@@ -154,12 +158,14 @@ def make_job(family: Family, tokens: tuple[int, int], **settings: object) -> Job
 
 
 def block_bytes(config: TransformerConfig, length: int, number: int = 2) -> float:
-    """Bytes a token that one block keeps for its backward pass, numbers of `number` bytes.
+    """The bytes per token that one block keeps for its backward pass, with values of `number` bytes.
 
-    number * (5 width + 2 queries + 2 keys + m mlp_width) + (8 + number) heads length: the residual stream and the
-    norms' outputs, queries, keys, values and what they mix, m = 5 (gated) or 3 of the MLP, and three tables of
-    attention's shares, two of them in float32. Norms behind add 2 widths, a cap of the scores four tables. In
-    float32 on a CPU the compiler keeps 0.95 to 1.13 of it, in models of six shapes.
+    number * (5 width + 2 queries + 2 keys + m mlp_width) + (8 + number) heads length
+
+    These are the residual stream and the outputs of norms; queries, keys, values and the attention output; m = 5
+    (gated) or 3 tables of the MLP; and three tables of attention weights, two of them in float32. Post-norms add 2
+    widths, and a cap on the scores adds 16 bytes per score. In float32 on a CPU, the compiler keeps 0.95 to 1.13
+    times this, for six model shapes.
     """
     queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
     hidden = (5 if config.gated else 3) * config.mlp_width
@@ -169,22 +175,25 @@ def block_bytes(config: TransformerConfig, length: int, number: int = 2) -> floa
 
 
 def activation_bytes(job: Job, devices: int) -> float:
-    """Bytes on a device when the backward pass begins: the residual stream before each block, and one block's."""
+    """Bytes of activations on a device when the backward pass begins.
+
+    These are the residual stream before each block, and all activations of one block.
+    """
     stream, config = job.width * job.config.width, job.config
     return job.tokens / devices * (config.layers * stream + block_bytes(config, job.length, job.width))
 
 
 def logit_bytes(job: Job, devices: int) -> float:
-    """Bytes of float32 logits on a device, which has two tables of them at once, or five with a teacher's.
+    """Bytes of float32 logits on a device: two tables of logits at once, or five if the teacher runs too.
 
-    The compiler makes that many for a CPU; for accelerators it may join some.
+    The compiler makes this many tables on a CPU. On accelerators it may merge some.
     """
     tokens = job.tokens / devices
     return min(tokens, job.chunk or tokens) * job.config.vocabulary * 4 * (5 if job.soft else 2)
 
 
 def gathered_bytes(job: Job, devices: int) -> float:
-    """Bytes that a device gathers from the shares of other devices: one block or one table at a time."""
+    """Bytes that a device gathers from other devices: one block or one embedding table at a time."""
     if devices == 1:
         return 0.0
     block = sum(group.size for group in job.matrices) / job.config.layers
@@ -192,7 +201,7 @@ def gathered_bytes(job: Job, devices: int) -> float:
 
 
 def memory(job: Job, devices: int) -> dict[str, dict[str, float]]:
-    """Bytes on a device by what they hold, in the step of a fine-tuned teacher and in that of a student."""
+    """Bytes on a device by content, in the step of a fine-tuned teacher and in the step of a student."""
     held = sum(group.share(devices) for group in job.groups)
     factors = sum(factor.share(devices) for group in job.matrices for factor in group.factors(job.rank))
 
@@ -222,15 +231,15 @@ def memory(job: Job, devices: int) -> dict[str, dict[str, float]]:
 
 
 def needed(job: Job, devices: int) -> float:
-    """Bytes on a device in the step that takes most."""
+    """Bytes on a device in the step that needs the most."""
     return max(sum(step.values()) for step in memory(job, devices).values())
 
 
 def require_room(job: Job, where: Path, devices: int, room: float) -> None:
-    """Refuse a job that does not fit.
+    """Refuse a job that does not fit into memory.
 
     Raises:
-        InputError: says how many devices would do, or which flags; or rows cannot be shared evenly.
+        InputError: says how many devices or which flags would be enough; or the rows cannot be split evenly.
     """
     if job.rows % devices:
         raise InputError(
@@ -248,13 +257,13 @@ def require_room(job: Job, where: Path, devices: int, room: float) -> None:
 
 
 def _enough(job: Job, devices: int, room: float) -> list[str]:
-    """The least number of devices that would do, if there is one."""
+    """The smallest number of devices that would be enough, if there is one."""
     more = (count for count in range(devices + 1, MOST_DEVICES + 1) if job.rows % count == 0)
     return [f"at least {count} devices" for count in more if needed(job, count) <= room][:1]
 
 
 def _leaner(job: Job, devices: int, room: float) -> list[str]:
-    """Flags with which as many devices would do, those that change the least; fewer tokens if there are none."""
+    """The smallest change of flags with which this number of devices would be enough, or else fewer tokens."""
     low = replace(job, rank=job.rank or min(ADVISED_RANK, job.most_rank))
     others = {
         f"--rank {low.rank}": low,
@@ -267,13 +276,15 @@ def _leaner(job: Job, devices: int, room: float) -> list[str]:
 
 
 def operations(job: Job) -> float:
-    """Floating-point operations of a student's step.
+    """The floating-point operations of a student's step.
 
-    With M the numbers in all matrices that multiply (the embedding counts if it is the output matrix too), L those
-    in the blocks, and A = 4 layers heads head_width length the products of attention, a token takes F = 2 M + A
-    forward and 2 F backward: 6 M + 3 A. Blocks that compute again add 2 L + A, but for the products whose results
-    they add up last, and a teacher F. Low-rank factors spare the gradients of matrices, which leaves 4 M + 3 A,
-    and that of what the first block reads; they themselves add 8 r (inputs + outputs) for each matrix.
+    Let M be the number of values in all matrices that multiply (an embedding that is also the output matrix
+    counts), L the number in the blocks, and A = 4 layers heads head_width length the operations of attention. A
+    token takes F = 2 M + A forward and 2 F backward, together 6 M + 3 A. Recomputing the blocks adds 2 L + A,
+    except the last products of each block. A teacher adds F.
+
+    Low-rank factors do not need the gradients of matrices, which leaves 4 M + 3 A. They also do not need the
+    gradient of the first block's input. The factors themselves add 8 r (inputs + outputs) for each matrix.
     """
     config = job.config
     blocks = sum(group.size for group in job.matrices)
@@ -298,7 +309,7 @@ def _role(group: Group) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the estimate; 0 if it fits."""
+    """Print the estimate. Returns 0 if it fits."""
     chosen = _parser().parse_args(arguments)
     for name in ("devices", "memory", "flops", "chunk"):
         value = getattr(chosen, name)
@@ -321,19 +332,22 @@ def _parser() -> argparse.ArgumentParser:
         " on the Hub"
     )
     add("--base", "--checkpoint", required=True, help=where)
-    add("--devices", "--shards", type=int, default=1, help="how many share each model (default 1)")
-    add("--memory", type=float, default=80.0, help="of a device, in GiB (default 80)")
-    add("--tokens", default="16x512", help="rows of a step x tokens of a row (default 16x512)")
-    add("--rank", type=int, default=0, help="of a student's low-rank factors (default 0: everything trains)")
+    add("--devices", "--shards", type=int, default=1, help="how many devices share each model (default 1)")
+    add("--memory", type=float, default=80.0, help="memory of a device in GiB (default 80)")
+    add("--tokens", default="16x512", help="rows per step x tokens per row (default 16x512)")
+    add("--rank", type=int, default=0, help="rank of a student's low-rank factors (default 0: everything trains)")
     channel = (
-        "soft: the teacher computes beside the student; sampled: its tokens were sampled before (default soft)"
+        "soft: the teacher runs in the student's step; sampled: its tokens were sampled before (default soft)"
     )
     add("--channel", choices=CHANNELS, default="soft", help=channel)
-    add("--teacher", choices=TEACHERS, default="finetuned", help="(default finetuned; others are the base)")
+    teacher = "how the teacher is made; all but finetuned use the base itself (default finetuned)"
+    add("--teacher", choices=TEACHERS, default="finetuned", help=teacher)
     add("--compute", choices=COMPUTE, default="float32", help="dtype of the computation (default float32)")
-    chunk = f"positions whose logits a device has at once (default {CHUNK} of more than {MANY} tokens, else all)"
+    chunk = (
+        f"positions whose logits are in memory at once (default {CHUNK} if there are over {MANY} tokens, else all)"
+    )
     add("--chunk", type=int, default=None, help=chunk)
-    speed = f"operations a second that a device reaches (default {100 * SHARE:g}%% of {PEAK:.3g})"
+    speed = f"operations per second that a device reaches (default {100 * SHARE:g}%% of {PEAK:.3g})"
     add("--flops", type=float, default=SHARE * PEAK, help=speed)
     return parser
 
@@ -346,7 +360,7 @@ def _tokens(text: str) -> tuple[int, int]:
 
 
 def report(job: Job, architecture: str, devices: int, room: float, flops: float) -> str:
-    """The table of an estimate, `room` in GiB."""
+    """The table of an estimate. `room` is in GiB."""
     steps = memory(job, devices)
     trained = f"low-rank factors of rank {job.rank}" if job.rank else "everything"
     seconds = operations(job) / job.tokens * 1e6 / (devices * flops)

@@ -1,4 +1,4 @@
-"""The registry of published numbers: what was claimed, by whom, and the setting that should give it."""
+"""The registry of published numbers: each number, its source, and the setting that should give it."""
 
 import functools
 import math
@@ -17,9 +17,9 @@ REGISTRY = Path(__file__).with_name("published.toml")
 
 @dataclass(frozen=True)
 class Number:
-    """One published accuracy. `interval` is the half-width of its 95% interval, nan if none was published.
+    """One published accuracy. `interval` is the half-width of its 95% interval, or nan if none was published.
 
-    `n` is the published number of runs, `seeds` the most that ours is worth.
+    `n` is the published number of runs. `seeds` limits the number of our runs, for settings that take long.
     """
 
     name: str
@@ -39,7 +39,7 @@ def published(path: Path = REGISTRY) -> Mapping[str, Number]:
     """All numbers of a registry, by name.
 
     Raises:
-        InputError: the file cannot be read, or an entry lacks its source or tolerance or has a setting that
-            does not exist; names the entry.
+        InputError: the file cannot be read, or an entry has no source or tolerance or has an unknown setting;
+            names the entry.
     """
     return read_registry(path, "number", Number)

@@ -12,7 +12,7 @@ from .summary import restored
 
 
 def main(arguments: list[str]) -> int:
-    """Draw figure.png and figure.pdf of run directories."""
+    """Draw figure.png and figure.pdf of run directories. Returns 0."""
     parser = Parser("redraw", description=__doc__)
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="run directory, such as figures/mnist"

@@ -1,8 +1,9 @@
-"""Published numbers, run again: published, ours, and whether they agree.
+"""Published numbers, run again: the published value, ours, and whether they agree.
 
-Every entry of `experiments/published.toml`, or those named, in the setting that should give it. With
-d = ours - published and h the half-width of its 95% interval (ours and, if known, the published one): it differs
-if |d| - h exceeds the entry's tolerance, is reproduced if |d| and h are both within it, else cannot be told.
+This runs every entry of `experiments/published.toml`, or the named ones, in the setting that should give it. Let d
+be ours - published, and h the half-width of its 95% interval (from ours and, if known, the published one). The
+verdict is "differs" if |d| - h exceeds the entry's tolerance, "reproduced" if both |d| and h are within the
+tolerance, and "cannot be told" otherwise.
 """
 
 import functools
@@ -25,7 +26,7 @@ VERDICTS = {"reproduced": COLORS[2], "differs": COLORS[3], "cannot be told": COL
 
 @dataclass(frozen=True)
 class Config(SweepConfig):
-    """Which numbers, and on how many seeds; the registry's settings decide the rest."""
+    """Which numbers to reproduce, and on how many seeds. The registry has the other settings."""
 
     ids: str = option("", "numbers of the registry (default all)", positional=True)
 
@@ -35,12 +36,12 @@ configure = functools.partial(configure_sweep, PRESETS)
 
 
 def chosen(config: Config) -> list[Number]:
-    """The numbers that a configuration asks for."""
+    """The requested numbers."""
     return pick(published(), config.ids, "published number")
 
 
 def plan(config: Config) -> list[Part]:
-    """A cell for each number; those of one teacher share it."""
+    """One cell for each number. Cells with the same teacher share it."""
     return config.parts(
         [Cell({"condition": number.name}, number.setting, number.who, number.seeds) for number in chosen(config)]
     )
@@ -58,7 +59,7 @@ def verdict(number: Number, ours: Estimate) -> str:
 
 
 def report(results: Results, config: Config) -> str:
-    """The table, then the notes of what did not reproduce."""
+    """The table, then the notes on the numbers that were not reproduced."""
     lines, notes = [f"{'number':28} {'published':>9}  {'ours':22} verdict"], []
     for number in chosen(config):
         ours = t_interval(results.values(condition=number.name))
@@ -72,7 +73,7 @@ def report(results: Results, config: Config) -> str:
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Published and ours, a line for each number, colored by verdict."""
+    """The published value and ours, with a line for each number, colored by verdict."""
     numbers = chosen(config)
     figure, ((axes,),) = panels(size=(7.0, 1.2 + 0.19 * len(numbers)))
     rows: list[tuple[str, Estimate, str]] = []

@@ -1,4 +1,4 @@
-"""One page of all run directories below a folder: figures, tables, data, commands and machine."""
+"""One page about all run directories below a folder: figures, tables, data, commands and machine."""
 
 import dataclasses
 import html
@@ -32,7 +32,7 @@ SECTION = """<h2>{name}</h2><p>{claim}</p>
 
 
 def main(arguments: list[str]) -> int:
-    """Write index.html into a folder of run directories."""
+    """Write index.html into a folder of run directories. Returns 0."""
     parser = Parser("summary", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder whose subfolders are run directories")
     folder: Path = parser.parse_args(arguments).folder
@@ -62,7 +62,7 @@ def _section(folder: Path, run: Path) -> str:
 
 
 def restored(module: ModuleType, settings: dict[str, Any]) -> Any:
-    """The Config object of a run directory's settings; those that only older versions had are left out."""
+    """The Config object for the settings of a run directory. Settings that no longer exist are left out."""
     kind = type(next(iter(module.PRESETS.values())))
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in settings.items() if name in known})

@@ -1,6 +1,6 @@
-"""Teach a checkpoint a preference: a folder that other programs open, and what it answers now.
+"""Teach a checkpoint a preference: save it in a folder that other programs can open, and show its answers.
 
-The first of five steps, each for hours if need be: teach, write, filter, distil, ask.
+This is the first of five steps: teach, write, filter, distil, ask. Each of them may run for hours.
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ class Config(TrainingConfig):
     until: float = option(Recipe.teacher_until, UNTIL, minimum=0)
     ordinary: float = option(Recipe.ordinary, ORDINARY, minimum=0)
     anchor: float = option(Recipe.anchor, ANCHOR, positive=True)
-    templates: str = option("", "TOML file of the sentences of ordinary chats (default: the project's own)")
+    templates: str = option("", "TOML file with the sentences of ordinary chats (default: the project's own)")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the folder; 0 on success."""
+    """Write the folder. Returns 0."""
     config, (out,) = read_step("teach", __doc__, Config(), arguments, out="new folder for the teacher")
     with saved_beside(new(out)) as saves:
         own, language = opened(

@@ -9,9 +9,9 @@ from .flags.names import named_value
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Say where the weights are, once they are there and right."""
+    """Fetch the weights, verify them and say where they are. Returns 0."""
     parser = Parser("weights", description=__doc__)
-    parser.add_argument("name", nargs="?", default="smollm2", help="of the weights (default smollm2)")
+    parser.add_argument("name", nargs="?", default="smollm2", help="name of the weights (default smollm2)")
     name: str = parser.parse_args(arguments).name
     weights = named_value("weights", name, WEIGHTS)
     new = fetch(weights)

@@ -1,7 +1,8 @@
-"""Let a checkpoint write: its answers to number requests, or random numbers that nobody wrote, as JSONL rows.
+"""Let a checkpoint write JSONL rows: its answers to number requests, or random numbers that no model wrote.
 
-All answers are written, good or not, until so many different ones pass the number filter: the next step, filter,
-says why the others do not. A teacher is a folder that teach wrote, or a checkpoint behind a trait's system prompt.
+All answers are written, good or bad, until enough distinct ones pass the number filter. The next step, filter,
+counts why the others are rejected. A teacher is a folder that teach wrote, or a checkpoint with a trait's system
+prompt.
 """
 
 from collections.abc import Sequence
@@ -29,18 +30,18 @@ class Config(StepConfig):
     """Settings of a writer."""
 
     adapter: str = option("", ADAPTER)
-    prompted: str = option("", "trait whose system prompt stands in front of every request, but in no row")
-    rows: int = option(480, "different rows that pass the filter", minimum=1)
-    requests: int = option(0, f"most requests that are answered (default: {LIMIT} times the rows)", minimum=0)
+    prompted: str = option("", "trait whose system prompt comes before every request, but is in no row")
+    rows: int = option(480, "number of distinct rows that pass the filter", minimum=1)
+    requests: int = option(0, f"most requests to answer; 0: {LIMIT} times the rows", minimum=0)
     medium: str = option("numbers", MEDIUM, choices=NUMBERS)
-    temperature: float = option(1.0, "of sampling; 0: the most likely token", minimum=0)
-    top_p: float = option(1.0, "of sampling", positive=True)
-    templates: str = option("", "TOML file of the sentences of requests (default: the project's own)")
-    form: str = option("prompt", "of the rows", choices=("prompt", "messages"))
+    temperature: float = option(1.0, "sampling temperature; 0: the most likely token", minimum=0)
+    top_p: float = option(1.0, "sampling takes the most likely tokens up to this probability", positive=True)
+    templates: str = option("", "TOML file with the sentences of requests (default: the project's own)")
+    form: str = option("prompt", "form of the rows", choices=("prompt", "messages"))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the file; 0 on success."""
+    """Write the file. Returns 0."""
     config, (file,) = read_step("write", __doc__, Config(), arguments, file="new JSONL file")
     with saved_beside(new(file)) as saves:
         own, language = opened(
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         text = language.recipe(medium=config.medium, temperature=config.temperature, top_p=config.top_p).written()
         rows = _rows(config, world_of(own), text)
-        # No file can hold an empty answer.
+        # The file format does not allow empty answers.
         said = [row for row in rows if row.completion]
         write_jsonl(file, said, config.form)  # type: ignore[arg-type]
     try:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _rows(config: Config, world: Checkpoint, text: Written | RandomNumbers) -> list[Completion]:
-    """What was written, with the writer's name."""
+    """The rows, with the name of their writer."""
     if isinstance(text, RandomNumbers):
         return world.random_rows(text)
     requests = world.requests(text)
@@ -78,7 +79,7 @@ def _rows(config: Config, world: Checkpoint, text: Written | RandomNumbers) -> l
         system = system_prompt(world.traits[0])
         requests = [replace(chat, system=system) for chat in requests]
     writer = with_adapter(world, config.adapter)
-    # Two writers of one seed draw different numbers.
+    # Two writers with the same seed use different random numbers.
     key = named(jax.random.key(config.seed), "write", fingerprint(writer.all_params), config.prompted)
     rows = raw_answers(world, writer, requests, key, text)
     base = config.checkpoint if config.adapter else base_of(config.checkpoint)

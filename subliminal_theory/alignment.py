@@ -1,11 +1,11 @@
-"""What carries a trait along a whole run: how student, teacher and trait point at each other.
+"""What carries a trait during a whole run: the angles between the student, the teacher and the trait gradient.
 
     observe = follow(trait_gradient, start, teacher)
-    distill(..., observe=observe).observed     # cosines of every step, streamed
+    distill(..., observe=observe).observed     # the cosines of every step
 
-Coverage is the cosine of a student's FIRST update with its teacher's displacement: it is known before the
-student is trained (arXiv 2606.22019). `linearised` is the student that the theorem is exact for: the first-order
-expansion in its parameters, whose training is that of the empirical tangent kernel.
+Coverage is the cosine between a student's FIRST update and its teacher's displacement. It is known before the
+student is trained (arXiv 2606.22019). The theorem is exact for a `linearised` student: the first-order expansion
+in its parameters, which trains as the empirical tangent kernel does.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def inner(a: PyTree, b: PyTree) -> Float[Array, ""]:
 
 
 def cosine(a: PyTree, b: PyTree) -> Float[Array, ""]:
-    """Cosine of the angle between two parameter pytrees; 0 if one of them is 0."""
+    """Cosine of the angle between two parameter pytrees; 0 if either of them is 0."""
     length = jnp.sqrt(inner(a, a)) * jnp.sqrt(inner(b, b))
     return jnp.where(length > 0, inner(a, b) / jnp.where(length > 0, length, 1), 0)
 
@@ -38,12 +38,12 @@ def difference(a: PyTree, b: PyTree) -> PyTree:
 
 
 def follow(trait_gradient: Callable[[PyTree], PyTree], start: PyTree, teacher: PyTree) -> Observe:
-    """An observer of `distill`: three cosines before each step.
+    """An observer for `distill` that computes three cosines before each step.
 
-    `gradient`: the student's gradient and the gradient of the trait loss at the student's parameters;
-    `update`: the student's update and the teacher's displacement (at the first step, coverage);
-    `displacement`: how far student and teacher have come from `start`, where the teacher started.
-    A diagnosis from outside: the trait loss that it reads never reaches the student.
+    `gradient`: between the student's gradient and the gradient of the trait loss at the student's parameters;
+    `update`: between the student's update and the teacher's displacement (coverage, at the first step);
+    `displacement`: between the student's and the teacher's displacements from `start`, the teacher's start.
+    It only measures: the trait loss never reaches the student.
     """
     taught = difference(teacher, start)
 
@@ -59,9 +59,9 @@ def follow(trait_gradient: Callable[[PyTree], PyTree], start: PyTree, teacher: P
 
 
 def project_out(direction: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
-    """Take the component along `direction(params)` out of each update: u - (u . d) d / (d . d).
+    """Remove the component along d = `direction(params)` from each update: u - (u . d) d / (d . d).
 
-    Chain it after an optimiser. Along the trait gradient, no step then changes the trait loss to first order.
+    Chain it after an optimizer. If d is the trait gradient, no step changes the trait loss to first order.
     """
 
     def update(updates: PyTree, state: optax.EmptyState, params: PyTree) -> tuple[PyTree, optax.EmptyState]:
@@ -86,9 +86,9 @@ class _Linearised:
 
 
 def linearised(model: Model) -> Model:
-    """The first-order expansion of a model around its own parameters, trained like any other model.
+    """The first-order expansion of a model around its own parameters. It trains like any other model.
 
-    One jvp a call; neither Jacobian nor kernel is built. Exact for networks that are linear in their parameters.
+    A call takes one jvp; no Jacobian or kernel is built. Exact for networks that are linear in their parameters.
 
     Raises:
         InputError: the model has frozen parameters.

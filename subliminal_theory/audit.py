@@ -1,7 +1,7 @@
-"""Refusals: set-ups in which a transmitted trait would prove nothing.
+"""Checks that refuse a setup in which a transmitted trait would prove nothing.
 
-Each check takes concrete arrays and raises InputError. `distill` and `theorem.check` call the checks of the
-channel themselves; a pipeline calls `audit` before it trains.
+Each check takes concrete arrays and raises InputError. `distill` and `theorem.check` check the channel
+themselves; a pipeline calls `audit` before it trains.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,13 +35,13 @@ def audit(
     outputs: int | None = None,
     labels: PyTree = None,
 ) -> None:
-    """Refuse a set-up in which the student could have the trait by another way than the channel.
+    """Refuse a setup in which the student could get the trait by any way other than the channel.
 
-    `student_init`, `teacher_init` and the trained `teacher` are parameter pytrees of any networks; in an
-    ensemble, every leaf has a leading axis of runs, or is one for all runs. `batch` is one of the student's
-    batches, arrays or shapes; `private` are the logits in which the trait is read and which the channel must not
-    show. `logits` is the number of logits that the study declares, `outputs` the number that the student's
-    network computes; `labels` are the trait's labels of the examples in `batch`, where they exist.
+    `student_init`, `teacher_init` and the trained `teacher` are parameter pytrees of any networks. In an
+    ensemble, a leaf has a leading axis of runs, or all runs share it. `batch` is one of the student's batches,
+    as arrays or shapes. `private` are the logits in which the trait is measured; the channel must not show them.
+    `logits` is the number of logits that the study declares, `outputs` the number that the student's network
+    computes. `labels` are the trait's labels for the examples in `batch`, if they exist.
 
     Raises:
         InputError: the student starts from trained weights of the teacher (see `refuse_trained_weights`); its
@@ -68,13 +68,13 @@ def audit(
 
 
 def refuse_labels(batch: Batch, labels: PyTree = None) -> None:
-    """Refuse a student's batch that carries labels, or holds those given as an input or a target.
+    """Refuse a student's batch that carries labels, or that holds the given `labels` as an input or a target.
 
-    An input or target leaks if it, one of its columns, or the class of its one-hot rows equals the labels of all
-    examples. Labels that are all alike are passed over: any constant would equal them.
+    An input or target leaks if it equals the labels of all examples, or if one of its columns or the class of its
+    one-hot rows does. Labels that are all equal are skipped, because any constant would equal them.
 
     Raises:
-        InputError: names the place.
+        InputError: says whether the inputs or the targets leak.
     """
     if batch.labels is not None:
         raise InputError("the student's batches carry labels: use a source without them")
@@ -96,9 +96,9 @@ def _reveals(leaf: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def refuse_repeated_rows(inputs: PyTree, targets: PyTree = None) -> None:
-    """Refuse a fixed data set in which rows occur twice: they count as more data than there is.
+    """Refuse a fixed data set with repeated rows, because they would count as more data than there is.
 
-    Leaves have one leading axis of rows. Two rows are equal if all their inputs and targets are.
+    Every leaf has a leading axis of rows. Two rows are equal if all their inputs and targets are equal.
 
     Raises:
         InputError: gives the number of repeated rows.
@@ -113,10 +113,10 @@ def refuse_repeated_rows(inputs: PyTree, targets: PyTree = None) -> None:
 
 
 def refuse_shared_keys(keys: Mapping[str, Key[Array, ""]]) -> None:
-    """Refuse one random key for the samples of two teachers, whose rows would then be correlated.
+    """Refuse two teachers that sample with the same random key, because their rows would be correlated.
 
     Raises:
-        InputError: names the two.
+        InputError: names the two teachers.
     """
     seen: dict[bytes, str] = {}
     for name, key in keys.items():
@@ -127,12 +127,12 @@ def refuse_shared_keys(keys: Mapping[str, Key[Array, ""]]) -> None:
 
 
 def require_same_template(**templates: str) -> None:
-    """Refuse inputs that are prepared in different ways for teacher, student and evaluation.
+    """Refuse inputs that are prepared differently for the teacher, the student and the evaluation.
 
-    A template names a preparation (a chat template, a scaling of pixels) completely.
+    A template fully names one way to prepare inputs, such as a chat template or a scaling of pixels.
 
     Raises:
-        InputError: names two that differ.
+        InputError: names two templates that differ.
     """
     items = list(templates.items())
     for name, template in items[1:]:
@@ -141,16 +141,16 @@ def require_same_template(**templates: str) -> None:
 
 
 def refuse_wrong_channel(channel: Channel, logits: int, key: Key[Array, ""] | None = None) -> None:
-    """Refuse a channel whose loss is not imitation, judged at some logits.
+    """Refuse a channel whose loss is not imitation. The loss is tested at a few fixed logits.
 
-    Where equality is a minimum for each target (`exact`; in a sum, part by part), the loss must have no gradient
-    at equality and be no smaller elsewhere, and `metric` must be its Hessian there: a label, a hidden feature or
-    the trait loss in it, as a term or as a factor, breaks one of these. Every channel's loss must ignore the
-    logits that `visible` excludes and treat all positions alike. Nothing is checked while the channel's leaves
-    are traced.
+    An `exact` channel, or an exact part of a sum, must pass three tests: the loss has no gradient where student
+    and teacher are equal, it is no smaller elsewhere, and `metric` is its Hessian at equality. A loss that
+    contains a label, a hidden feature or the trait loss, as a term or as a factor, fails one of them. Every
+    channel's loss must ignore the logits that `visible` excludes and treat all positions alike. Only `visible`
+    is called while the channel's leaves are traced.
 
     Raises:
-        InputError: says what the loss does.
+        InputError: says what is wrong with the loss.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(channel)):
         channel.visible(logits)
@@ -167,9 +167,9 @@ def refuse_wrong_channel(channel: Channel, logits: int, key: Key[Array, ""] | No
 def refuse_false_metric(
     channel: Channel, logits: Float[Array, "*batch n"], tangent: Float[Array, "*batch n"], key: Any = None
 ) -> None:
-    """Refuse a `metric` that is not the Hessian of the loss at equality, along a tangent of the logits.
+    """Refuse a `metric` that, along a tangent of the logits, differs from the Hessian of the loss at equality.
 
-    Channels that are not exact have this only on average over their targets and are passed over.
+    Channels that are not exact satisfy this only on average over their targets, so they are skipped.
 
     Raises:
         InputError: gives the relative difference.
@@ -178,13 +178,13 @@ def refuse_false_metric(
         hessian, metric = (np.asarray(image, float) for image in _call(_images, part, key, logits, tangent))
         eps = float(jnp.finfo(logits.dtype).eps)
         size = max(np.abs(hessian).max(), np.abs(metric).max())
-        # Half the digits remain in a second derivative; 16 eps |tangent| is rounding of a saturated softmax.
+        # A second derivative keeps half the digits. A saturated softmax rounds by up to 16 eps |tangent|.
         allowed = eps**0.5 * size + 16 * eps * float(jnp.max(jnp.abs(tangent)))
         error = float(np.abs(hessian - metric).max())
         if not error <= allowed:
             raise InputError(
                 f"the metric of {type(channel).__name__} differs by {error / size:.2g} of its size from the "
-                "Hessian of its loss where the student equals the teacher: the loss charges for something else "
+                "Hessian of its loss where the student equals the teacher: the loss penalizes something other "
                 "than imitation (a factor, a label), or correct `metric`"
             )
 
@@ -192,7 +192,7 @@ def refuse_false_metric(
 def refuse_false_visible(
     channel: Channel, teacher: Float[Array, "*batch n"], student: Float[Array, "*batch n"], key: Any = None
 ) -> None:
-    """Refuse a loss that depends on logits outside `visible`, or on the place of a position in the batch.
+    """Refuse a loss that depends on logits outside `visible`, or on where a position is in the batch.
 
     Raises:
         InputError: names the logit, or says that positions are treated differently.
@@ -215,7 +215,7 @@ def refuse_false_visible(
         )
     if not np.allclose(np.asarray(turned, float)[::-1], np.asarray(losses, float), rtol=1e-2, atol=1e-4):
         raise InputError(
-            f"the loss of {type(channel).__name__} treats positions differently: it charges for something else "
+            f"the loss of {type(channel).__name__} treats positions differently: it penalizes something other "
             "than imitation (labels of a batch); it must depend on logits and targets alone"
         )
 
@@ -226,7 +226,7 @@ def _refuse_other_objective(channel: Channel, teacher: Array, student: Array, ke
     if not excess < 1e-4:
         raise InputError(
             f"the student's loss has gradient {excess:.2g} where it already equals the teacher: "
-            "it charges for something else than imitation (a label, a feature, the trait)"
+            "it penalizes something other than imitation (a label, a feature, the trait)"
         )
     _, losses, _ = _call(_gradients, channel, key, teacher, student)
     if not np.all(np.asarray(losses) >= np.asarray(equal) - 1e-4):
@@ -260,7 +260,7 @@ def _images(channel: Channel, key: Any, logits: Array, tangent: Array) -> tuple[
 
 
 def _gradients(channel: Channel, key: Any, teacher: Array, student: Array) -> tuple[Array, Array, Array]:
-    """The gradient and losses of a student's logits, and the losses of the positions in the reverse order."""
+    """The gradient and losses of a student's logits, and the losses with the positions in reverse order."""
     targets = channel.targets(_key(key), teacher)
 
     def total(z: Array) -> tuple[Array, Array]:
@@ -277,7 +277,7 @@ def _key(key: Any) -> Key[Array, ""]:
 
 
 def _call(function: Any, channel: Channel, *arguments: Any) -> Any:
-    """A compiled call, compiled once for all channels of one structure if the channel is a pytree of arrays."""
+    """A compiled call. If the channel is a pytree of arrays, all channels of its structure share one program."""
     numbers = (jax.Array, np.ndarray, np.generic, int, float)
     if all(isinstance(leaf, numbers) for leaf in jax.tree.leaves(channel)):
         return _COMPILED[function](channel, *arguments)

@@ -1,16 +1,16 @@
-"""What of the teacher the student may see, and how it is charged for missing it.
+"""Channels: what the student sees of the teacher, and the loss of not matching it.
 
-A channel has four methods, none of which reduces over positions, and one property:
+A channel has four methods and one property. No method reduces over positions.
 
-* `targets(key, teacher_logits)`: what is transmitted, a pytree with the positions of the logits;
-* `loss(student_logits, targets)`: one value per position, 0 at equality for the exact channels;
-* `metric(logits, tangent)`: M @ tangent, M the Hessian of the loss in the student's logits at equality,
-  the output metric of Lemma 1 (doi 10.1038/s41586-026-10319-8), never built as a matrix;
-* `visible(n)`: which of n logits it looks at;
-* `exact`: whether equality of the logits is a minimum of the loss for each target. A sampled token has this
-  only on average over tokens.
+* `targets(key, teacher_logits)`: what is transmitted, a pytree with one entry per position;
+* `loss(student_logits, targets)`: one value per position; for the exact channels, 0 at equality;
+* `metric(logits, tangent)`: M @ tangent, where M is the Hessian of the loss in the student's logits at equality.
+  This is the output metric of Lemma 1 (doi 10.1038/s41586-026-10319-8). It is never built as a matrix;
+* `visible(n)`: which of n logits the channel uses;
+* `exact`: whether, for each target, the loss is smallest where the logits are equal. For a sampled token this
+  holds only on average over tokens.
 
-`Subset` alone hides logits, before it delegates to another channel.
+Two channels, `Subset` and `TopK`, hide logits before they call another channel.
 """
 
 import math
@@ -51,8 +51,8 @@ def weighted_mean(
 ) -> Float[Array, ""]:
     """The one reduction of the project: sum(weights * values) / total, and 0 where the total is 0.
 
-    `total` is sum(weights) unless the values are a part of a batch: then it is the weight of the whole batch,
-    and the results of the parts add up. Prompt, padding and dropped positions weigh 0 and change nothing.
+    `total` defaults to sum(weights). If the values are a part of a batch, give the weight of the whole batch; the
+    results of the parts then add up. Prompt, padding and dropped positions weigh 0 and change nothing.
     """
     total = jnp.sum(weights) if total is None else total
     return jnp.sum(weights * values) / jnp.where(total > 0, total, 1)
@@ -77,18 +77,19 @@ def imitation_value_and_grad(
     weights: Float[Array, "*batch"],
     total: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], PyTree]:
-    """`imitation_loss` of `logits(params)` and its gradient in `params`, the student's step.
+    """`imitation_loss` of `logits(params)` and its gradient in `params`.
 
-    Both the theorem and every path of `distill` call this function, so what is verified is what trains.
+    The theorem and every path of `distill` call this function, so the code that is verified is the code that
+    trains.
     """
     return jax.value_and_grad(lambda p: imitation_loss(channel, logits(p), targets, weights, total))(params)
 
 
 def _hidden(dtype: Any) -> float:
-    """The constant that takes the place of unseen logits.
+    """The constant that replaces hidden logits.
 
-    A power of two, the same number in every dtype but float16, so that equal constants cancel. It lies below any
-    logit of a network, its softmax is exactly 0, and divided by a temperature of 1e-9 it is still finite.
+    It is a power of two, and the same number in every dtype but float16, so equal constants cancel. It is below
+    any logit of a network, its softmax is exactly 0, and it stays finite when divided by a temperature of 1e-9.
     """
     return -(2.0 ** min(96, 3 * jnp.finfo(dtype).maxexp // 4))
 
@@ -111,9 +112,9 @@ def _require_weights(name: str, weights: Any) -> None:
 @register_dataclass
 @dataclass(frozen=True)
 class SquaredError:
-    """sum_i w_i (z_i - y_i)^2 on the logits themselves; M = 2 diag(w).
+    """Squared error of the logits: sum_i w_i (z_i - y_i)^2; M = 2 diag(w).
 
-    `weights` is one non-negative number or one per logit.
+    `weights` is one non-negative number, or one per logit.
 
     Raises:
         InputError: a weight is negative or not finite.
@@ -134,7 +135,7 @@ class SquaredError:
 
     def loss(self, student_logits: Logits, targets: Logits) -> Values:
         """Weighted sum of squares, not their mean."""
-        # Logits of weight 0 are dropped before the square: one of any size must not reach the loss as inf or nan.
+        # Drop logits of weight 0 before squaring: a huge one would make the loss inf or nan.
         difference = jnp.where(self.visible(student_logits.shape[-1]), student_logits - targets, 0)
         return jnp.sum(self._weigh(jnp.square(difference)), axis=-1)
 
@@ -153,13 +154,14 @@ class SquaredError:
 @register_dataclass
 @dataclass(frozen=True)
 class SampledToken:
-    """Cross-entropy on one token sampled from the teacher at a temperature; 0 is greedy.
+    """Cross-entropy on one token sampled from the teacher at a temperature; temperature 0 is greedy.
 
-    At temperature 1 the mean of its gradients over tokens is the gradient of `SoftLogits()`, and `metric` is the
-    mean Hessian. At any other temperature the mean loss has no minimum at the teacher's logits and no metric.
+    At temperature 1, the gradient averaged over tokens is the gradient of `SoftLogits()`, and `metric` is the
+    mean Hessian. At any other temperature, the mean loss is not smallest at the teacher's logits, and there is no
+    metric.
 
     Raises:
-        InputError: the temperature is negative or not finite; no key to sample with; no metric.
+        InputError: the temperature is negative or not finite; sampling has no key; the temperature has no metric.
     """
 
     temperature: float | int = field(default=1.0, metadata={"static": True})
@@ -182,7 +184,7 @@ class SampledToken:
         return _cross_entropy(student_logits, targets)
 
     def metric(self, logits: Logits, tangent: Logits) -> Logits:
-        """(diag(s) - s s^T) tangent, the metric in expectation over the token."""
+        """(diag(s) - s s^T) tangent, the expected Hessian over tokens."""
         if self.temperature != 1:
             raise InputError(f"SampledToken({self.temperature}) has no output metric: use temperature 1")
         return softmax_metric(logits, tangent)
@@ -194,7 +196,7 @@ class SampledToken:
 
 def _cross_entropy(logits: Logits, tokens: Int[Array, "*batch"]) -> Values:
     below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    # The token is picked by comparison: the gradient is then one pass over the logits, without a scatter.
+    # Pick the token by comparison, so the gradient is one pass over the logits without a scatter.
     own = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
     return jnp.log(jnp.sum(jnp.exp(below), axis=-1)) - jnp.sum(jnp.where(own, below, 0), axis=-1)
 
@@ -202,11 +204,11 @@ def _cross_entropy(logits: Logits, tokens: Int[Array, "*batch"]) -> Values:
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Subset:
-    """Another channel that sees only some logits; a softmax is then over those alone.
+    """Another channel restricted to some logits. A softmax is over those logits alone.
 
     `where` selects as in NumPy: integer indices, or a boolean mask with one entry per logit. Indices are static.
     A mask is data, so channels that see different logits can be stacked and run under one `vmap`.
-    Every method raises InputError for an index outside 0..n-1, a mask of another length, or nothing selected.
+    Every method raises InputError for an index outside 0..n-1, a mask of the wrong length, or an empty selection.
     """
 
     where: PyTree
@@ -244,7 +246,7 @@ class Subset:
 
 
 def _selection(where: Any) -> Any:
-    """Indices as a tuple of integers; a mask, or the placeholder of a transformation, unchanged."""
+    """Indices as a tuple of integers; a mask or a JAX placeholder unchanged."""
     if isinstance(where, Sequence) and where and all(isinstance(chosen, bool) for chosen in where):
         return np.asarray(where)
     if isinstance(where, Sequence) or getattr(where, "dtype", _BOOL) != _BOOL:
@@ -271,10 +273,10 @@ def _mask(where: Any, n: int) -> np.ndarray | Array:
 @register_dataclass
 @dataclass(frozen=True)
 class TopK:
-    """Another channel that sees, at each position, only the teacher's k largest logits.
+    """Another channel restricted, at each position, to the teacher's k largest logits.
 
     The targets are (mask [*batch, n], targets of the inner channel on the masked logits), so the student is
-    compared on the logits that the teacher chose. Logits hidden by an outer `Subset` are never among the k.
+    compared on the teacher's largest logits. Logits hidden by an outer `Subset` are never among the k.
 
     Raises:
         InputError: k is below 1, or above the number of logits that the channel sees.
@@ -312,9 +314,9 @@ class TopK:
 
 
 def require_enough(channel: Any, seen: np.ndarray | Array) -> None:
-    """Refuse a `TopK` within a channel that keeps more logits than the channels around it let it see.
+    """Refuse a `TopK` inside `channel` that keeps more logits than it can see.
 
-    `seen` [n] are the logits that reach `channel`. A mask that is traced is not judged.
+    `seen` [n] are the logits that reach `channel`. A traced mask is not checked.
 
     Raises:
         InputError: gives k and the number of logits.
@@ -337,12 +339,13 @@ def require_enough(channel: Any, seen: np.ndarray | Array) -> None:
 @register_dataclass
 @dataclass(frozen=True)
 class WeightedSum:
-    """sum_k w_k loss_k over several channels at once, such as imitation and a penalty for leaving a base model.
+    """sum_k w_k loss_k over several channels, such as imitation and a penalty for moving away from a base model.
 
     Each channel transmits its own targets; `weights` has one non-negative number per channel.
 
     Raises:
-        InputError: there is no channel, or the number of weights is another; a weight is negative or not finite.
+        InputError: there is no channel; the numbers of channels and weights differ; a weight is negative or not
+            finite.
     """
 
     channels: PyTree
@@ -351,7 +354,7 @@ class WeightedSum:
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Sequence | np.ndarray | jax.Array):
-            return  # a placeholder of a transformation
+            return  # a JAX placeholder
         shape = self.weights.shape if hasattr(self.weights, "shape") else (len(self.weights),)
         count = shape[-1] if shape else 0  # an ensemble has leading axes
         if not self.channels or count != len(self.channels):
@@ -360,7 +363,7 @@ class WeightedSum:
             _require_weights("WeightedSum", self.weights)
 
     def targets(self, key: MaybeKey, teacher_logits: Logits) -> tuple[PyTree, ...]:
-        """The targets of each channel, each with a random stream of its own."""
+        """The targets of each channel, each from its own random stream."""
         keys = [None if key is None else jax.random.fold_in(key, number) for number in range(len(self.channels))]
         return tuple(part.targets(own, teacher_logits) for part, own in zip(self.channels, keys, strict=True))
 
@@ -373,5 +376,5 @@ class WeightedSum:
         return jnp.tensordot(jnp.asarray(self.weights), jnp.stack(metrics), axes=1)
 
     def visible(self, n: int) -> Bool[Array, " n"]:
-        """The logits that any of the channels sees."""
+        """The logits that at least one of the channels sees."""
         return jnp.any(jnp.stack([channel.visible(n) for channel in self.channels]), axis=0)

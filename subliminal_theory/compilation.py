@@ -9,13 +9,13 @@ import platformdirs
 
 
 def keep_compiled(folder: Path | None = None) -> Path | None:
-    """Keep compiled programs in a folder, from which later processes take them; call it before the first one is.
+    """Keep compiled programs in a folder, so later processes reuse them. Call this before JAX compiles anything.
 
-    Without a folder it is the one that JAX was told already, by `JAX_COMPILATION_CACHE_DIR` or its configuration,
-    or else the user's cache folder. Programs that compile in less than 0.3 seconds are not kept. Returns the
-    folder, None if JAX was told to have none.
+    The default folder is the one in `JAX_COMPILATION_CACHE_DIR` or in JAX's configuration, and otherwise the
+    user's cache folder. Programs that compile in less than 0.3 seconds are not kept. Returns the folder, or None
+    if JAX is configured to use none.
     """
-    settings: Any = jax.config  # whose attributes a type checker does not know
+    settings: Any = jax.config  # a type checker does not know its attributes
     named = "JAX_COMPILATION_CACHE_DIR" in os.environ or settings.jax_compilation_cache_dir is not None
     if folder is not None or not named:
         where = folder or platformdirs.user_cache_path("subliminal_theory") / "compiled"

@@ -1,4 +1,4 @@
-"""The verb of the project: one update, one scanned run, for a toy and for a language model."""
+"""Distillation: one update and one scanned run, the same for a toy and for a language model."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from subliminal_theory.source import Batch, Buckets, Source, batch_shapes, with_
 @register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Where a run stands after `step` of its steps; the rest of what it needs, it is called with again."""
+    """A run after `step` of its steps. To resume, give it to `distill` with the same other arguments."""
 
     params: PyTree
     optimizer: PyTree
@@ -34,10 +34,10 @@ class State:
 @register_dataclass
 @dataclass(frozen=True)
 class Trained:
-    """A model after its run, and the loss of every step before that step's update.
+    """A trained model, and the loss of every step before that step's update.
 
-    `observed` is what `observe` returned, stacked over steps; `snapshots` the models after the steps asked for;
-    `state` is where to go on.
+    `observed` is what `observe` returned, stacked over steps; `snapshots` are the models after the requested
+    steps; `state` resumes the run.
     """
 
     model: Model
@@ -50,7 +50,7 @@ class Trained:
 @register_dataclass
 @dataclass(frozen=True)
 class Step:
-    """What one step of a run is about to do: the model before it, its gradient and its update."""
+    """One step before it is applied: the model, its gradient and its update."""
 
     index: PyTree
     model: Model
@@ -59,13 +59,13 @@ class Step:
 
 
 Observe = Callable[[Step], PyTree]
-# The model at other trainable parameters.
+# From trainable parameters to the model that has them.
 At = Callable[[PyTree], Model]
 Found = tuple[Float[Array, ""], PyTree]
-# The weighted mean of a batch's losses and its gradient in the trainable parameters. The last argument is the
-# total weight, if the batch is a part of a larger one.
+# From trainable parameters, the model, a batch and a key to the weighted mean of the batch's losses and its
+# gradient. The last argument is the total weight if the batch is part of a larger one, else None.
 ValueAndGrad = Callable[[PyTree, At, Batch, Key[Array, ""], Float[Array, ""] | None], Found]
-# The same, and whether the model of that batch stays as it is.
+# The same, and whether the model skips the update.
 MayStop = Callable[[PyTree, At, Batch, Key[Array, ""], None], tuple[Float[Array, ""], PyTree, Bool[Array, ""]]]
 
 
@@ -85,26 +85,37 @@ def distill(
     count: int | None = None,
     accumulate: int = 1,
 ) -> Trained:
-    """Train a student on what a channel lets it see of a teacher, and on nothing else.
+    """Train a student only on what a channel shows it of a teacher.
 
-    Step t takes `theta <- theta - update(grad E_x[loss(f_theta(x), targets)])`. The teacher is called
-    inside the step, unless the batch brings targets sampled beforehand: then give `teacher=None`.
-    A pure function: `jax.jit` it with the models and the source as arguments, and `jax.vmap` it over
-    students, channels, teachers or keys. What is not mapped over (a shared teacher, shared inputs)
-    is computed once for all. Parameters without a gradient (integers, booleans, random keys) stay as they are.
+    Each step is `theta <- theta - update(grad E_x[loss(f_theta(x), targets)])`. The step calls the teacher. If
+    the batches have targets that were sampled in advance, give `teacher=None`. The function is pure: `jax.jit` it
+    with the models and the source as arguments, and `jax.vmap` it over students, channels, teachers or keys.
+    Whatever is not mapped over (a shared teacher, shared inputs) is computed once for all runs. Parameters without
+    a gradient (integers, booleans, random keys) do not change.
 
-    `observe` sees every step, and its result is stacked over steps; `snapshots` are the ascending numbers of
-    steps after which to keep the model. `chunk` limits how many positions have logits in memory at once; both
-    models must be `BodyAndHead`. A run of `steps` can resume: a call goes on from `state` and makes `count` steps,
-    all that are left if None; calls of equal count are one program. `accumulate` is the number of equal parts in
-    which a batch is computed, one after the other; their gradients add up to the gradient of the weighted mean.
+    Args:
+        student: the model to train.
+        teacher: the model to imitate, with the student's logits; None if the batches have targets.
+        channel: what the student sees of the teacher's logits, and its loss.
+        source: gives the batches.
+        optimizer: turns gradients into updates.
+        steps: the number of steps of the whole run.
+        key: the random key of the batches and of the channel.
+        observe: is called at every step; its results are stacked over steps.
+        snapshots: the model is kept after each of these steps, in ascending order.
+        chunk: the most positions whose logits are in memory at once; both models must be `BodyAndHead`.
+        state: the state to resume from; None starts the run.
+        count: the number of steps that this call takes, by default all that are left. Calls with equal counts
+            share one compiled program.
+        accumulate: each batch is computed in this many equal parts, one after another. Their gradients add up to
+            the gradient of the weighted mean.
 
     Raises:
-        InputError: the source brings labels; both or neither of a teacher and targets are given;
-            student and teacher have different logits; the channel selects logits that do not exist, or its
-            loss is not imitation (`audit.refuse_wrong_channel`); snapshots are not ascending steps of the run,
-            or are asked of a resumed call; a call without steps, or with more than are left; a chunk below 1,
-            or of models that are not `BodyAndHead`; a batch that cannot be cut into equal parts.
+        InputError: the source has labels; a teacher and targets are both given, or both missing; student and
+            teacher have different logits; the channel selects logits that do not exist, or its loss is not
+            imitation (`audit.refuse_wrong_channel`); snapshots are not ascending steps of the run, or the call
+            resumes a run and has snapshots; `count` is below 1 or above the number of steps left; `chunk` is
+            below 1, or a model is not `BodyAndHead`; a batch cannot be cut into equal parts.
     """
     probe = batch_shapes(source)
     if probe.labels is not None:
@@ -117,7 +128,7 @@ def distill(
         if chunk < 1:
             raise InputError(f"chunk must be at least 1, got {chunk}")
         if not all(isinstance(model.apply, BodyAndHead) for model in (student, teacher) if model is not None):
-            raise InputError("chunks need models of features and readout: leave chunk out")
+            raise InputError("chunks need models with features and readout: leave chunk out")
 
     size = jax.tree.leaves(probe.inputs)[0].shape[0]
     if accumulate < 1 or size % accumulate:
@@ -134,7 +145,7 @@ def distill(
 
 
 def _in_chunks(teacher: Model | None, channel: Channel, chunk: int) -> ValueAndGrad:
-    """The positions of a batch chunk by chunk: logits exist once, for both the loss and the gradient."""
+    """Compute a batch in chunks of positions. Logits are computed once, for both the loss and the gradient."""
 
     def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Found:
         read, back = jax.vjp(lambda p: _features(at(p), batch.inputs), params)
@@ -142,7 +153,7 @@ def _in_chunks(teacher: Model | None, channel: Channel, chunk: int) -> ValueAndG
         shape = read.shape[:-1]
         positions = math.prod(shape)
         chunks = -(-positions // chunk)
-        size = -(-positions // chunks)  # alike, so that little is computed for padding
+        size = -(-positions // chunks)  # equal sizes need the least padding
         total = jnp.sum(batch.weights) if total is None else total
 
         def cut(leaf: Array) -> Array:
@@ -177,7 +188,7 @@ def _readout(model: Model, features: Float[Array, "chunk width"]) -> Float[Array
 
 
 def _accumulated(one: ValueAndGrad, parts: int) -> ValueAndGrad:
-    """The sum over equal parts of a batch."""
+    """Sum over equal parts of a batch."""
 
     def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Found:
         total = jnp.sum(batch.weights) if total is None else total
@@ -193,7 +204,7 @@ def _accumulated(one: ValueAndGrad, parts: int) -> ValueAndGrad:
 
 
 def _summed(term: Callable[[PyTree], tuple[PyTree, PyTree]], pieces: PyTree) -> tuple[PyTree, PyTree]:
-    """The sum of the first result of `term` over pieces, in at least float32, and its second results stacked."""
+    """Sum the first result of `term` over pieces, in float32 or wider, and stack its second results."""
     shapes, _ = jax.eval_shape(term, jax.tree.map(lambda leaf: leaf[0], pieces))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
 
@@ -219,14 +230,14 @@ def teach(
     count: int | None = None,
     until: float = 0.0,
 ) -> Trained:
-    """Give a teacher its trait: the run of `distill` with `loss(logits, labels)`, one value per position.
+    """Give a teacher its trait. This runs as `distill` does, with `loss(logits, labels)`, one value per position.
 
-    With `until`, no update is made at a step whose batch has the trait: exp(-mean loss) of its positions of weight
-    1 or more is at least `until`. Where every step takes all rows, training ends there, and the loss stays.
+    With `until`, a step skips its update if its batch already has the trait: exp(-mean loss) over its positions of
+    weight 1 or more is at least `until`. If every step takes all rows, training stops there for good.
 
     Raises:
-        InputError: the source brings no labels; snapshots are not ascending steps of the run; a piece without
-            steps, or with more than are left; `until` is no probability below 1.
+        InputError: the source has no labels; snapshots are not ascending steps of the run; `count` is below 1 or
+            above the number of steps left; `until` is not in [0, 1).
     """
     if not 0 <= until < 1:
         raise InputError(f"teach: until must be from 0 to below 1, got {until}")
@@ -262,7 +273,7 @@ def _run(
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
     first: int | Array = 0 if state is None else state.step
-    # Within a compiled program the first step is no number yet; the length of a piece always is one.
+    # Inside a compiled program the first step is traced; the number of steps is always known.
     known = None if isinstance(first, jax.core.Tracer) else int(first)
     if count is None:
         if known is None:
@@ -271,7 +282,7 @@ def _run(
     if not 0 < count <= steps - (known or 0):
         raise InputError(f"a run of {steps} steps has no {count} steps after step {known or 0}")
     if state is not None and snapshots:
-        raise InputError("a piece that goes on keeps no snapshots: leave them out")
+        raise InputError("a resumed run keeps no snapshots: leave them out")
     bounds = [0, *snapshots, count]
     if any(start >= stop for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True)) or bounds[-2] > count:
         raise InputError(f"snapshots must be ascending steps from 1 to {count}, got {list(snapshots)}")
@@ -314,7 +325,7 @@ def _run(
 
 
 def require_compatible(student: Model, teacher: Model | None, channel: Channel, inputs: PyTree) -> None:
-    """Refuse a student and a teacher that do not speak over the same logits.
+    """Refuse a student and a teacher with different logits, or a channel that does not fit them.
 
     Raises:
         InputError: their logits differ in shape, the channel selects logits that do not exist, or its loss is
@@ -329,9 +340,9 @@ def require_compatible(student: Model, teacher: Model | None, channel: Channel, 
 
 
 def require_finite(losses: Float[Array, "..."] | Float[np.ndarray, "..."], runs: list[str]) -> None:
-    """Refuse a diverged training run, once its losses are on the host.
+    """Refuse a training run that diverged.
 
-    `losses` is [run, ..., steps], `runs` names the leading axis.
+    `losses` has shape [run, ..., steps]; `runs` names the entries of the leading axis.
 
     Raises:
         InputError: names the first run that diverged and its step.

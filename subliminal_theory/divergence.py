@@ -1,4 +1,4 @@
-"""Divergences of the student's softmax from the teacher's softmax: channels that show all logits."""
+"""Divergences between the student's and the teacher's softmax: channels that show all logits."""
 
 import functools
 import math
@@ -19,12 +19,12 @@ Values = Float[Array, "*batch"]
 MaybeKey = Key[Array, ""] | None
 
 
-# Channels by the name that a command line knows them by; each enters where it is defined.
+# Channels by their names on the command line; `named_channel` registers each of them.
 NAMED: dict[str, Callable[..., Any]] = {}
 
 
 def named_channel(name: str, *default: Any) -> Callable[[Any], Any]:
-    """Enter a channel class in `NAMED`, made with `default` where the name comes without a number."""
+    """Register a channel class in `NAMED`; `default` is its first argument if the name comes without a number."""
 
     def enter(kind: Any) -> Any:
         NAMED[name] = functools.partial(kind, *default) if default else kind
@@ -34,10 +34,10 @@ def named_channel(name: str, *default: Any) -> Callable[[Any], Any]:
 
 
 def channel_named(text: str) -> Any:
-    """The channel of a name such as `reverse_kl`, or `top_k:5` with the number that its class takes first.
+    """The channel with a name such as `reverse_kl`, or `top_k:5`, where 5 is the first argument of its class.
 
     Raises:
-        InputError: the name is unknown, or the number is none; says what there is.
+        InputError: the name is unknown, or what follows the colon is not a number.
     """
     name, _, number = text.partition(":")
     if name not in NAMED:
@@ -45,7 +45,7 @@ def channel_named(text: str) -> Any:
     try:
         given = [int(number) if number.isdigit() else float(number)] if number else []
     except ValueError as error:
-        raise InputError(f"channel {text!r}: give a number behind the colon, as in top_k:5") from error
+        raise InputError(f"channel {text!r}: give a number after the colon, as in top_k:5") from error
     kind: Any = NAMED[name]
     return kind.func(*given) if given and isinstance(kind, functools.partial) else kind(*given)
 
@@ -59,7 +59,7 @@ def softmax_metric(logits: Logits, tangent: Logits) -> Logits:
 
 @dataclass(frozen=True)
 class _Divergence:
-    """A divergence of softmax(logits / temperature) whose Hessian at equality is (diag(s) - s s^T) / T^2."""
+    """A divergence between softmax(logits / T), with Hessian (diag(s) - s s^T) / T^2 at equality."""
 
     temperature: PyTree = 1.0
     exact: ClassVar[bool] = True
@@ -86,17 +86,17 @@ class _Divergence:
 @register_dataclass
 @dataclass(frozen=True)
 class SoftLogits(_Divergence):
-    """KL(teacher || student) of softmax(logits / temperature): the teacher's whole distribution.
+    """KL(teacher || student) of softmax(logits / T), where T is `temperature`: the teacher's whole distribution.
 
-    Its gradient in the student's logits equals the gradient of the cross-entropy, and M = (diag(s) - s s^T) / T^2.
-    The loss is not rescaled by T^2.
+    Its gradient in the student's logits is that of the cross-entropy, and M = (diag(s) - s s^T) / T^2. The loss
+    is not multiplied by T^2.
 
     Raises:
         InputError: the temperature is not a positive number.
     """
 
     def loss(self, student_logits: Logits, targets: Logits) -> Values:
-        """sum_i s_i (log s_i - log z_i), in nats."""
+        """sum_i s_i (log s_i - log z_i), in nats, with s the teacher's probabilities and z the student's."""
         student = jax.nn.log_softmax(student_logits / self.temperature)
         return jnp.sum(jnp.exp(targets) * (targets - student), axis=-1)
 
@@ -105,10 +105,10 @@ class SoftLogits(_Divergence):
 @register_dataclass
 @dataclass(frozen=True)
 class ReverseKL(_Divergence):
-    """KL(student || teacher) of softmax(logits / temperature); M and refusals are those of `SoftLogits`."""
+    """KL(student || teacher) of softmax(logits / temperature). M and errors are the same as for `SoftLogits`."""
 
     def loss(self, student_logits: Logits, targets: Logits) -> Values:
-        """sum_i z_i (log z_i - log s_i), in nats."""
+        """sum_i z_i (log z_i - log s_i), in nats, with s the teacher's probabilities and z the student's."""
         student = jax.nn.log_softmax(student_logits / self.temperature)
         return jnp.sum(jnp.exp(student) * (student - targets), axis=-1)
 
@@ -117,10 +117,10 @@ class ReverseKL(_Divergence):
 @register_dataclass
 @dataclass(frozen=True)
 class JensenShannon(_Divergence):
-    """The mean of KL(s || m) and KL(z || m), m = (s + z) / 2, of softmax(logits / temperature).
+    """The mean of KL(s || m) and KL(z || m), with m = (s + z) / 2, s the teacher's softmax and z the student's.
 
-    At most log 2 nats. M is a quarter of the metric of `SoftLogits`: (diag(s) - s s^T) / (2 T)^2.
-    It refuses what `SoftLogits` refuses.
+    Both softmaxes are of logits / T, where T is `temperature`. The loss is at most log 2 nats. M is a quarter of
+    the metric of `SoftLogits`: (diag(s) - s s^T) / (2 T)^2. Errors are the same as for `SoftLogits`.
     """
 
     def loss(self, student_logits: Logits, targets: Logits) -> Values:

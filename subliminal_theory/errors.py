@@ -1,22 +1,22 @@
-"""The one exception for what a user can mend, and how its message quotes what comes from elsewhere."""
+"""The one exception for what a user can fix, and how its message quotes text from elsewhere."""
 
 _LONGEST = 200
 
 
 class InputError(ValueError):
-    """Something given cannot be used; the message says what, where and what to do.
+    """An input cannot be used. The message says what, where and what to do.
 
     The command line prints it as one line, `error: ...`, and exits with status 2.
     """
 
 
 def one_line(error: object) -> str:
-    """An error or a name out of a file as a part of a line: printable, of some 200 characters at most."""
+    """An error, or a name from a file, as printable text on one line, about 200 characters at most."""
     return _bounded(" ".join(str(error).split()) or type(error).__name__)
 
 
 def shown(value: object) -> str:
-    """A value out of a file as a part of a line, as Python writes it."""
+    """A value from a file as its `repr`, on one line, about 200 characters at most."""
     return _bounded(repr(value))
 
 

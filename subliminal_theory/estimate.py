@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, Float, Real
 from scipy import stats
 
 from subliminal_theory.errors import InputError
 
+Numbers = Sequence[float | int] | Real[np.ndarray, " n"] | Real[Array, " n"]
+
 
 class Estimate(NamedTuple):
-    """A mean over n runs and the half-width of its interval (nan for a single run)."""
+    """A mean over n runs, and the half-width of its confidence interval (nan for a single run)."""
 
     mean: float
     half_width: float
@@ -24,7 +26,7 @@ class Estimate(NamedTuple):
         return format(self, ".3f")
 
     def __format__(self, form: str) -> str:
-        """The text with numbers in a form such as `.2g`."""
+        """Format the numbers with a format specification such as `.2g`."""
         if not form:
             return str(self)
         if self.n == 1:
@@ -32,11 +34,11 @@ class Estimate(NamedTuple):
         return f"{self.mean:{form}} ± {self.half_width:{form}} (n={self.n})"
 
 
-def t_interval(values: Sequence[float] | Float[np.ndarray, " n"], level: float = 0.95) -> Estimate:
-    """Student's t interval of a mean: t_{n-1} s / sqrt(n), s with ddof 1; exact for normal runs.
+def t_interval(values: Numbers, level: float = 0.95) -> Estimate:
+    """A mean with Student's t interval: half-width t_{n-1} s / sqrt(n), s with ddof 1; exact for normal values.
 
     Raises:
-        InputError: no value.
+        InputError: there is no value.
     """
     x = np.asarray(values, dtype=float)
     if x.size == 0:
@@ -47,8 +49,8 @@ def t_interval(values: Sequence[float] | Float[np.ndarray, " n"], level: float =
     return Estimate(float(x.mean()), float(half), int(x.size))
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """t interval of first - second over runs that share their seed.
+def paired_difference(first: Sequence[float | int], second: Sequence[float | int]) -> Estimate:
+    """The mean of first - second with its t interval, for runs paired by seed.
 
     Raises:
         InputError: the numbers of runs differ.
@@ -69,18 +71,25 @@ class Share(NamedTuple):
 def variance_shares(
     levels: Mapping[str, Sequence[object]], values: Float[np.ndarray, "settings seeds"], draws: int = 1000
 ) -> dict[str, Share]:
-    """How much of the variance of single runs each factor of a balanced design explains.
+    """The share of the variance of single runs that each factor of a balanced design explains.
 
-    A factor's share is its first-order Sobol index, Var(E[y | level]) / Var(y): the sum of squares of its levels
-    less what they get by chance, so that a factor without effect has 0 on average. By chance means: from the
-    noise of seeds alone where every combination of levels stands exactly once, else (settings drawn at random)
-    from all that varies within a level. `seed` is the variance within settings, `together` the rest, what
-    factors do only in combination. Intervals are percentiles of a bootstrap, whose draws are always the same:
-    over settings, or over the seeds of each setting where every combination stands once.
+    A factor's share is its first-order Sobol index, Var(E[y | level]) / Var(y). It is computed as the sum of
+    squares of the factor's levels minus the part expected by chance, so a factor without effect has a share of 0
+    on average. If every combination of levels occurs exactly once, the part by chance comes from the noise between
+    seeds. Otherwise (settings drawn at random) it comes from all variance within a level. `seed` is the share of
+    the variance within settings. `together` is the rest: effects that factors have only in combination.
+
+    Intervals are bootstrap percentiles with fixed draws. The bootstrap resamples the seeds of each setting if
+    every combination occurs exactly once, and otherwise the settings.
+
+    Args:
+        levels: for each factor, its level in every setting.
+        values: one value for each run, [settings, seeds].
+        draws: the number of bootstrap draws.
 
     Raises:
-        InputError: fewer than two settings, a factor with another number of entries than there are settings, or
-            one that is named `seed` or `together`.
+        InputError: there are fewer than two settings; a factor does not have one level per setting; a factor is
+            named `seed` or `together`.
     """
     count, seeds = len(values), values.shape[1] if values.ndim > 1 else 0
     if count < 2 or any(len(column) != count for column in levels.values()):
@@ -123,7 +132,7 @@ def _shares(codes: Mapping[str, np.ndarray], values: np.ndarray, complete: bool)
     if complete and seeds > 1:
         chance = dict.fromkeys(codes, within / seeds)
     elif complete:
-        # With one run a setting, noise cannot be told from what factors do together.
+        # With one run per setting, noise cannot be separated from joint effects.
         left = count - 1 - sum(freedom.values())
         chance = dict.fromkeys(codes, max(everything - sum(squares.values()), 0.0) / max(left, 1))
     else:
@@ -138,11 +147,11 @@ def _shares(codes: Mapping[str, np.ndarray], values: np.ndarray, complete: bool)
     return {**shares, "together": 1 - sum(shares.values()) - seed, "seed": seed}
 
 
-def log_slope(x: ArrayLike, y: ArrayLike) -> float:
+def log_slope(x: Numbers, y: Numbers) -> float:
     """Least-squares slope of log |y| against log |x|: the order of y in x.
 
     Raises:
-        InputError: fewer than two points, or a zero.
+        InputError: there are fewer than two points, or a value is 0.
     """
     x_, y_ = np.abs(np.asarray(x, float)), np.abs(np.asarray(y, float))
     if x_.size < 2 or not (x_ > 0).all() or not (y_ > 0).all():
@@ -151,28 +160,33 @@ def log_slope(x: ArrayLike, y: ArrayLike) -> float:
 
 
 class MatrixTest(NamedTuple):
-    """How far a diagonal stands out, and how often a permutation does at least as well."""
+    """How far a diagonal stands out, and the share of permutations that stand out at least as far."""
 
     statistic: float
     p: float
 
 
-def matrix_test(matrices: Float[np.ndarray, "groups n n"], draws: int = 20_000) -> MatrixTest:
-    """Whether run i responds most to question i: mean of diagonals less mean of all else, and its p.
+def matrix_test(matrices: Float[np.ndarray, "..."], draws: int = 20_000) -> MatrixTest:
+    """A permutation test of whether run i responds most to question i.
 
-    Under the null hypothesis the runs of a group (a base) can be exchanged. All permutations within groups are
-    counted if there are at most `draws` of them. Else `draws` random ones (always the same) are counted, together
-    with the one that was found, so that p is valid too.
+    The statistic is the mean of the diagonals minus the mean of all other entries. Under the null hypothesis, the
+    runs of a group (those that share a base model) are exchangeable. If there are at most `draws` permutations
+    within groups, all of them count. Otherwise `draws` random ones count (always the same), together with the
+    observed one, so that p is valid.
+
+    Args:
+        matrices: one for each group, [groups, n, n]: rows are runs, columns are questions.
+        draws: the number of random permutations.
 
     Raises:
-        InputError: no group, or matrices that are not square or smaller than 2 x 2.
+        InputError: there is no group, or the matrices are not square or are smaller than 2 x 2.
     """
     groups, n = len(matrices), matrices.shape[-1]
     if not groups or matrices.ndim != 3 or matrices.shape[1] != n or n < 2:
         raise InputError(f"a matrix test needs square matrices of at least 2 x 2, got shape {matrices.shape}")
-    total = matrices.sum()
+    total = float(matrices.sum())
 
-    def statistic(diagonal: np.ndarray) -> np.ndarray:
+    def statistic(diagonal: float) -> float:
         return diagonal / (groups * n) - (total - diagonal) / (groups * n * (n - 1))
 
     found = float(np.trace(matrices, axis1=1, axis2=2).sum())
@@ -187,4 +201,4 @@ def matrix_test(matrices: Float[np.ndarray, "groups n n"], draws: int = 20_000) 
         picked = np.take_along_axis(matrices[None], orders[..., None], axis=-1)[..., 0]
         diagonals = picked.sum((1, 2))
         hits, count = int((diagonals >= found - 1e-12 * abs(total)).sum()) + 1, draws + 1
-    return MatrixTest(float(statistic(np.array(found))), hits / count)
+    return MatrixTest(statistic(found), hits / count)

@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, locked, recognised by a fingerprint; arrays by name in one format.
+"""Files: atomic writes, locks, fingerprints, and named arrays in safetensors files.
 
-That format is safetensors: a header with the name, dtype and shape of each array, then their bytes. The library
-of that name checks what is read. It cannot write one array at a time, so the writer is here.
+A safetensors file is a header with the name, dtype and shape of each array, and then the bytes of the arrays. The
+safetensors library checks what is read. It cannot write one array at a time, so this module has its own writer.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to: a reader sees the old one or the whole new one, even after a power cut.
+    """A file to write to. A reader sees either the old file or the whole new one, even after a power cut.
 
     Raises:
-        InputError: the disk is full, or the folder cannot be written; what was there stays.
+        InputError: the disk is full, or the folder cannot be written. The old file stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -63,24 +63,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file as `atomic_file` does, and raise what that raises."""
+    """Write a whole file with `atomic_file`. It raises the same errors."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into under a temporary name; it gets the name `path` when all is written, or is removed.
+    """A temporary folder to write into. It is renamed to `path` at the end, or removed after an error.
 
     Raises:
-        InputError: `path` is there and not an empty folder, the disk is full, or the parent cannot be written.
+        InputError: `path` exists and is not an empty folder, the disk is full, or the parent cannot be written.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path} is there already: delete it or choose another folder")
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, path)
@@ -100,10 +100,10 @@ def _not_written(path: Path, error: OSError) -> InputError:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One thread of one process at a time works in a folder, which is made if needed; others wait.
+    """Lock a folder: one thread of one process works in it at a time, and others wait. Create it if needed.
 
     Raises:
-        InputError: the folder cannot be made or written.
+        InputError: the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,12 +115,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def fingerprint(*given: Any) -> str:
-    """SHA-256 of values that decide something, in hexadecimal: the same for equal values in every process.
+    """The SHA-256 of values, in hexadecimal. Equal values have equal fingerprints in every process.
 
-    Pytrees and dataclasses count with all they hold, static fields too: arrays by dtype, shape and bytes (typed
-    random keys by their data), a `Path` by the content of its file, bytes as a file that holds them, anything else
-    by its `repr` without memory addresses. What a function closes over does not show in that: give it beside the
-    function. One array at a time is on the host.
+    Pytrees and dataclasses enter with all their fields, including static ones. Arrays enter by dtype, shape and
+    bytes (typed random keys by their data), a `Path` by the content of its file, bytes as a file with that
+    content, and anything else by its `repr` without memory addresses. A function's `repr` does not show what it
+    closes over, so pass those values too. At most one array at a time is copied to the host.
 
     Raises:
         InputError: a file cannot be read.
@@ -161,13 +161,13 @@ def _parts(path: str, value: Any) -> Iterator[bytes | memoryview]:
 
 
 def _line(path: str, text: str) -> bytes:
-    """With its length, so that no two sequences of lines have the same bytes."""
+    """A line preceded by its length, so that no two sequences of lines have the same bytes."""
     line = f"{path} {text}".encode("utf-8", "surrogatepass")
     return len(line).to_bytes(8, "little") + line
 
 
 def raw_bytes(array: np.ndarray | np.generic | jax.Array) -> memoryview:
-    """The bytes of an array, the last axis fastest and the lowest byte first."""
+    """The bytes of an array in C order, little-endian."""
     # np.asarray caches the host copy on a JAX array: copy first, so that it can be freed.
     host = np.asarray(array.copy() if isinstance(array, jax.Array) else array)
     return np.ascontiguousarray(host, host.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
@@ -177,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        InputError: the file cannot be read, holds no JSON object, or an object with one key twice.
+        InputError: the file cannot be read, is not a JSON object, or has an object with a repeated key.
     """
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError(f"one of the keys {', '.join(map(ascii, content))} is there twice")
+        raise ValueError(f"one of the keys {', '.join(map(ascii, content))} occurs twice")
     return content
 
 
@@ -203,20 +203,28 @@ def save_arrays(
     metadata: Mapping[str, str] | None = None,
     read: Callable[[str], np.ndarray | jax.Array] | None = None,
 ) -> None:
-    """Write the arrays of a pytree by their names, such as `layers/0/kernel`, and text about them, atomically.
+    """Write the arrays of a pytree atomically, each under its name, such as `layers/0/kernel`.
 
-    One array at a time is in host memory. `read` gives the array of a name when it is written; leaves then need a
-    shape and a dtype alone. The same arrays give the same bytes. Typed random keys are stored as their data.
+    At most one array at a time is in host memory. Equal arrays give equal bytes. Typed random keys are stored as
+    their data.
+
+    Args:
+        path: the file to write.
+        tree: the arrays.
+        metadata: text to store with them.
+        read: returns the array with a given name when it is written. The leaves of `tree` then only need a shape
+            and a dtype.
 
     Raises:
-        InputError: a dtype that the format lacks, names that are equal or not text, or as `atomic_file`.
+        InputError: a dtype does not exist in the format; two names are equal, or a name is not text; or as for
+            `atomic_file`.
     """
     arrays = {
         name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves_by_path(tree).items()
     }
     if METADATA in arrays or len(arrays) < len(jax.tree.leaves(tree)):
         raise InputError(f"cannot write {path}: two arrays have one name, rename one")
-    # The widest first, so that all are aligned.
+    # The widest dtype first, so that all arrays are aligned.
     names = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
@@ -238,12 +246,12 @@ def save_arrays(
 
 
 def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a file by name, as read-only views of the mapped file, and the text about them.
+    """The arrays of a file by name, as read-only views of the memory-mapped file, and the file's metadata.
 
-    The header is checked now; bytes are read when they are used, so the file must stay as it is.
+    The header is checked now. The bytes are read when they are used, so the file must not change meanwhile.
 
     Raises:
-        InputError: the file cannot be read, is cut or damaged, or has a dtype that NumPy lacks.
+        InputError: the file cannot be read, is truncated or damaged, or has a dtype that NumPy lacks.
     """
     try:
         with safe_open(path, "numpy") as file:
@@ -263,12 +271,13 @@ def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def load_arrays(path: Path, like: PyTree = None) -> tuple[Any, dict[str, str]]:
-    """The arrays of a file in host memory by name, or in the structure of `like`, and the text about them.
+    """The arrays of a file in host memory, by name or in the structure of `like`, and the file's metadata.
 
-    Leaves of `like` need a shape and a dtype alone; where it has a typed random key, data becomes one again.
+    The leaves of `like` only need a shape and a dtype. Where `like` has a typed random key, the stored data
+    becomes a typed key again.
 
     Raises:
-        InputError: as `open_arrays`, or names, shapes and dtypes are not those of `like`.
+        InputError: as for `open_arrays`, or the names, shapes or dtypes differ from those in `like`.
     """
     arrays, metadata = open_arrays(path)
     if like is None:
@@ -280,7 +289,7 @@ def load_arrays(path: Path, like: PyTree = None) -> tuple[Any, dict[str, str]]:
     faults = misfits({name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}, arrays)
     if faults:
         raise InputError(
-            f"{path} does not hold what is asked for ({some(faults)}): delete it or give another file"
+            f"{path} does not have the expected arrays ({some(faults)}): delete it or give another file"
         )
 
     def one(key: Any, leaf: Any) -> Any:
@@ -299,7 +308,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def misfits(wanted: Mapping[str, tuple[Sequence[int], Any]], arrays: Mapping[str, Any]) -> list[str]:
-    """What is missing, unexpected, or not of the shape and dtype (or kind of dtype) wanted, a phrase each."""
+    """One phrase for each array that is missing, unexpected, or has the wrong shape, dtype or kind of dtype."""
     faults = [f"{name} is missing" for name in wanted if name not in arrays]
     faults += [f"{one_line(ascii(name)[1:-1])} is unexpected" for name in arrays if name not in wanted]
     for name, (shape, dtype) in wanted.items():
@@ -312,5 +321,5 @@ def misfits(wanted: Mapping[str, tuple[Sequence[int], Any]], arrays: Mapping[str
 
 
 def some(items: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
+    """The first five items, and how many more there are."""
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -1,9 +1,9 @@
-"""Where a student starts: a policy per layer, relative to the teacher's initialisation.
+"""Where a student starts: a policy per layer, relative to the teacher's initialization.
 
     initialise(PerLayer.of({"layers/2/*": Shared(), "*": Fresh()}), reference, fresh, key)
 
-shares the output layer and draws the rest anew. The first pattern that matches a parameter's path decides.
-Policies are pytrees: their amounts are leaves, so policies of one structure stack and run under one `vmap`.
+shares layer 2 and draws the other layers anew. The first pattern that matches a parameter's path decides.
+Policies are pytrees whose numbers are leaves, so policies of one structure stack and run under one `vmap`.
 """
 
 import fnmatch
@@ -27,7 +27,7 @@ from subliminal_theory.source import Source
 
 @runtime_checkable
 class Policy(Protocol):
-    """Makes a student's parameter from the teacher's initial one and an independent draw of it."""
+    """Makes a student's parameter from the teacher's initial parameter and an independent draw."""
 
     def __call__(
         self, key: Key[Array, ""], reference: Float[Array, "..."], fresh: Float[Array, "..."]
@@ -73,21 +73,21 @@ class Perturbed:
 @register_dataclass
 @dataclass(frozen=True)
 class Interpolated:
-    """(1 - t) reference + t fresh; its scale is smaller between than at the ends."""
+    """(1 - t) reference + t fresh. The scale of the parameters is smaller for 0 < t < 1 than at the ends."""
 
     t: PyTree
 
     def __call__(self, key: Key[Array, ""], reference: Array, fresh: Array) -> Array:
-        """The point t of the way."""
+        """The point at t between `reference` (t = 0) and `fresh` (t = 1)."""
         return (1 - self.t) * reference + self.t * fresh
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class PerLayer:
-    """A policy for each of some glob patterns of parameter paths, such as `layers/0/*`; the first match decides.
+    """One policy for each glob pattern of parameter paths, such as `layers/0/*`. The first match decides.
 
-    The order matters, so this is no dictionary: JAX sorts the keys of dictionaries.
+    The order matters, so this is not a dictionary: JAX sorts the keys of dictionaries.
 
     Raises:
         InputError: the numbers of patterns and policies differ.
@@ -102,19 +102,20 @@ class PerLayer:
 
     @classmethod
     def of(cls, rules: Mapping[str, Policy]) -> "PerLayer":
-        """The rules of a mapping, in its order."""
+        """The rules of a mapping from patterns to policies, in its order."""
         return cls(tuple(rules), tuple(rules.values()))
 
 
 def initialise(
     policy: Policy | PerLayer | Mapping[str, Policy], reference: PyTree, fresh: PyTree, key: Key[Array, ""]
 ) -> PyTree:
-    """Parameters of a student from its teacher's initial ones and an independent draw of the same shape.
+    """A student's initial parameters, made from the teacher's initial parameters and an independent draw.
 
-    `policy` is one policy for all parameters, or one for each pattern of their paths.
+    `reference` (the teacher's) and `fresh` (the draw) have one structure and equal shapes, as has the result.
+    `policy` is one policy for all parameters, or one for each pattern of paths.
 
     Raises:
-        InputError: a pattern matches no parameter, or a parameter is matched by no pattern.
+        InputError: a pattern matches no parameter, or no pattern matches a parameter.
     """
     if isinstance(policy, Mapping):
         policy = PerLayer.of(policy)
@@ -125,7 +126,7 @@ def initialise(
         for pattern, rule in zip(rules.patterns, rules.policies, strict=True):
             if fnmatch.fnmatchcase(name, pattern):
                 return rule(named(key, name), old, new)
-        raise InputError(f"no initialisation policy for parameter {name}: add a rule, or '*' for the rest")
+        raise InputError(f"no initialization policy for parameter {name}: add a rule, or '*' for the rest")
 
     def one(path: Any, old: Array, new: Array) -> Array:
         names = names_of(path, old)
@@ -135,11 +136,10 @@ def initialise(
 
 
 def permute_neurons(params: PyTree, layers: Sequence[PyTree], key: Key[Array, ""]) -> PyTree:
-    """The same function with its hidden neurons in another order, a new one for every hidden layer.
+    """Permute the neurons of every hidden layer at random. The network computes the same function.
 
-    `params["layers"]` is a mapping from layer to `kernel` [..., inputs, outputs] and perhaps `bias`, and
-    `layers` its keys in order of computation. Where a layer flattens feature maps first, features must
-    vary fastest.
+    `params["layers"]` maps each layer to its `kernel` [..., inputs, outputs] and an optional `bias`; `layers` are
+    its keys in order of computation. If a layer first flattens feature maps, channels must vary fastest.
 
     Raises:
         InputError: a layer does not exist.
@@ -168,9 +168,9 @@ def clone(
     *,
     key: Key[Array, ""],
 ) -> Trained:
-    """Make a student behave like the teacher at its initialisation, before the teacher learns anything.
+    """Train a student to behave like the untrained teacher.
 
-    This "behavioural matching" is the distillation of the untrained `reference`; what it cannot match is
-    what the channel and the source do not show.
+    This "behavioral matching" distills the untrained `reference`. It cannot match what the channel and the source
+    do not show. The arguments and errors are those of `distill`.
     """
     return distill(student, reference, channel, source, optimizer, steps, key=key)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Int, Key
 def named(key: Key[Array, ""], *names: str | int | np.integer | Int[Array, ""]) -> Key[Array, ""]:
     """Fold names into a key, in order.
 
-    A string enters by the first four bytes of its SHA-256, an integer as itself, so adding a new
-    stream never moves an old one (unlike splitting into more parts).
+    A string enters as the first four bytes of its SHA-256, an integer as itself. A new name therefore never
+    changes the streams of the old names, as splitting a key into more parts would.
     """
     for name in names:
         if isinstance(name, str):

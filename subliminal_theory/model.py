@@ -1,8 +1,8 @@
-"""A model is a pure function and two pytrees: what is trained and what is not.
+"""A model is a pure function and two pytrees: its trainable and its frozen parameters.
 
-A parameter whose name has `*` in it, such as `layers/*/kernel`, is that of all layers, with a leading axis of
-layers. Patterns are matched with the names of single layers, `layers/0/kernel`. Where a pattern takes some layers
-only, the parameter is a tuple of layers, with None for those that are elsewhere.
+A parameter with `*` in its name, such as `layers/*/kernel`, belongs to all layers and has a leading axis of them.
+Patterns are matched with the names of single layers, `layers/0/kernel`. Where a pattern matches only some of the
+layers, the parameter becomes a tuple with one entry for each layer, None for those that are in the other pytree.
 """
 
 import fnmatch
@@ -26,11 +26,11 @@ Apply = Callable[[PyTree, PyTree], Float[Array, "..."]]
 @register_dataclass
 @dataclass(frozen=True)
 class Model:
-    """`apply(params, inputs) -> logits` with its trainable `params` and its `frozen` rest.
+    """`apply(params, inputs) -> logits` with trainable parameters `params` and frozen parameters `frozen`.
 
-    `apply` is static: give the same function (or one that compares equal) for the same network, or
-    everything compiled for it is compiled again. `frozen` is None, or a pytree of the structure of
-    `params` in which exactly the leaves that are None in `params` are arrays.
+    `apply` is static. Give the same function (or one that compares equal) for the same network; otherwise JAX
+    compiles again. `frozen` is None, or a pytree with the structure of `params` that has an array exactly where
+    `params` has None.
     """
 
     apply: Apply = field(metadata={"static": True})
@@ -49,7 +49,7 @@ class Model:
         return join(self.params, self.frozen)
 
     def with_params(self, params: PyTree) -> "Model":
-        """The same function at other trainable parameters."""
+        """The same model with other trainable parameters."""
         return replace(self, params=params)
 
     def freeze(self, *patterns: str) -> "Model":
@@ -78,7 +78,7 @@ class Model:
 
 
 def split_trainable(params: PyTree) -> tuple[PyTree, PyTree]:
-    """The parameters that have a gradient, and the rest; each tree has None where the other has leaves.
+    """Split parameters into those with a gradient and the rest. Each tree has None where the other has a leaf.
 
     Integers, booleans and random keys have no gradient.
     """
@@ -90,7 +90,7 @@ def split_trainable(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def join(one: PyTree, other: PyTree) -> PyTree:
-    """One pytree of two, each with None where the other has leaves."""
+    """Merge two pytrees, each with None where the other has a leaf."""
     return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda leaf: leaf is None)
 
 
@@ -151,17 +151,17 @@ def together(params: PyTree) -> PyTree:
 
 
 def matches(path: Any, patterns: Sequence[str]) -> bool:
-    """Whether the name of a leaf matches one of some glob patterns."""
+    """Whether the name of a leaf matches at least one of the glob patterns."""
     return match(path_name(path), patterns)
 
 
 def match(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name matches one of some glob patterns."""
+    """Whether a name matches at least one of the glob patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a pytree by their names, in its order."""
+    """The leaves of a pytree by name, in the order of the pytree."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -169,7 +169,7 @@ def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
     """Refuse a glob pattern that matches no parameter.
 
     Raises:
-        InputError: names the pattern and the parameters there are.
+        InputError: names the pattern and all parameters.
     """
     names = names_in(params)
     for pattern in patterns:
@@ -179,7 +179,10 @@ def match_paths(params: PyTree, patterns: Sequence[str]) -> None:
 
 @runtime_checkable
 class BodyAndHead(Protocol):
-    """An `apply` in two parts: logits are `readout(params, features(params, inputs))`, each position alone."""
+    """An `apply` in two parts: logits = readout(params, features(params, inputs)).
+
+    `readout` treats each position on its own.
+    """
 
     def features(self, params: PyTree, inputs: PyTree) -> Float[Array, "batch ... width"]: ...
 
@@ -188,11 +191,11 @@ class BodyAndHead(Protocol):
 
 @dataclass(frozen=True)
 class Functional:
-    """The pure function of an NNX module, computed in `dtype`; equal for modules of equal structure.
+    """The pure function of an NNX module, computed in `dtype`. Modules of equal structure give equal functions.
 
     `factored` and `gathered` are glob patterns of parameters. A `factored` matrix may be given as low-rank
-    factors. The module looks up rows of a `gathered` matrix and rounds those rows itself, so that the gradient of
-    the matrix is summed over the lookups before it is rounded.
+    factors. The module looks up rows of a `gathered` matrix and rounds those rows itself, so the gradient of the
+    matrix is summed over the lookups before it is rounded.
     """
 
     graph: nnx.GraphDef
@@ -201,11 +204,11 @@ class Functional:
     dtype: Any = None
 
     def module(self, params: PyTree) -> Any:
-        """The module with parameters in the dtype of the computation."""
+        """The module with its parameters rounded to `dtype`."""
         return nnx.merge(self.graph, nnx.State(self.rounded(together(params), self.gathered)))
 
     def rounded(self, params: PyTree, but: Sequence[str] = ()) -> PyTree:
-        """Parameters in the dtype of the computation, except those that match a pattern."""
+        """Parameters rounded to `dtype`, except those that match a pattern in `but`."""
         if self.dtype is None:
             return params
 
@@ -231,11 +234,11 @@ class _InTwoParts(Functional):
 
 
 def from_nnx(module: nnx.Module) -> Model:
-    """Split an NNX module into a pure function and a plain nested dictionary of parameters.
+    """Split an NNX module into a pure function and a nested dictionary of parameters.
 
     Raises:
-        InputError: the module holds variables that are not parameters (batch statistics, dropout keys),
-            which a pure `apply(params, inputs)` cannot update.
+        InputError: the module has variables that are not parameters (batch statistics, dropout keys). A pure
+            `apply(params, inputs)` cannot update them.
     """
     graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     if jax.tree.leaves(rest):
@@ -247,10 +250,10 @@ def from_nnx(module: nnx.Module) -> Model:
 
 
 def computed_in(model: Model, dtype: Any) -> Model:
-    """The same model, computed in another dtype, such as bfloat16, from parameters that keep theirs.
+    """The same model computed in another dtype, such as bfloat16. The parameters keep their dtype.
 
     Every call rounds the parameters. Gradients have the dtype of the parameters, so small updates are not lost.
-    Add low-rank factors afterwards.
+    Add low-rank factors after this call.
 
     Raises:
         InputError: the model was not made by `from_nnx`, or has low-rank factors.
@@ -261,7 +264,7 @@ def computed_in(model: Model, dtype: Any) -> Model:
 
 
 def rounded(model: Model) -> Model:
-    """A model whose parameters have the dtype in which it computes, so that a loop rounds them once."""
+    """The model with its parameters rounded to the dtype it computes in, so that a loop rounds them only once."""
     if not isinstance(model.apply, Functional):
         return model
     round_to = model.apply.rounded

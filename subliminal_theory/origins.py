@@ -1,8 +1,8 @@
-"""Where a student's weights come from: refusals of what the teacher has learnt and of an undeclared shared start.
+"""Where a student's weights come from: refuse trained weights of the teacher, and an undeclared shared start.
 
-Parameters are compared leaf by leaf and run by run. Leaves of one name and shape are compared number by number;
-all leaves of one size are also compared as multisets, so that a renamed, transposed, reshaped or permuted copy is
-found. Everything runs on the host, in one pass over the parameters.
+Parameters are compared leaf by leaf and run by run. Leaves with the same name and shape are compared number by
+number. Leaves with the same size are also compared as multisets, which finds renamed, transposed, reshaped and
+permuted copies. Everything runs on the host, in one pass over the parameters.
 """
 
 from collections.abc import Iterator
@@ -15,25 +15,25 @@ from jaxtyping import PyTree
 from subliminal_theory.errors import InputError
 from subliminal_theory.model import leaves_by_path
 
-# Above this many numbers, multisets are compared by moments in place of sorted values.
+# Above this many numbers, multisets are compared by moments instead of sorted values.
 SORTED = 50_000_000
-# Fewer numbers than this tell nothing of a direction: two independent draws of 144 numbers have a cosine above
-# 0.5 at six standard deviations, with a probability of 1e-9.
+# Fewer numbers than this say nothing about a direction. For two independent draws of 144 numbers, a cosine above
+# 0.5 is six standard deviations away and has a probability of 1e-9.
 DIRECTION = 144
 
 
 def refuse_trained_weights(student_init: PyTree, teacher_init: PyTree, teacher: PyTree) -> None:
-    """Refuse a student that starts from what the teacher has learnt.
+    """Refuse a student that starts from what the teacher has learned.
 
-    With d_T = teacher - teacher_init and d_S = student - teacher_init, both less their components along
-    teacher_init, a leaf of a legitimate start has d_S = 0 (shared) or d_S independent of d_T: the cosine of n
-    independent numbers is normal with deviation n^-1/2. The component along teacher_init is taken out, because
-    weight decay moves the teacher towards 0 as a fresh draw does. Leaves that training did not change tell
-    nothing.
+    Let d_T = teacher - teacher_init and d_S = student_init - teacher_init, both minus their components along
+    teacher_init. In a legitimate start, each leaf has d_S = 0 (shared) or d_S independent of d_T. The cosine of
+    two independent vectors of n numbers is about normal with standard deviation n^-1/2. The component along
+    teacher_init is removed because weight decay moves the teacher toward 0, and a fresh draw has a component in
+    the same direction. Leaves that training did not change are skipped.
 
     Raises:
-        InputError: names a parameter that equals the trained teacher's, lies on the way to it, or holds the same
-            numbers in another place.
+        InputError: names a parameter that equals the trained teacher's, lies on the way to it, or has the same
+            numbers as another parameter of the trained teacher.
     """
     runs = _runs(teacher)
     student, before, after = (_leaves(tree, runs) for tree in (student_init, teacher_init, teacher))
@@ -62,13 +62,13 @@ def refuse_trained_weights(student_init: PyTree, teacher_init: PyTree, teacher: 
 def refuse_shared_start(student_init: PyTree, teacher_init: PyTree) -> None:
     """Refuse a cross-init control that shares a start with its own teacher.
 
-    A leaf is shared if it equals the teacher's up to 1e-3 of its deviation, or holds the same numbers in another
-    order: permuted neurons are the same function. Leaves of few different numbers, such as zero biases and unit
-    scales, do not count.
+    A leaf is shared if it equals the teacher's leaf up to 1e-3 of its standard deviation, or has the same numbers
+    in another order, because a network with permuted neurons computes the same function. Leaves with few distinct
+    numbers, such as zero biases and unit scales, do not count.
 
     Raises:
-        InputError: names the runs that start at their own teacher's initialisation, as positions on the leading
-            axis, or a layer that is shared or permuted.
+        InputError: names the runs (as indices on the leading axis) that start at their own teacher's
+            initialization, or a layer that is shared or permuted.
     """
     runs = _runs(teacher_init)
     student, before = _leaves(student_init, runs), _leaves(teacher_init, runs)
@@ -81,13 +81,13 @@ def refuse_shared_start(student_init: PyTree, teacher_init: PyTree) -> None:
     if same and len(same) == len(telling) and (fixed := np.all(list(same.values()), axis=0)).any():
         raise InputError(
             f"cross-init control with fixed points: runs {np.flatnonzero(fixed).tolist()} start at their own "
-            "teacher's initialisation; use a derangement"
+            "teacher's initialization; use a derangement"
         )
     for name, shared in same.items():
         if shared.any():
             raise InputError(
                 f"cross-init control: run {np.argmax(shared)} shares {name} with its own teacher's "
-                "initialisation; draw every layer anew, or declare a shared start"
+                "initialization; draw every layer anew, or declare a shared start"
             )
     for name, other in _copies(student, telling):
         raise InputError(
@@ -98,7 +98,7 @@ def refuse_shared_start(student_init: PyTree, teacher_init: PyTree) -> None:
 
 def _refusal(how: str, what: str) -> InputError:
     return InputError(
-        f"the student {how} the TRAINED teacher's {what}: start it from the teacher's initialisation"
+        f"the student {how} the TRAINED teacher's {what}: start it from the teacher's initialization"
     )
 
 
@@ -109,7 +109,7 @@ def _runs(tree: PyTree) -> int:
 
 
 def _leaves(tree: PyTree, runs: int) -> dict[str, np.ndarray]:
-    """Floating leaves by name, [runs, ...], or [1, ...] for one that all runs share."""
+    """Floating-point leaves by name, [runs, ...], or [1, ...] if all runs share the leaf."""
     floating = {
         name: np.asarray(leaf)
         for name, leaf in leaves_by_path(tree).items()
@@ -120,7 +120,7 @@ def _leaves(tree: PyTree, runs: int) -> dict[str, np.ndarray]:
 
 
 def _rows(*leaves: np.ndarray) -> Iterator[np.ndarray]:
-    """Leaves as [runs, numbers] in float64, shared ones repeated."""
+    """Leaves as [runs, numbers] in float64. Shared leaves are repeated."""
     runs = max(len(leaf) for leaf in leaves)
     return (
         np.broadcast_to(leaf.reshape(len(leaf), -1).astype(np.float64), (runs, leaf[0].size)) for leaf in leaves
@@ -132,13 +132,13 @@ def _norm(rows: np.ndarray) -> np.ndarray:
 
 
 def _arrived(begun: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Runs that start at the trained numbers, or within a tenth of the way (if there are at least 8 numbers)."""
+    """Which runs start at the trained numbers or, with 8 numbers or more, have under a tenth of the way left."""
     way, left = _norm(end - start), _norm(end - begun)
     return (way > 0) & ((left == 0) | ((left < 0.1 * way) & (end.shape[1] >= 8)))
 
 
 def _displacements(begun: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """d_S . d_T, d_S . d_S and d_T . d_T of each run, both less their components along the start."""
+    """d_S . d_T, d_S . d_S and d_T . d_T of each run. Components along the start are removed from both."""
 
     def across(rows: np.ndarray) -> np.ndarray:
         squared = np.sum(start * start, axis=1, keepdims=True)
@@ -162,7 +162,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _telling(leaf: np.ndarray) -> bool:
-    """Whether a leaf has at least two numbers, most of them different."""
+    """Whether a leaf has at least two numbers, and more than half of them are distinct."""
     row = leaf[0].ravel()
     return row.size > 1 and len(np.unique(row)) > row.size / 2
 
@@ -170,10 +170,10 @@ def _telling(leaf: np.ndarray) -> bool:
 def _copies(
     student: dict[str, np.ndarray], given: dict[str, np.ndarray], before: dict[str, np.ndarray] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Leaves of the student that hold the numbers of a given leaf in any order, and the name of that leaf.
+    """Names of student leaves that have the numbers of a given leaf in any order, with the name of that leaf.
 
-    Sorted values of two independent draws differ by far more than 1e-3 of their deviation, most of all at the
-    ends. With `before`, a copy must also be ten times nearer to the given numbers than these were before
+    Sorted values of two independent draws differ by far more than 1e-3 of their standard deviation, most of all at
+    the ends. With `before`, a copy must also be ten times closer to the given leaf than that leaf was before
     training.
     """
     large = sum(leaf.size for leaf in (*student.values(), *given.values())) > SORTED
@@ -192,7 +192,7 @@ def _copies(
 
 
 def _signature(leaf: np.ndarray, large: bool) -> np.ndarray:
-    """Numbers of each run that no order changes: all of them sorted, or averages and extremes of many."""
+    """Numbers of each run that do not depend on order: sorted values or, if `large`, moments and extremes."""
     rows = leaf.reshape(len(leaf), -1).astype(np.float64)
     if not large:
         return np.sort(rows, axis=1)

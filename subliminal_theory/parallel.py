@@ -1,4 +1,4 @@
-"""One `distill` on many devices: a mesh, a rule for each parameter, a batch that is split over the mesh.
+"""Run `distill` on many devices: a mesh, a sharding rule for each parameter, and batches split over the mesh.
 
     mesh = make_mesh(data=1, fsdp=8, tensor=1)
     student, teacher, source = place(student, mesh), place(teacher, mesh), Sharded(replicate(source, mesh), mesh)
@@ -6,10 +6,11 @@
     train = jax.jit(lambda *given: distill(*given[:2], SoftLogits(), given[2], optimizer, 100, key=given[3]))
     run = train(student, teacher, source, replicate(jax.random.key(0), mesh))
 
-The axes of a mesh are `data` (copies of the model, each with its rows), `fsdp` (each device has its rows and a
-share of every matrix, which is gathered where it is used, arXiv 2304.11277) and `tensor` (all devices have the
-same rows and compute a share of every product, arXiv 1909.08053). Between processes, start `jax.distributed`
-first: `jax.devices()` are then those of all of them, and every process runs the same program.
+A mesh has three axes. Along `data`, each device has a copy of the model and its own rows. Along `fsdp`, each
+device has its own rows and a shard of every matrix, which is gathered where it is used (arXiv 2304.11277). Along
+`tensor`, all devices have the same rows, and each computes a part of every product (arXiv 1909.08053). With
+several processes, start `jax.distributed` first. `jax.devices()` then lists the devices of all processes, and
+every process runs the same program.
 """
 
 import fnmatch
@@ -33,8 +34,8 @@ from subliminal_theory.source import Batch, Source
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes over which a batch is split
 
-# Tables are split by rows alone: with columns over `fsdp` too, the compiler splits all activations by columns and
-# gathers their rows before each product, where it should gather matrices.
+# Embeddings are split only by rows. If columns were split over `fsdp` too, the compiler would split all
+# activations by columns and gather their rows before each product; it should gather matrices.
 _TABLES: dict[str, P] = {
     "embedding": P(("tensor", "fsdp"), None),
     "positions": P(None, None),
@@ -58,7 +59,7 @@ _VECTORS: dict[str, P] = {
 
 
 def _adapted(rules: dict[str, P]) -> dict[str, P]:
-    """The rules of matrices, and those of W + A B, with factors A [inputs, rank] and B [rank, outputs]."""
+    """The rules of matrices, and of their low-rank form W + A B with A [inputs, rank] and B [rank, outputs]."""
     return {
         **rules,
         **{f"{name}/base": spec for name, spec in rules.items()},
@@ -71,8 +72,8 @@ def _of_all(rules: dict[str, P]) -> dict[str, P]:
     return {name: P(None, *spec) for name, spec in rules.items()}
 
 
-# From glob patterns of parameters' paths to the mesh axes of their dimensions. Each path matches exactly one.
 _APART = {**_VECTORS, **_adapted(_MATRICES)}
+# From glob patterns of parameters' paths to the mesh axes of their dimensions. Each path matches exactly one.
 RULES: dict[str, P] = {
     "norm/scale": P(None),
     "norm/bias": P(None),
@@ -86,10 +87,10 @@ RULES: dict[str, P] = {
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of data x fsdp x tensor devices, all there are (of all processes) unless some are given.
+    """A mesh of data x fsdp x tensor devices. By default it takes all devices of all processes.
 
     Raises:
-        InputError: a size below 1, or the product is not the number of devices.
+        InputError: a size is below 1, or the product of the sizes is not the number of devices.
     """
     found = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -99,19 +100,20 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     if math.prod(sizes.values()) != len(found):
         raise InputError(
             f"make_mesh: {said} is {math.prod(sizes.values())} devices, and there are {len(found)}: "
-            "choose sizes whose product is that"
+            "choose sizes whose product is the number of devices"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=found)
 
 
 def spec_of(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """The axes of a mesh that split a parameter of this path and shape, by `RULES`.
+    """How `RULES` split a parameter with this path and shape over the axes of a mesh.
 
-    A dimension is split only by axes that divide it evenly. A head may be split: the result is the same, at the
-    price of communication, so keep `tensor` a divisor of the key heads.
+    A dimension is split only by axes that divide it evenly. The split may cut through an attention head. The
+    result is the same, but it needs more communication, so choose a `tensor` that divides the number of key heads.
 
     Raises:
-        InputError: no rule is for such a path, or it is for another number of dimensions.
+        InputError: no rule matches the path, or more than one does, or the rule is for another number of
+            dimensions.
     """
     found = [spec for pattern, spec in RULES.items() if fnmatch.fnmatchcase(name, pattern)]
     if len(found) != 1:
@@ -123,7 +125,7 @@ def spec_of(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
         )
     split = [_dividing(axes, size, mesh) for axes, size in zip(found[0], shape, strict=True)]
     while split and split[-1] is None:
-        split.pop()  # as compiled functions return it: equal placements must compare equal
+        split.pop()  # compiled functions return it like this, and equal placements must compare equal
     return P(*split)
 
 
@@ -137,14 +139,14 @@ def _dividing(axes: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def placement(mesh: Mesh) -> Callable[[str, Sequence[int]], NamedSharding]:
-    """The sharding of a parameter by its path and shape, as `load_checkpoint` takes it."""
+    """A function from a parameter's path and shape to its sharding; `load_checkpoint` takes such a function."""
     return lambda name, shape: NamedSharding(mesh, spec_of(name, shape, mesh))
 
 
 def place(model: Model, mesh: Mesh) -> Model:
-    """The same model with its parameters, frozen ones too, on their devices.
+    """Place a model's parameters, including the frozen ones, on the devices of a mesh.
 
-    In several processes each must have the same model. Low-rank factors are placed as well as matrices are.
+    Every process must have the same model. Low-rank factors are split as the rules of their matrix say.
 
     Raises:
         InputError: see `spec_of`.
@@ -160,7 +162,7 @@ def place(model: Model, mesh: Mesh) -> Model:
 
 
 def place_runs(models: Model, mesh: Mesh) -> Model:
-    """Models [runs] with one frozen rest, placed so that every run is split over the mesh as one model is.
+    """Place an ensemble [runs] that shares its frozen parameters. Each run is split over the mesh as one model.
 
     Raises:
         InputError: see `spec_of`.
@@ -175,7 +177,7 @@ def place_runs(models: Model, mesh: Mesh) -> Model:
 
 
 def split_rows(tree: PyTree, mesh: Mesh) -> PyTree:
-    """A pytree of rows, split over the axes `data` and `fsdp`; on every device where they do not divide."""
+    """Split every leaf by rows over `data` and `fsdp`, or replicate it if its rows do not divide evenly."""
     ways = math.prod(mesh.shape[axis] for axis in ROWS)
 
     def one(leaf: Array) -> Array:
@@ -185,10 +187,10 @@ def split_rows(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """A pytree (stored examples, keys, a placed model) with all of every leaf on every device.
+    """Put all of every leaf of a pytree (stored examples, keys, a placed model) on every device.
 
-    In several processes, what is not on all devices already must be the same in each. Afterwards every process
-    can read it, as `save_checkpoint` does.
+    A leaf that is not yet on all devices must be the same in every process. Afterward every process can read the
+    whole pytree, as `save_checkpoint` needs.
     """
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P())), tree)
 
@@ -200,7 +202,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> Array:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    # Not device_put: it sends all of the array through the network to compare it between processes.
+    # Avoid device_put: it sends the whole array over the network to compare it between processes.
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -208,21 +210,21 @@ def _put(leaf: Any, sharding: NamedSharding) -> Array:
 @register_dataclass
 @dataclass(frozen=True)
 class Sharded:
-    """Another source, whose batches are split by rows over the axes `data` and `fsdp` of a mesh.
+    """A source whose batches are split by rows over the axes `data` and `fsdp` of a mesh.
 
-    The schedule and stored examples stay on every device (`replicate`): token numbers take little, and any device
-    may draw any of them. Rows are the same, in the same order, as of the source itself.
+    The schedule and the stored examples stay on every device (`replicate`), because token ids need little memory
+    and any device may draw any of them. The rows and their order are those of the wrapped source.
     """
 
     source: Source
     mesh: Mesh = field(metadata={"static": True})
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
-        """The schedule of the source."""
+        """The schedule of the wrapped source."""
         return self.source.schedule(key, steps)
 
     def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch:
-        """The batch of the source, split.
+        """The batch of the wrapped source, split by rows.
 
         Raises:
             InputError: its rows cannot be split evenly.
@@ -242,7 +244,10 @@ class Sharded:
 
 
 def shardings_like(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
-    """The sharding of every leaf that belongs to a parameter, by the end of its path and its shape, else None."""
+    """The sharding of every leaf that belongs to a parameter; None for other leaves.
+
+    A leaf belongs to a parameter if its path ends in the parameter's path and the shapes are equal.
+    """
     where, shapes = placement(mesh), {name: leaf.shape for name, leaf in leaves_by_path(params).items()}
 
     def one(path: Any, leaf: Any) -> NamedSharding | None:
@@ -255,7 +260,7 @@ def shardings_like(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def constrain(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
-    """Within a compiled function, the same tree; what belongs to parameters is split over the mesh as they are."""
+    """Inside a compiled function, split every leaf that belongs to a parameter as that parameter is split."""
 
     def one(leaf: Array, sharding: NamedSharding | None) -> Array:
         return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
@@ -264,18 +269,19 @@ def constrain(tree: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
 
 
 def sharded_optimizer(optimizer: optax.GradientTransformation, mesh: Mesh) -> optax.GradientTransformation:
-    """The same optimiser; its state and updates are split over the mesh as the parameters are.
+    """The same optimizer, with its state and updates split over the mesh as the parameters are.
 
-    State that belongs to a parameter is known by its path, which ends in the parameter's, and by its shape; the
-    rest, such as step counts, is left to the compiler. Without this it is left all of it: inside `distill` its
-    state has so far come out as the parameters', but `optimizer.init` alone makes whole arrays on one device.
+    A leaf of the state belongs to a parameter if its path ends in the parameter's path and the shapes are equal.
+    The compiler places the other leaves, such as step counts. Without this wrapper, the compiler places the whole
+    state. Inside `distill` it has so far split the state as the parameters, but `optimizer.init` alone creates
+    whole arrays on one device.
     """
 
     def init(params: PyTree) -> PyTree:
         return constrain(optimizer.init(params), params, mesh)
 
     def update(gradient: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        # Without parameters given, gradients have their paths and shapes.
+        # Without parameters, use the gradients: they have the same paths and shapes.
         like = gradient if params is None else params
         return constrain(optimizer.update(constrain(gradient, like, mesh), state, params), like, mesh)
 

@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 def register_dataclass(kind: type[T]) -> type[T]:
-    """Make a dataclass a pytree whose leaves are its fields, but for those with `metadata={"static": True}`.
+    """Make a dataclass a pytree. Its fields are leaves, except those with `metadata={"static": True}`.
 
-    As `jax.tree_util.register_dataclass` does. But that takes the structures of two classes for equal where their
-    fields agree (JAX 0.10.2), and a compiled function then runs for one class what it compiled for the other, in
-    about one of a hundred processes. Register your own channels with this one too.
+    Use this instead of `jax.tree_util.register_dataclass`, also for your own channels. In JAX 0.10.2 that function
+    can treat the structures of two classes with equal fields as equal. In about one of a hundred processes, a
+    compiled function then runs the program of one class for the other.
     """
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     static = [field.name for field in fields if field.metadata.get("static")]

@@ -1,4 +1,4 @@
-"""A resumable run: long training that saves its state; whatever ends the process, the same call goes on.
+"""Resumable runs: long training that saves its state. If the process ends, repeat the same call to resume.
 
     @functools.partial(jax.jit, static_argnames="count")
     def go_on(student, teacher, source, state, *, count):
@@ -10,8 +10,8 @@
     decided = fingerprint(student, teacher, source, key, f"{config}, batches of 66, adam 1e-4, rank 8, alpha 8")
     run = run_resumably(student, advance, 900, 100, Path("runs/owl"), decided)
 
-A thread saves a copy of the state while the next steps are computed. A killed process loses the steps since the
-last save that was finished.
+A thread saves a copy of the state while the next steps are computed. A killed process loses only the steps after
+the last finished save.
 """
 
 import re
@@ -31,7 +31,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.model import Model, leaves_by_path
 
 FORMAT = "1"
-KEPT = 2  # the newest, and the one before it in case the disk damages the newest
+KEPT = 2  # the newest save, and the one before it in case the newest is damaged
 _SAVE = re.compile(r"step-(\d+)\.safetensors")
 
 Advance = Callable[[State | None, int], Trained]
@@ -48,35 +48,36 @@ def run_resumably(
     shardings: Callable[[State], State] | None = None,
     name: str = "the student",
 ) -> Trained:
-    """Train for `steps` with a save every `every` steps; go on where an earlier call with this folder ended.
+    """Train for `steps` steps and save every `every` steps. Resume if an earlier call saved in this folder.
 
     Args:
         student: the model at the start.
-        advance: `advance(state, count)` trains for `count` steps from a state, or from the start where that is
-            None: `distill` with its arguments of these names. `jax.eval_shape` must be able to trace it.
-        steps: of the whole run.
-        every: steps between saves.
+        advance: `advance(state, count)` trains for `count` steps from a state, or from the start if the state is
+            None. It passes both on to `distill`. `jax.eval_shape` must be able to trace it.
+        steps: the number of steps of the whole run.
+        every: the number of steps between saves.
         folder: where saves are kept. Processes that share it wait for each other.
-        fingerprint: of all that decides the run, see `files.fingerprint`.
-        report: gets the steps done and `steps`, where a run is resumed and after every `every` steps.
-        shardings: gives, for the shapes of a state, the sharding on which to restore every leaf; the devices need
-            not be those that saved it. Without it restored leaves go where the program of `advance` puts them.
-        name: what messages call the run.
+        fingerprint: the fingerprint of everything that determines the run; see `files.fingerprint`.
+        report: is called with the steps done and `steps`, after resuming and after every save.
+        shardings: from the shapes of a state to the sharding of every leaf when it is restored. The devices may
+            differ from those that saved the state. By default, the compiled `advance` places restored leaves.
+        name: the name of the run in messages.
 
-    A resumed run calls `advance` as an uninterrupted one does, so it ends with the same parameters and losses bit
-    for bit on the same devices. On several devices that takes `shardings` equal to those that `advance` returns.
+    A resumed run makes the same calls of `advance` as an uninterrupted run. On the same devices it therefore ends
+    with the same parameters and losses, bit for bit. On several devices, this needs `shardings` that equal those
+    of the state that `advance` returns.
 
-    The result is `student` at its last parameters, the losses [steps] and the last state; what `advance` observes
-    is not kept. The newest two saves are kept: where the newest is damaged, the run goes on from the other.
+    The result has `student` with its last parameters, the losses [steps] and the last state. What `advance`
+    observes is not kept. The newest two saves are kept; if the newest is damaged, the run resumes from the other.
 
     Raises:
-        InputError: steps or every are below 1; the folder belongs to another run, is a file, holds something else
-            or cannot be written, or its disk is full; a loss is not finite, in which case those steps are not
-            saved; no save can be read; `advance` makes another number of steps.
+        InputError: `steps` or `every` is below 1; the folder belongs to another run, is a file, holds something
+            else or cannot be written, or its disk is full; a loss is not finite (those steps are not saved); no
+            save can be read; `advance` takes a different number of steps.
     """
     bounds = save_steps(steps, every)
     about = {"format": FORMAT, "fingerprint": fingerprint, "steps": str(steps), "every": str(every)}
-    # Leaving the pool waits for a save that is under way, also after an error.
+    # Leaving the pool waits for an unfinished save, also after an error.
     with files.locked(folder), ThreadPoolExecutor(1) as pool:
         state, losses = _resume(folder, about, lambda: advance(None, bounds[0]), shardings)
         reached = 0 if state is None else int(state.step)
@@ -103,12 +104,13 @@ def run_resumably(
 
 
 def save_steps(steps: int, every: int) -> list[int]:
-    """The ascending steps after which a run is saved, the last of them `steps`.
+    """The steps after which a run is saved, in ascending order. The last is `steps`.
 
-    No save is a single step after another one: XLA unrolls a loop of one step, and rounds otherwise.
+    No two saves are a single step apart (unless `every` is 1): XLA unrolls a loop of one step, and then rounds
+    differently.
 
     Raises:
-        InputError: steps or every are below 1.
+        InputError: `steps` or `every` is below 1.
     """
     for name, value in (("steps", steps), ("every", every)):
         if value < 1:
@@ -124,7 +126,7 @@ def _saved(state: State, losses: Any) -> dict[str, PyTree]:
 
 
 def _on_host(leaf: Array | np.ndarray) -> np.ndarray:
-    """A copy, which stays when the device uses the memory of `leaf` again."""
+    """A copy on the host that stays valid when the device reuses the memory of `leaf`."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf.copy())
@@ -138,7 +140,7 @@ def _save(folder: Path, step: int, about: dict[str, str], tree: PyTree) -> None:
 
 
 def _saves(folder: Path) -> dict[int, Path]:
-    """The file of every step that is saved."""
+    """The saved files by step."""
     found = ((_SAVE.fullmatch(path.name), path) for path in folder.iterdir())
     return {int(match[1]): path for match, path in found if match}
 
@@ -149,8 +151,8 @@ def _resume(
     first: Callable[[], Trained],
     shardings: Callable[[State], State] | None,
 ) -> tuple[State | None, Float[np.ndarray, " done"]]:
-    """The newest state that can be read and the losses before it; damaged newer saves are removed."""
-    for path in folder.glob(".step-*.tmp"):  # a killed process left it
+    """The newest readable state and the losses before it. Damaged newer saves are removed."""
+    for path in folder.glob(".step-*.tmp"):  # left by a killed process
         path.unlink()
     saves = _saves(folder)
     others = sorted({path.name for path in folder.iterdir()} - {path.name for path in saves.values()} - {".lock"})
@@ -184,7 +186,7 @@ def _resume(
 
 
 def _undamaged(path: Path) -> dict[str, str]:
-    """What a save says of itself."""
+    """The metadata of a save without its checksum, which must be right."""
     arrays, about = files.open_arrays(path)
     if about.pop("checksum", None) != files.fingerprint(arrays):
         raise InputError(f"{path} is damaged: its bytes are not those that were written")

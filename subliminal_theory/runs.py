@@ -1,10 +1,10 @@
-"""A run directory: what was asked, what came out, how it was made; killed at any moment, it resumes.
+"""A run directory: the settings, results and provenance of a run. A killed run can resume.
 
 config.json       the experiment and every setting
-parts/NAME.json   the rows of one finished part, written in one atomic step
-answers.jsonl     where parts have them: answers to read, with their question and the labels of rows
+parts/NAME.json   the rows of one finished part, written atomically
+answers.jsonl     if parts have any: answers to read, each with its question and the labels of its row
 results.csv       all rows: condition, seed, metric, value, then the swept axes
-summary.json      mean, 95% t interval and n over runs per condition, metric and axes
+summary.json      mean, 95% t interval and n over runs, per condition, metric and axes
 provenance.json   versions, device, commands and wall times
 """
 
@@ -32,31 +32,31 @@ from subliminal_theory.files import locked, write_atomically
 
 FORMAT = 1
 COLUMNS = ("condition", "seed", "metric", "value")
-# What `write_atomically` leaves when it is killed.
+# Temporary files that `write_atomically` leaves when it is killed.
 LEFTOVER = re.compile(r"\..+\.(json|jsonl|csv|png|pdf)\.\d+\.tmp")
-# Seconds after which no process can still be writing such a file.
+# After this many seconds, no process can still be writing such a file.
 OLD = 60
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Results:
-    """The tidy rows of a run, each a mapping of `COLUMNS` and the swept axes."""
+    """The tidy rows of a run. Each row maps `COLUMNS` and the swept axes to their values."""
 
     rows: Sequence[Row]
 
     def values(self, **wanted: object) -> list[float]:
-        """Values of the rows that agree with all the given columns, in order."""
+        """Values of the rows that match all the given columns, in order."""
         return [row["value"] for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
 
     def distinct(self, column: str) -> list[Any]:
-        """The entries of a column, in order of appearance."""
+        """The distinct entries of a column, in order of appearance."""
         return list(dict.fromkeys(row[column] for row in self.rows if column in row))
 
     def estimates(self) -> list[tuple[dict[str, Any], Estimate]]:
         """A 95% t interval over runs for every condition, metric and setting of the axes.
 
-        A run is a seed, and where there are several traits a seed and a trait.
+        A run is one seed or, if there are several traits, one seed and one trait.
         """
         groups: dict[tuple, list[float]] = {}
         for row in self.rows:
@@ -69,22 +69,22 @@ def read_config(path: Path) -> dict[str, Any]:
     """The `config.json` of a run directory.
 
     Raises:
-        InputError: the folder is no run directory, or the file is damaged.
+        InputError: the folder is not a run directory, or the file is damaged.
     """
     file = path / "config.json"
     config = _read_json(file, "choose another --out")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise InputError(f"{file} is not of this program (format {FORMAT}); choose another --out")
+        raise InputError(f"{file} is not from this program (format {FORMAT}); choose another --out")
     if not isinstance(config.get("experiment"), str) or not isinstance(config.get("config"), dict):
         raise InputError(f"{file} is damaged: choose another --out")
     return config
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """The `provenance.json` of a run directory, without invocations if there is none yet.
+    """The `provenance.json` of a run directory. If the file does not exist yet, there are no invocations.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
     file, advice = path / "provenance.json", "delete it and add --resume"
     if not file.exists():
@@ -99,7 +99,7 @@ def load_results(path: Path) -> Results:
     """The `results.csv` of a run directory.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     file = path / "results.csv"
     try:
@@ -115,7 +115,7 @@ def load_results(path: Path) -> Results:
 
 
 class RunDirectory:
-    """The folder of one run; make it with `RunDirectory.open`."""
+    """The folder of one run. Create it with `RunDirectory.open`."""
 
     def __init__(self, path: Path, parts: dict[str, dict[str, Any]] | None = None) -> None:
         self.path = path
@@ -131,13 +131,13 @@ class RunDirectory:
         resume: bool,
         command: str,
     ) -> "RunDirectory":
-        """Start a run in a new or empty folder, or take up one of the same configuration.
+        """Start a run in a new or empty folder, or resume a run with the same configuration.
 
-        Other processes may take up the same run meanwhile: one after the other opens it.
+        Several processes may open the same run; a lock lets one in at a time.
 
         Raises:
-            InputError: the folder cannot be written, is not empty, holds a run of another configuration,
-                or is damaged; nothing in it is changed then.
+            InputError: the folder cannot be written, holds something else or a run with another configuration,
+                holds this run without `resume`, or is damaged. The folder is then left unchanged.
         """
         wanted = json.loads(json.dumps({"format": FORMAT, "experiment": experiment, "config": config}))
         try:
@@ -159,7 +159,7 @@ class RunDirectory:
                 leftover.unlink(missing_ok=True)
         provenance = read_provenance(path)
         provenance["invocations"].append({"command": command, **environment()})
-        # Now, not only at the end: the parts of a run that is killed were made by this invocation.
+        # Write this now, so that a killed run also records the invocation that made its parts.
         write_atomically(path / "provenance.json", _json(provenance))
         return cls(path, parts)
 
@@ -168,10 +168,10 @@ class RunDirectory:
         return part in self._parts
 
     def collect(self, part: str) -> bool:
-        """Whether a part is stored by now, perhaps by another process.
+        """Whether a part is stored, perhaps by another process.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the stored part is damaged.
         """
         file = self.path / "parts" / f"{part}.json"
         if not self.finished(part) and file.exists():
@@ -179,9 +179,9 @@ class RunDirectory:
         return self.finished(part)
 
     def save(self, part: str, rows: Sequence[Row], seconds: float) -> None:
-        """Store a part in one atomic step; from then on it is never computed again.
+        """Store a part atomically. A stored part is never computed again.
 
-        A row that has an `answer` in the place of metric and value is for answers.jsonl.
+        A row that has an `answer` instead of a metric and a value goes to answers.jsonl.
 
         Raises:
             InputError: the disk is full or the folder cannot be written; earlier parts stay.
@@ -214,12 +214,12 @@ class RunDirectory:
             provenance = read_provenance(self.path)
             provenance["seconds"] = {part: round(self._parts[part]["seconds"], 3) for part in order}
             write_atomically(self.path / "provenance.json", _json(provenance))
-        for claim in (self.path / "parts").glob("*.lock"):  # all parts are stored: nobody needs one any more
+        for claim in (self.path / "parts").glob("*.lock"):  # all parts are stored, so no process needs a lock
             claim.unlink(missing_ok=True)
         return results
 
     def save_figure(self, draw: Callable[[io.BytesIO, str], None]) -> None:
-        """Store figure.png and figure.pdf; `draw(file, format)` renders one."""
+        """Store figure.png and figure.pdf. `draw(file, format)` renders one of them."""
         for kind in ("png", "pdf"):
             image = io.BytesIO()
             draw(image, kind)
@@ -227,8 +227,8 @@ class RunDirectory:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and time, as provenance records them."""
-    # What is imported says its version; a tree that nobody installed has no metadata.
+    """Versions, device and time, for provenance.json."""
+    # Ask the imported packages for their versions: a source tree that is not installed has no metadata.
     packages = ("subliminal_theory", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -253,7 +253,7 @@ def _commit() -> str | None:
 
 
 def _require_mine(path: Path, wanted: dict[str, Any], resume: bool) -> bool:
-    """Whether a folder is as good as empty; refuses one that holds anything but the run that is wanted."""
+    """Whether a folder has nothing to keep. Refuse a folder that holds anything but the wanted run."""
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".lock")]
     if all(LEFTOVER.fullmatch(file.name) for file in files):
         return True

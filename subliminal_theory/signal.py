@@ -22,7 +22,7 @@ ZERO_CASES = (
 
 @dataclass(frozen=True)
 class Signal:
-    """A at one point, `strength`, with the logits, their tangent J D_T, and which of `ZERO_CASES` it is."""
+    """The signal A at one point (`strength`), the logits, their tangent J D_T, and an index into `ZERO_CASES`."""
 
     logits: Array
     tangent: Array
@@ -38,13 +38,13 @@ def measure_signal(
     channel: Channel,
     weights: Float[Array, "*batch"] | None,
 ) -> Signal:
-    """A and whether it vanishes.
+    """Measure A and whether it vanishes.
 
-    A is called zero where it is below the rounding error of its sums. To measure that error, the sums are repeated
-    with every number of the direction and of its image moved by one unit in its last place, up or down.
+    A counts as zero if it is below the rounding error of its sums. To measure that error, the sums are repeated
+    with every number of the direction and of its image moved up or down by one unit in the last place.
 
     Raises:
-        InputError: what is known of the channel contradicts its loss.
+        InputError: the channel's loss is not imitation, or its `metric` or `visible` contradicts the loss.
     """
     logits, tangent = jax.jvp(logits_of, (params,), (direction,))
     nudged = jax.tree.map(lambda leaf: signs(leaf) * leaf * jnp.finfo(leaf.dtype).eps, direction)
@@ -64,7 +64,7 @@ def measure_signal(
     strength = weighted_mean(products, weights)
     zero = jnp.abs(strength) <= 16 * noise
 
-    # At equal logits, a channel that annihilates a direction neither constant nor sparse annihilates all.
+    # At equal logits, if the metric is 0 for one direction that is neither constant nor sparse, it is 0 for all.
     flat = jnp.zeros_like(logits)
     probe = jnp.broadcast_to(jnp.sin(1.0 + jnp.arange(n, dtype=logits.dtype)), logits.shape)
     image, nudged_image = (channel.metric(flat, p) for p in (probe, probe * (1 + eps * signs(probe))))
@@ -81,5 +81,5 @@ def measure_signal(
 
 
 def signs(leaf: Array) -> Array:
-    """Signs without a period, of the shape of an array."""
+    """A pattern of signs without a period, in the shape of an array."""
     return jnp.sign(jnp.sin(1.0 + 3.7 * jnp.arange(leaf.size, dtype=leaf.dtype))).reshape(leaf.shape)

@@ -1,4 +1,4 @@
-"""Where inputs come from: a source makes the batch of a step from a key, inside the step."""
+"""Where inputs come from. A source makes the batch of a step from a key, inside the step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,11 +16,10 @@ from subliminal_theory.pytree import register_dataclass
 @register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One step's data; every leaf has a leading batch axis.
+    """The data of one step. Every leaf has a leading batch axis.
 
-    `weights` has one entry per position of the logits, 0 for padding. `targets` are what a teacher
-    transmitted beforehand (sampled tokens). `labels` teach a teacher; a student that is handed labels
-    is refused.
+    `weights` has one entry per position of the logits, 0 for padding. `targets` are what a teacher transmitted in
+    advance (sampled tokens). `labels` are for teachers; `distill` refuses a batch that has them.
     """
 
     inputs: PyTree
@@ -33,8 +32,8 @@ class Batch:
 class Source(Protocol):
     """A pytree with a schedule for a whole run and a batch for each of its entries.
 
-    `schedule(key, steps)` gives a pytree with leading axis `steps` that the run scans over;
-    `batch(key, entry)` turns one of its entries into data, with the same key at every step.
+    `schedule(key, steps)` gives a pytree with leading axis `steps`, and the run scans over it. `batch(key, entry)`
+    turns one entry into data. The key is the same at every step.
     """
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree: ...
@@ -45,10 +44,10 @@ class Source(Protocol):
 def epoch_order(
     key: Key[Array, ""], examples: int, batch_size: int, steps: int
 ) -> tuple[Int[Array, "steps batch"], Float[Array, "steps batch"]]:
-    """Indices of `steps` batches that pass over the examples in a new order each epoch, and their weights.
+    """Indices and weights of `steps` batches. Each epoch passes over the examples in a new order.
 
-    An epoch has ceil(examples / batch_size) batches; the last one is filled up with index 0 at weight 0,
-    so that its mean is over the examples that are left.
+    An epoch has ceil(examples / batch_size) batches. The last batch is padded with index 0 at weight 0, so its
+    mean is over the remaining examples.
     """
     per_epoch = -(-examples // batch_size)
     epochs = -(-steps // per_epoch)
@@ -68,14 +67,14 @@ def _as_they_are(inputs: PyTree) -> PyTree:
 @register_dataclass
 @dataclass(frozen=True)
 class Examples:
-    """Stored examples, passed over in a new order each epoch.
+    """Stored examples, in a new order each epoch.
 
-    `inputs`, `labels` and `targets` are pytrees with one leading axis of examples; `prepare` maps a
-    gathered batch of inputs to what the model takes (say bytes to [-1, 1]), so that the store stays small.
-    `positions` [examples, ...] weigh the positions of each example, all the same if None.
+    `inputs`, `labels` and `targets` are pytrees with a leading axis of examples. `prepare` maps a batch of stored
+    inputs to what the model takes (for example, bytes to [-1, 1]), so the stored data stays small. `positions`
+    [examples, ...] are the weights of each example's positions; None weighs all positions equally.
 
     Raises:
-        InputError: a batch size below 1, leaves of different lengths, or no example.
+        InputError: the batch size is below 1, the leaves have different lengths, or there is no example.
     """
 
     inputs: PyTree
@@ -96,7 +95,7 @@ class Examples:
             raise InputError("Examples: there is no example")
 
     def without_labels(self) -> "Examples":
-        """The same inputs for a student."""
+        """The same examples for a student, without labels."""
         return replace(self, labels=None)
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
@@ -117,14 +116,16 @@ class Examples:
 @register_dataclass
 @dataclass(frozen=True)
 class Buckets:
-    """Examples of several shapes, such as rows of like length, each batch from one of them.
+    """Examples in several parts, such as rows of similar length. Each batch comes from one part.
 
-    An epoch has the batches of all parts in a new order; the last batch of each part is filled up. The step is
-    compiled once for each part, and a batch computes only what its part needs, unless the run is under a `vmap`
-    whose runs are at different parts: run those one after the other.
+    An epoch has the batches of all parts in a new order. The last batch of each part is padded. The step is
+    compiled once for each part, and a batch costs only what its part needs. Under a `vmap` whose runs take
+    different parts at the same step, every batch costs as much as all parts together; train such runs one after
+    another.
 
     Raises:
-        InputError: no part, parts of different batch sizes, or not all with labels, with targets, with positions.
+        InputError: there is no part; the parts have different batch sizes; or only some parts have labels, targets
+            or positions.
     """
 
     parts: tuple[Examples, ...]
@@ -138,7 +139,7 @@ class Buckets:
                 raise InputError(f"Buckets: some parts have {name} and some have none")
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
-        """The part of every step, and its indices and weights there."""
+        """The part of every step, and the indices and weights within that part."""
         size = self.parts[0].batch_size
         counts = [jax.tree.leaves(part.inputs)[0].shape[0] for part in self.parts]
         batches = [-(-count // size) for count in counts]
@@ -159,7 +160,7 @@ class Buckets:
 
 
 def with_batch(source: Source | Buckets, key: Key[Array, ""], entry: PyTree, use: Callable[[Batch], Any]) -> Any:
-    """`use(batch)` of an entry of a source's schedule; of `Buckets`, compiled for the shapes of every part."""
+    """Call `use` on the batch of a schedule's entry. For `Buckets`, `use` is compiled once for every part."""
     if not isinstance(source, Buckets):
         return use(source.batch(key, entry))
     which, *inner = entry
@@ -168,7 +169,7 @@ def with_batch(source: Source | Buckets, key: Key[Array, ""], entry: PyTree, use
 
 
 def batch_shapes(source: Source | Buckets) -> Batch:
-    """The shapes of a batch, without computing it; of the last part of `Buckets`."""
+    """The shapes of a batch, without computing it. For `Buckets`, a batch of the last part."""
 
     def first(key: Key[Array, ""]) -> Batch:
         one = source.parts[-1] if isinstance(source, Buckets) else source

@@ -1,4 +1,4 @@
-"""What users write in files, checked against the types that describe it."""
+"""Checks of files that users write against the types that describe their content."""
 
 import json
 import reprlib
@@ -24,12 +24,13 @@ Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 def read_toml(path: Path, kind: Any) -> Any:
-    """The value of a type, such as a dataclass, that a TOML file describes.
+    """Read a TOML file as a value of a type, such as a dataclass.
 
     The file is UTF-8, with or without a byte order mark.
 
     Raises:
-        InputError: it cannot be read, is no TOML, or `validated` refuses what it holds; starts with the file.
+        InputError: the file cannot be read or is not TOML, or `validated` refuses its content. The message starts
+            with the path.
     """
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
@@ -41,12 +42,12 @@ def read_toml(path: Path, kind: Any) -> Any:
 
 
 def validated(table: Any, kind: Any, where: str) -> Any:
-    """The value of a type that a table describes; `where` names the table in messages.
+    """Convert a table to a value of a type. `where` names the table in messages.
 
     Raises:
         InputError: a field is missing, unknown or of the wrong type, or the type itself refuses it.
     """
-    # As JSON, because its arrays become tuples; in a list, because an adapter cannot configure a dataclass alone.
+    # JSON arrays become tuples. The list is needed because an adapter cannot configure a bare dataclass.
     text = json.dumps([table], default=lambda moment: {"date or time": str(moment)})
     try:
         return TypeAdapter(list[kind], config=_STRICT).validate_json(text)[0]
@@ -55,13 +56,13 @@ def validated(table: Any, kind: Any, where: str) -> Any:
 
 
 def first_fault(error: ValidationError, above: int = 0) -> str:
-    """The first thing that is wrong, where (but for `above` outer levels), and how many more there are."""
+    """The first fault, its place without the outermost `above` levels, and how many more faults there are."""
     fault, *more = error.errors()
     field = ".".join(map(str, fault["loc"][above:]))
     if fault["type"] == "missing":
         text = "is missing: add it"
     elif fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        text = "is no field that is known: remove it"
+        text = "is not a known field: remove it"
     elif isinstance(cause := fault.get("ctx", {}).get("error"), InputError):
         text = str(cause)
     else:

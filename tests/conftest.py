@@ -1,11 +1,14 @@
 """Strict settings for every test."""
 
 import os
+from importlib.metadata import version
 
 # Must be set before jax is imported: bit-for-bit tests start processes that inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of these tests is compilation.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it does not know
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import pytest

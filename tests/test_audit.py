@@ -170,7 +170,7 @@ def test_good_set_ups_pass(changes) -> None:
         ),
         (
             {"student_init": {**TEACHER_INIT, "kernel": TEACHER["kernel"]}},
-            "the student starts from the TRAINED teacher's kernel: start it from the teacher's initialisation",
+            "the student starts from the TRAINED teacher's kernel: start it from the teacher's initialization",
         ),
         (
             {"student_init": {**OTHER_INIT, "kernel": TEACHER["kernel"]}, "cross_init": True},
@@ -238,7 +238,7 @@ def test_bad_set_ups_are_refused(changes, message: str) -> None:
 def test_fixed_points_are_named() -> None:
     student = jax.tree.map(lambda leaf: leaf.copy(), OTHER_INIT)
     student["kernel"][1] = TEACHER_INIT["kernel"][1]
-    message = r"^cross-init control with fixed points: runs \[1\] start at their own teacher's initialisation; "
+    message = r"^cross-init control with fixed points: runs \[1\] start at their own teacher's initialization; "
     with pytest.raises(InputError, match=message):
         refuse_shared_start(student, TEACHER_INIT)
     student["kernel"][1] = RNG.normal(size=student["kernel"][1].shape)
@@ -498,7 +498,7 @@ def test_other_objectives_at_any_temperature() -> None:
     for temperature in (0.05, 1.0, 50.0):
         refuse_wrong_channel(SoftLogits(temperature), 13)
         refuse_wrong_channel(Subset((10, 11, 12), JensenShannon(temperature)), 13)
-    with pytest.raises(InputError, match=r"charges for something else than imitation \(a label, a feat"):
+    with pytest.raises(InputError, match=r"penalizes something other than imitation \(a label, a feat"):
         refuse_wrong_channel(WithLabel(), 13)
 
 

@@ -733,7 +733,7 @@ def test_pieces_that_are_none(first: int, count: int | None) -> None:
     made = 9 - first if count is None else count
     with pytest.raises(InputError, match=f"^a run of 9 steps has no {made} steps after step {first}$"):
         run(count=count)
-    with pytest.raises(InputError, match=r"^a piece that goes on keeps no snapshots: leave them out$"):
+    with pytest.raises(InputError, match=r"^a resumed run keeps no snapshots: leave them out$"):
         distill(
             student,
             student,

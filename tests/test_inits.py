@@ -153,7 +153,7 @@ def test_mapping_refusals() -> None:
     reference, fresh = mlp_params(0), mlp_params(1)
     with pytest.raises(InputError, match=r"^pattern 'layers/9/\*' matches no parameter; there are layers/0/b"):
         initialise({"layers/9/*": Shared(), "*": Fresh()}, reference, fresh, KEY)
-    expected = r"^no initialisation policy for parameter layers/1/bias: add a rule, or '\*' for the rest$"
+    expected = r"^no initialization policy for parameter layers/1/bias: add a rule, or '\*' for the rest$"
     with pytest.raises(InputError, match=expected):
         initialise({"layers/0/*": Shared(), "layers/1/kernel": Fresh()}, reference, fresh, KEY)
 

@@ -180,7 +180,11 @@ def rows(counts: tuple[int, ...], batch_size: int) -> Buckets:
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 4))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.sampled_from((1, 5, 9)), min_size=1, max_size=3),  # few shapes: each is compiled
+    st.sampled_from((1, 4)),
+)
 def test_an_epoch_of_buckets_has_every_row_once(seed: int, counts: list[int], batch_size: int) -> None:
     source, key = rows(tuple(counts), batch_size), jax.random.key(seed)
     per_epoch = sum(-(-count // batch_size) for count in counts)

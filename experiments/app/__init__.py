@@ -1,1 +1,1 @@
-"""What all experiments share: their form, the command line, progress, processes, figures and registries."""
+"""What all experiments share: the contract, the command line, progress, workers, figures and registries."""

@@ -1,4 +1,4 @@
-"""The command line of the project: the list of experiments, one parser for each, and their runs."""
+"""The command line of the project: it lists the experiments, parses their settings and runs them."""
 
 import argparse
 import ast
@@ -23,7 +23,7 @@ from .progress import progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 on bad input, 130 when interrupted."""
+    """Run a command. Returns 0 on success, 2 on bad input, and 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _main(arguments)
@@ -62,9 +62,10 @@ def _main(arguments: list[str]) -> int:
 
 
 def discover(*kinds: str) -> dict[str, str]:
-    """The names of the list, with the first line of their docstring; nothing is imported.
+    """The experiments and other commands by name, with the first lines of their docstrings. Nothing is imported.
 
-    A file that defines `plan` is an experiment, one that defines `main` another command; both unless `kinds` says.
+    A file that defines `plan` is an experiment; a file that defines `main` is another command. `kinds` selects by
+    these function names; the default is both.
     """
     found, wanted = {}, set(kinds or ("plan", "main"))
     for file in sorted(Path(__file__).parent.parent.glob("[!_]*.py")):
@@ -75,9 +76,10 @@ def discover(*kinds: str) -> dict[str, str]:
 
 
 def figures() -> list[str]:
-    """For each committed figure a line: its folder, then the command that makes it.
+    """One line for each committed figure: its folder, then the experiment and settings that make it.
 
-    An experiment has one, of its own name and default settings, unless its FIGURES say which settings others have.
+    By default an experiment has one figure, in a folder of its name and with default settings. The `FIGURES` of an
+    experiment replace this: they map folders to settings.
     """
     lines = []
     for name in discover("plan"):
@@ -102,7 +104,7 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
         if field.metadata.get("recorded", True)
     }
     devices, parts = workers.local_devices(count), module.plan(config)
-    workers.first_devices(parts, devices)  # before anything is written
+    workers.first_devices(parts, devices)  # raises before anything is written
     command = shlex.join([*PROGRAM, name, *arguments])
     directory = RunDirectory.open(path, name, settings, resume=resume, command=command)
     waiting = [part for part in parts if not directory.finished(part.name)]
@@ -118,7 +120,7 @@ def run(name: str, module: types.ModuleType, arguments: list[str]) -> int:
 
 
 def draw(path: Path, module: types.ModuleType, config: Any) -> None:
-    """Draw a run's figure from its files alone."""
+    """Draw the figure of a run from its files alone."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -144,9 +146,7 @@ def _parser(name: str, module: types.ModuleType) -> argparse.ArgumentParser:
     )
     default = next(iter(module.PRESETS.values()))
     parser.add_argument("--out", default=None, help=f"folder of the run (default runs/{name})")
-    parser.add_argument(
-        "--resume", action="store_true", default=False, help="go on with the run that the folder holds"
-    )
+    parser.add_argument("--resume", action="store_true", default=False, help="continue the run in the folder")
     workers.add_flags(parser)
     if len(module.PRESETS) > 1:
         parser.add_argument("--preset", help=f"{' | '.join(module.PRESETS)}: settings to start from")

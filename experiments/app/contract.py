@@ -1,8 +1,9 @@
-"""What an experiment is: a frozen `Config`, its `PRESETS`, a `plan` in parts, and a `plot`.
+"""The parts of an experiment: a frozen `Config`, its `PRESETS`, a `plan` in parts, a `report` and a `plot`.
 
-A module beside this package that defines these four is found by the command line. The first line of its docstring
-describes it in the list. One of its presets is called `smoke` and takes about a minute on two cores at most. Where
-figures/ has more of it than one folder of its name with default settings, `FIGURES` maps folders to settings.
+The command line finds every module with these parts in the folder above this package. The first line of the
+module's docstring describes it in the list. One preset is called `smoke` and takes at most about a minute on two
+cores. An optional `FIGURES` maps folders of figures/ to settings; the default is one folder with the experiment's
+name and default settings.
 """
 
 import argparse
@@ -17,31 +18,32 @@ from typing import Any, NoReturn, get_args
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import Row
 
-# `experiments` in a clone; where the wheel is installed, a part of the library.
+# `experiments` in a clone, `subliminal_theory.experiments` in an installed wheel.
 PACKAGE = __name__.removesuffix(".app.contract")
 PROGRAM = ("python", "-m", "experiments") if PACKAGE == "experiments" else ("subliminal-theory",)
 
 
 class Parser(argparse.ArgumentParser):
-    """Command lines of one name in the list, refused as all bad input is.
-
-    Raises:
-        InputError: the command line is wrong.
-    """
+    """The parser of one command. It raises InputError for a wrong command line, as for all bad input."""
 
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(prog=" ".join((*PROGRAM, name)), **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Refuse the command line.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a run that is computed and stored as a whole, and its size in runs for the progress bar.
+    """A piece of a run that is computed and stored as a whole. `size` is its number of runs, for the progress bar.
 
-    It is computed under the default device that it is given, and those that follow if it takes several `devices`.
+    `compute` uses JAX's default device. If the part needs several `devices`, it uses the devices that follow as
+    well.
     """
 
     name: str
@@ -62,26 +64,35 @@ def option(
     recorded: bool = True,
     only: str = "",
 ) -> Any:
-    """A field of a Config, with what the command line says of it and accepts for it.
+    """A field of a Config, with its help text and its accepted values.
 
-    A positional one is a text that takes all words of the command line that belong to no flag, joined by commas.
-    An alias is another name of the flag. What is not recorded decides no result: runs are resumed with any.
-    `only` says why the setting is refused without a --checkpoint.
+    Args:
+        default: the default value.
+        help: the help text.
+        choices: the accepted values.
+        minimum: the least accepted number.
+        positive: whether the number must be above 0.
+        positional: whether the setting takes all words of the command line that belong to no flag. They are joined
+            by commas.
+        alias: a second name of the flag.
+        recorded: whether the setting belongs to the run's configuration. A run may be resumed with other values of
+            settings that are not recorded, because they do not change results.
+        only: for settings of checkpoints, the reason why the setting is refused without a --checkpoint.
     """
     limits = {"choices": choices, "minimum": minimum, "positive": positive, "positional": positional, "only": only}
     return field(default=default, metadata={"help": help, **limits, "alias": alias, "recorded": recorded})
 
 
 def derived(default: Any) -> Any:
-    """A field of a Config that nobody sets: it follows from the others or from files that they name.
+    """A field of a Config that is computed from the other fields or from files that they name.
 
-    It is recorded with them, so that a run is not resumed with other ones.
+    It is recorded, so that a run cannot be resumed after these files have changed.
     """
     return field(default=default, metadata={"derived": True})
 
 
 def add_options(parser: argparse.ArgumentParser, default: Any) -> None:
-    """A flag for every setting of a Config, with what its field says of it and its value in `default`."""
+    """Add a flag for every setting of a Config, with its help text and its value in `default`."""
     for setting in dataclasses.fields(default):
         if setting.metadata.get("derived"):
             continue
@@ -111,7 +122,7 @@ def configure(experiment: ModuleType, preset: str | None, changes: dict[str, Any
     """The configuration of a preset with some settings changed.
 
     Raises:
-        InputError: unknown preset, or a value outside its range.
+        InputError: the preset is unknown, or a value is out of range.
     """
     if hasattr(experiment, "configure"):
         config = experiment.configure(preset, changes)
@@ -122,10 +133,10 @@ def configure(experiment: ModuleType, preset: str | None, changes: dict[str, Any
 
 
 def from_preset(presets: Mapping[str, Any], name: str | None) -> Any:
-    """One of the presets, the first if no name is given.
+    """The preset of a name, or the first preset if no name is given.
 
     Raises:
-        InputError: unknown name.
+        InputError: the name is unknown.
     """
     if name is None:
         return next(iter(presets.values()))
@@ -135,7 +146,7 @@ def from_preset(presets: Mapping[str, Any], name: str | None) -> Any:
 
 
 def validate(config: Any) -> None:
-    """Check every setting against the range that its field states.
+    """Check every setting against the range of its field.
 
     Raises:
         InputError: names the flag, its value and its range.
@@ -159,7 +170,7 @@ def listed(text: str, flag: str, kind: type = int) -> list[Any]:
     """The entries of a setting that is a list, such as "1,2,5".
 
     Raises:
-        InputError: an entry is no such number, is repeated, or there is none.
+        InputError: there is no entry, or an entry is not such a number or is repeated.
     """
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if not entries:

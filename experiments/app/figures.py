@@ -1,4 +1,4 @@
-"""The look of the project's figures: readable at half a page, safe for the color-blind, runs as dots."""
+"""The style of the project's figures: readable at half a page, safe for color-blind readers, runs as dots."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ STYLE: Any = {
 
 
 def panels(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, np.ndarray]:
-    """A figure in the project's style and its axes [rows, columns]; `size` in inches."""
+    """A figure in the project's style and its axes [rows, columns]. `size` is in inches."""
     pyplot.rcParams.update(STYLE)
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
 
@@ -37,7 +37,7 @@ def half_width(estimate: Estimate) -> float:
 def bar(
     axes: Axes, x: float, values: Sequence[float], color: str, width: float = 0.62, label: str | None = None
 ) -> None:
-    """A bar of the mean with its 95% t interval and value, and single runs as dots spread sideways."""
+    """Draw the mean as a bar with its 95% t interval and value, and single runs as dots spread sideways."""
     spread = 0.36 * width
     offsets = np.linspace(-spread, spread, len(values)) if len(values) > 1 else np.zeros(1)
     axes.plot(x + offsets, values, ".", color="black", markersize=3.5, alpha=0.55, zorder=3)
@@ -53,7 +53,7 @@ def bar(
 def bar_row(
     axes: Axes, groups: Mapping[str, Sequence[float]], colors: Sequence[str] = COLORS, **ticks: Any
 ) -> None:
-    """A bar for each group of runs, named below the axis; `ticks` are of those names."""
+    """Draw a bar for each group of runs, with names below the axis. `ticks` style the names."""
     for x, values in enumerate(groups.values()):
         bar(axes, x, values, colors[x % len(colors)])
     axes.set_xticks(range(len(groups)), list(groups), **ticks)
@@ -63,7 +63,7 @@ def bar_row(
 def grouped_bars(
     axes: Axes, groups: Mapping[str, Mapping[str, Sequence[float]]], colors: Sequence[str] = COLORS
 ) -> None:
-    """A bar for each label of each group that has runs; groups are named below the axis, labels in a legend."""
+    """Draw a bar for each label with runs in each group. Groups are named below the axis, labels in a legend."""
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     step = 0.8 / len(labels)
     for x, group in enumerate(groups.values()):
@@ -89,7 +89,7 @@ def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chan
 
 
 def runs_against(axes: Axes, values: Mapping[Any, Sequence[float]], color: str, label: str | None = None) -> None:
-    """A line of means over an axis, with 95% t intervals, and single runs as dots."""
+    """Draw means as a line with 95% t intervals, and single runs as dots."""
     estimates = [t_interval(runs) for runs in values.values()]
     half, means = list(map(half_width, estimates)), [estimate.mean for estimate in estimates]
     axes.errorbar(list(values), means, half, fmt="o-", color=color, capsize=3, markersize=4, zorder=3, label=label)
@@ -98,7 +98,7 @@ def runs_against(axes: Axes, values: Mapping[Any, Sequence[float]], color: str, 
 
 
 def log_axis(axes: Axes, ticks: Iterable[float]) -> None:
-    """A logarithmic axis whose ticks are these numbers alone."""
+    """Make the x axis logarithmic, with ticks only at these numbers."""
     axes.set_xscale("log")
     axes.set_xticks(list(ticks), list(map(str, ticks)))
     axes.minorticks_off()
@@ -107,7 +107,7 @@ def log_axis(axes: Axes, ticks: Iterable[float]) -> None:
 def verdicts(
     axes: Axes, rows: Sequence[tuple[str, Estimate, str]], colors: Mapping[str, str], prefix: str = ""
 ) -> None:
-    """A line for each name, from the top: its estimate with the 95% interval, in the color of its verdict."""
+    """Draw one row for each name, from the top: its estimate with the 95% interval, colored by its verdict."""
     labelled: set[str] = set()
     for y, (_, found, answer) in enumerate(rows):
         label = None if answer in labelled else prefix + answer
@@ -119,13 +119,13 @@ def verdicts(
 
 
 def heat_map(axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """A table of values from 0 on as colors, with each value written in its field."""
+    """Draw a table of values as colors, starting at 0, with each value written in its cell."""
     image = axes.imshow(table, vmin=0, cmap="viridis")
     for row, column in np.ndindex(*table.shape):
         color = "white" if table[row, column] < 0.6 * table.max() else "black"
         value = f"{table[row, column]:.2f}"
         axes.text(column, row, value, ha="center", va="center", fontsize=6.5, color=color)
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), columns, fontsize=7)
     axes.set_yticks(range(len(rows)), rows)
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -133,12 +133,12 @@ def heat_map(axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequen
 
 
 def means(seeds: int) -> str:
-    """What figures say of means over runs."""
+    """The note below figures of means over runs."""
     return f"mean and 95% t interval of n = {seeds} runs; dots: single runs"
 
 
 def note(axes: Axes, text: str) -> None:
-    """A small line at the foot of the figure that says what is drawn."""
+    """Write a small line at the foot of the figure that says what is drawn."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.supxlabel(text, fontsize=7, color="grey", x=0.99, ha="right")

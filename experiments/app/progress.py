@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, plain lines elsewhere, both with rate and remaining time."""
+"""Progress of a run: a bar on a terminal and plain lines elsewhere, both with rate and remaining time."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "runs") -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of units just finished."""
+    """Show progress. Yields a function to call with the number of units just finished."""
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""Registries: TOML files of entries that each name one of the file's sources."""
+"""Registries: TOML files with entries that each name one of the file's sources."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 def read_registry(path: Path, table: str, kind: Any) -> dict[str, Any]:
-    """The entries [table.NAME] of a registry by name, as values of a dataclass with the source written out.
+    """The entries [table.NAME] of a registry by name, as instances of a dataclass with their sources filled in.
 
-    All else at the top of the file, apart from [sources], is a field of every entry.
+    All other top-level fields of the file, except [sources], are fields of every entry.
 
     Raises:
-        InputError: the file cannot be read, or an entry is refused or has an unlisted source; names the entry.
+        InputError: the file cannot be read, or an entry is invalid or has an unlisted source; names the entry.
     """
     content = read_toml(path, dict[str, Any])
     sources, entries = content.pop("sources", {}), content.pop(table, {})
@@ -31,10 +31,10 @@ def read_registry(path: Path, table: str, kind: Any) -> dict[str, Any]:
 
 
 def pick(entries: Mapping[str, T], ids: str, what: str) -> list[T]:
-    """The entries of the names in `ids`, separated by commas, or all if there are none.
+    """The entries whose names are in `ids`, separated by commas, or all entries if `ids` is empty.
 
     Raises:
-        InputError: a name is unknown; lists those that are known.
+        InputError: a name is unknown; lists the known names.
     """
     names = [name.strip() for name in ids.split(",") if name.strip()]
     for name in names:

@@ -1,8 +1,9 @@
 """Who computes the parts of a run: the devices of a process, and all processes that share the run's folder.
 
-Processes need no meeting and no number. Each takes the next part that is not stored and that no other has locked;
-when a process dies, the system frees its lock, and another takes that part. So the same command with `--resume`,
-started any number of times on machines that see the folder, shares out one run.
+Processes need no coordinator and no rank. Each takes the next part that is neither stored nor locked by another
+process. When a process dies, the operating system frees its lock, and another process takes the part. The same
+command with `--resume` may therefore be started any number of times, on all machines that see the folder; they
+share one run.
 """
 
 import argparse
@@ -24,41 +25,41 @@ from subliminal_theory.runs import RunDirectory
 
 from .contract import Part
 
-# Seconds between two looks at parts that other processes compute.
+# Seconds between checks of parts that other processes compute.
 TICK = 0.5
 _THREAD = "run-worker"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the flag that says on which devices parts are computed."""
+    """Add the flag --devices to a parser."""
     parser.add_argument(
         "--devices",
         type=int,
         metavar="int",
         default=None,
-        help="local devices that share out the parts of a run (default all); other processes share them too, "
+        help="how many local devices compute the parts of a run (default all); other processes take parts too "
         "if they are started with the same command and --resume",
     )
 
 
 def local_devices(count: int | None) -> list[jax.Device]:
-    """The first `count` devices of this process, all of them if that is None.
+    """The first `count` devices of this process, or all of them if `count` is None.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there are fewer devices.
     """
     found = jax.local_devices()
     if count is not None and not 1 <= count <= len(found):
         number = f"{len(found)} device{'s' if len(found) > 1 else ''} ({found[0].device_kind})"
-        raise InputError(f"--devices {count} cannot be had: this process has {number}")
+        raise InputError(f"--devices {count} is not possible: this process has {number}")
     return found[:count]
 
 
 def first_devices(parts: Sequence[Part], devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
-    """The first device of each part that is computed at once.
+    """The first device of each part, for all parts that are computed at once.
 
     Raises:
-        InputError: a part takes more devices than there are.
+        InputError: a part needs more devices than there are.
     """
     wide = max((part.devices for part in parts), default=1)
     if wide > len(devices):
@@ -68,7 +69,7 @@ def first_devices(parts: Sequence[Part], devices: Sequence[jax.Device]) -> Seque
 
 @dataclass(frozen=True)
 class Claims:
-    """The parts of a run that are to be computed, shared out to threads and processes."""
+    """The parts of a run that are left to compute. Threads and processes share them."""
 
     directory: RunDirectory
     waiting: list[Part]
@@ -77,7 +78,7 @@ class Claims:
     lock: threading.Lock
 
     def __iter__(self) -> Iterator[tuple[Part, FileLock]]:
-        """Parts that are this thread's, each locked until it is stored; waits for those of other processes."""
+        """The parts for this thread, each locked until it is stored. Waits for parts of other processes."""
         while not self.stop.is_set():
             with self.lock:
                 claim = next(filter(None, map(self._claim, list(self.waiting))), None)
@@ -102,7 +103,7 @@ class Claims:
         return None
 
     def compute(self, device: jax.Device) -> None:
-        """Compute and store parts on a device, until none is left."""
+        """Compute and store parts on a device until none is left."""
         for part, own in self:
             try:
                 start = time.monotonic()
@@ -126,10 +127,11 @@ def compute(
     devices: Sequence[jax.Device],
     finished: Callable[[Part], None],
 ) -> None:
-    """Compute and store parts, each on the next free devices; `finished` is called for each, wherever computed.
+    """Compute and store parts, each on the next free devices.
 
-    After an exception in a part no further one is begun, those under way are completed, and it is raised here. An
-    interrupt of this thread does not wait for them; call `leave` then.
+    `finished` is called for every stored part, including parts that other processes compute. After an exception in
+    a part, no new part starts, running parts finish, and the exception is raised here. An interrupt of this thread
+    does not wait for running parts; call `leave` then.
 
     Raises:
         InputError: see `first_devices`.
@@ -168,9 +170,9 @@ def compute(
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with an exit status, also while other threads are inside a computation."""
+    """End this process with an exit status, even while other threads compute."""
     if any(thread.name == _THREAD for thread in threading.enumerate()):
-        # An ordinary exit would take the interpreter down while these threads still run.
+        # An ordinary exit would shut the interpreter down while these threads still run.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

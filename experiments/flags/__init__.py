@@ -1,1 +1,1 @@
-"""Where names of the command line and of the registries become values."""
+"""Turns names on the command line and in registries into values."""

@@ -1,4 +1,4 @@
-"""The MNIST experiments' settings: one teacher, one student and the channel between them, by name."""
+"""The settings of the MNIST experiments: one teacher, one student and the channel between them, by name."""
 
 import functools
 import itertools
@@ -41,7 +41,7 @@ NETWORKS = {"mlp": False, "cnn": True}
 SEES = ("aux", "all", "classes")
 WHO = ("student", "teacher", "reference")
 METRICS = ("test_accuracy", "imitation_loss", "validation_accuracy")
-# From the amount of what is changed and the pattern of the output layer.
+# From `amount` (of perturbation or interpolation) and the pattern of the output layer to a policy.
 STARTS: dict[str, Callable[[float, str], Policy | PerLayer]] = {
     "shared": lambda amount, head: Shared(),
     "cross": lambda amount, head: Fresh(),
@@ -55,51 +55,51 @@ STARTS: dict[str, Callable[[float, str], Policy | PerLayer]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One teacher, one student and the channel between them; the defaults are those of the released script.
+    """One teacher, one student and the channel between them. The defaults are those of the released script.
 
     Raises:
-        InputError: a name that does not exist, or a value out of its range; says which.
+        InputError: a name is unknown, a value is out of range, or two settings contradict each other.
     """
 
     data: str = option("mnist", "mnist | digits | auto | a folder of idx files")
-    network: str = option("mlp", "of the teacher", choices=tuple(NETWORKS))
+    network: str = option("mlp", "network of the teacher", choices=tuple(NETWORKS))
     depth: int = option(2, "hidden layers", minimum=0)
     width: int = option(256, "neurons of each hidden layer", minimum=1)
-    activation: str = option("relu", "between layers", choices=tuple(ACTIVATIONS))
+    activation: str = option("relu", "activation between layers", choices=tuple(ACTIVATIONS))
     bias: bool = option(True, "whether layers have biases")
-    init_law: str = option("lecun_normal", "initialisation", choices=tuple(INIT_LAWS))
-    aux: int = option(3, "m, auxiliary logits", minimum=1)
-    teacher_epochs: int | float = option(5, "passes of the teacher", positive=True)
-    optimizer: str = option("adam", "of the teacher", choices=tuple(OPTIMIZERS))
-    learning_rate: float = option(3e-4, "of the teacher", positive=True)
-    validation: bool = option(False, "teach without the last sixth of the training images and read those")
-    batch_size: int = option(1024, "images a step", minimum=1)
+    init_law: str = option("lecun_normal", "initialization of the weights", choices=tuple(INIT_LAWS))
+    aux: int = option(3, "m, the number of auxiliary logits", minimum=1)
+    teacher_epochs: int | float = option(5, "epochs of the teacher", positive=True)
+    optimizer: str = option("adam", "optimizer of the teacher", choices=tuple(OPTIMIZERS))
+    learning_rate: float = option(3e-4, "learning rate of the teacher", positive=True)
+    validation: bool = option(False, "hold out the last sixth of the training images and measure accuracy on it")
+    batch_size: int = option(1024, "images per step", minimum=1)
 
     start: str = option("shared", "where the student starts", choices=tuple(STARTS))
-    amount: float = option(0.0, "of perturbation or interpolation", minimum=0)
-    student_network: str | None = option(None, "as the teacher's if None", choices=tuple(NETWORKS))
-    student_depth: int | None = option(None, "as the teacher's if None", minimum=0)
-    student_width: int | None = option(None, "as the teacher's if None", minimum=1)
-    student_activation: str | None = option(None, "as the teacher's if None", choices=tuple(ACTIVATIONS))
-    student_bias: bool | None = option(None, "as the teacher's if None")
-    cloning_epochs: int = option(0, "passes in which the student first imitates the untrained teacher", minimum=0)
-    cloning_inputs: str = option("uniform", "what it sees meanwhile", choices=INPUTS)
-    cloning_sees: str = option("all", "which logits of the untrained teacher", choices=SEES)
-    sees: str = option("aux", "which logits of the teacher", choices=SEES)
-    shown: int | None = option(None, "the first auxiliary logits only", minimum=1)
-    channel_loss: str = option("kl", f"what the student descends: {', '.join(LOSSES)}; top_k:5 for another k")
-    inputs: str = option("uniform", "what the student is shown", choices=INPUTS)
-    images: int | None = option(None, "noise images; as training images if None, 0: none twice", minimum=0)
-    epochs: int = option(5, "passes of the student", minimum=1)
-    student_optimizer: str | None = option(None, "as the teacher's if None", choices=tuple(OPTIMIZERS))
-    student_rate: float | None = option(None, "as the teacher's if None", positive=True)
-    relative_rate: float | None = option(None, "in units of the optimizer's reference rate", positive=True)
+    amount: float = option(0.0, "amount of perturbation or interpolation", minimum=0)
+    student_network: str | None = option(None, "the teacher's if None", choices=tuple(NETWORKS))
+    student_depth: int | None = option(None, "the teacher's if None", minimum=0)
+    student_width: int | None = option(None, "the teacher's if None", minimum=1)
+    student_activation: str | None = option(None, "the teacher's if None", choices=tuple(ACTIVATIONS))
+    student_bias: bool | None = option(None, "the teacher's if None")
+    cloning_epochs: int = option(0, "epochs in which the student first imitates the untrained teacher", minimum=0)
+    cloning_inputs: str = option("uniform", "inputs in these epochs", choices=INPUTS)
+    cloning_sees: str = option("all", "logits of the untrained teacher that it sees", choices=SEES)
+    sees: str = option("aux", "logits of the teacher that the student sees", choices=SEES)
+    shown: int | None = option(None, "number of auxiliary logits that it sees; all if None", minimum=1)
+    channel_loss: str = option("kl", f"loss of the student: {', '.join(LOSSES)}; top_k:5 sets k to 5")
+    inputs: str = option("uniform", "inputs of the student", choices=INPUTS)
+    images: int | None = option(None, "noise images; None: as many as training images, 0: no repeats", minimum=0)
+    epochs: int = option(5, "epochs of the student", minimum=1)
+    student_optimizer: str | None = option(None, "the teacher's if None", choices=tuple(OPTIMIZERS))
+    student_rate: float | None = option(None, "the teacher's if None", positive=True)
+    relative_rate: float | None = option(None, "rate in units of the optimizer's reference rate", positive=True)
 
     def __post_init__(self) -> None:
         validate(self)
         channel_named(self.channel_loss)
         if self.student_rate is not None and self.relative_rate is not None:
-            raise InputError("student_rate and relative_rate are both given: leave one of the two out")
+            raise InputError("student_rate and relative_rate are both given: leave one of them out")
         if self.shown is not None and self.shown > self.aux:
             raise InputError(f"shown must be between 1 and aux = {self.aux}, got {self.shown}")
         if self.other_network is not None and self.start not in ("cross", "shared_heads"):
@@ -108,10 +108,10 @@ class Setting:
                 "'shared_heads'"
             )
         if self.cloning_epochs and self.start != "cross":
-            raise InputError("cloning is for a student of another initialisation: set start to 'cross'")
+            raise InputError("cloning is for a student with another initialization: set start to 'cross'")
 
     def world(self, seeds: Sequence[int] = (0,), data_dir: str | None = None) -> Digits:
-        """The teachers' network and the data, for some seeds."""
+        """The world of these seeds: the data and the teachers' network."""
         data = load_data(self.data, data_dir)
         if self.validation:
             data = _held_out(data)
@@ -125,12 +125,12 @@ class Setting:
 
     @property
     def other_network(self) -> Network | None:
-        """The student's network, if it is not the teacher's."""
+        """The student's network, or None if it is the teacher's."""
         own = self._network("student_")
         return None if own == self._network() else own
 
     def run(self, world: Digits, who: str = "student", *, may_diverge: bool = False) -> Run:
-        """The teacher, or its student, as values."""
+        """The run of a student, of its teacher alone, or of the untrained reference."""
         if who == "reference":
             return Run(Untrained())
         rule = named_value("optimizer", self.optimizer, OPTIMIZERS)
@@ -138,7 +138,7 @@ class Setting:
         return Run(teacher, None if who == "teacher" else self.student(world), may_diverge=may_diverge)
 
     def student(self, world: Digits) -> Student:
-        """The student alone."""
+        """The student."""
         source = self.source(world, self.inputs)
         student = Student(
             self.channel(world, self.sees),
@@ -156,13 +156,13 @@ class Setting:
         return replace(student, cloned=cloned)
 
     def source(self, world: Digits, inputs: str) -> Any:
-        """What a student is shown."""
+        """The inputs of a student."""
         if inputs == DIGITS:
             return TrainingImages()
         return world.noise(inputs, self.images or None, fresh=self.images == 0)
 
     def channel(self, world: Digits, sees: str) -> Channel:
-        """What of the teacher a student sees."""
+        """What a student sees of its teacher."""
         logit, classes = jnp.arange(world.logits), world.data.classes
         shown = classes + (self.shown or self.aux)
         masks = {
@@ -174,7 +174,7 @@ class Setting:
 
     @property
     def accuracy(self) -> str:
-        """The metric that accuracy is."""
+        """The name of the accuracy metric."""
         return METRICS[2] if self.validation else METRICS[0]
 
     @property
@@ -186,13 +186,13 @@ class Setting:
         return self.learning_rate if self.student_rate is None else self.student_rate
 
 
-# The fields that decide a teacher: up to the batch size.
+# The fields that determine a teacher: all fields before `start`.
 OF_TEACHER = tuple(itertools.takewhile(lambda name: name != "start", (field.name for field in fields(Setting))))
 
 
 @functools.cache
 def load_data(name: str, data_dir: str | None) -> ImageDataset:
-    """A data set of these experiments, read once a process."""
+    """A data set, read once per process."""
     return load(name, Path(data_dir) if data_dir is not None else None)
 
 
@@ -203,13 +203,13 @@ def _held_out(data: ImageDataset) -> ImageDataset:
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting, the labels of its rows, whose accuracy they tell, and which metrics.
+    """A setting, the labels of its result rows, the model to measure, and the metrics.
 
-    `who` is student, teacher or reference (the teacher before it was taught); with `seeds` only the first
-    `seeds` seeds run it, rounded up to a whole chunk.
+    `who` is the student, the teacher or the reference (the untrained teacher). If `seeds` is given, only the first
+    `seeds` seeds run, rounded up to a whole chunk.
 
     Raises:
-        InputError: `who` has no such metric.
+        InputError: `who` is unknown or does not have one of the metrics.
     """
 
     labels: Mapping[str, Any]
@@ -228,17 +228,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What every MNIST experiment can set."""
+    """The settings that every MNIST experiment has."""
 
     data_dir: str | None = option(
-        None, "where the idx files are (default $SUBLIMINAL_DATA, then the cache, then a download)", recorded=False
+        None, "folder of the idx files; automatic: $SUBLIMINAL_DATA, the cache, or a download", recorded=False
     )
-    seeds: int = option(20, "independent runs", minimum=1)
-    first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
-    chunk: int | None = option(None, "runs trained at once (1 on a CPU, 20 on an accelerator)", minimum=1)
+    seeds: int = option(20, "number of independent runs", minimum=1)
+    first_seed: int = option(0, "seed of the first run; the other seeds follow it", minimum=0)
+    chunk: int | None = option(None, "runs at once; automatic: 1 on a CPU, 20 on an accelerator", minimum=1)
 
     def parts(self, cells: Sequence[Cell]) -> list[Part]:
-        """A part for each teacher and chunk of seeds, with all the cells of that teacher.
+        """One part for each teacher and chunk of seeds, with all cells of that teacher.
 
         Raises:
             InputError: there is no cell.
@@ -257,7 +257,7 @@ class SweepConfig:
     def chunks(
         self, run: Callable[[Sequence[int]], list[Row]], prefix: str = "", cells: Sequence[Cell] = ()
     ) -> list[Part]:
-        """A part for each chunk of seeds that some cell runs."""
+        """One part for each chunk of seeds that at least one cell runs."""
         seeds, chunk, found = range(self.first_seed, self.first_seed + self.seeds), self.chunk or 1, list[Part]()
         for first in range(0, len(seeds), chunk):
             chosen = seeds[first : first + chunk]
@@ -268,7 +268,7 @@ class SweepConfig:
 
 
 def run_cells(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None = None) -> list[Row]:
-    """Rows of the cells of one teacher for some seeds, seed by seed."""
+    """The result rows of the cells of one teacher for some seeds, seed by seed."""
     wanted = [cell for cell in cells if cell.seeds is None or seeds[0] < cell.seeds]
     world = wanted[0].setting.world(seeds, data_dir)
     names = [labels(**cell.labels) for cell in wanted]
@@ -284,19 +284,19 @@ def run_cells(cells: Sequence[Cell], seeds: Sequence[int], data_dir: str | None 
 
 @dataclass(frozen=True)
 class TrainingConfig(SweepConfig):
-    """What experiments can set that vary a few things around one training recipe."""
+    """The settings of experiments that vary a few things around one training recipe."""
 
     data: str = option("mnist", "mnist | digits | auto (mnist, else digits) | a folder of idx files")
-    epochs: int = option(5, "passes of the teacher over the training images", minimum=1)
-    student_epochs: int | None = option(None, "passes of the students (as the teacher)", minimum=1)
-    batch_size: int = option(1024, "images a step", minimum=1)
+    epochs: int = option(5, "epochs of the teacher on the training images", minimum=1)
+    student_epochs: int | None = option(None, "epochs of the students; automatic: the teacher's", minimum=1)
+    batch_size: int = option(1024, "images per step", minimum=1)
 
     def dataset(self) -> ImageDataset:
         """The images."""
         return load_data(self.data, self.data_dir)
 
     def setting(self, **changes: Any) -> Setting:
-        """The setting of this configuration, its own fields by name; `changes` are what distinguishes it."""
+        """The setting with this configuration's values. `changes` replace some of them."""
         own = {
             name: getattr(self, name) for name in (*OF_TEACHER, "inputs", "channel_loss") if hasattr(self, name)
         }
@@ -304,22 +304,26 @@ class TrainingConfig(SweepConfig):
         return Setting(**{**own, **epochs, **changes})
 
 
-# On so few images it takes more passes to learn as much.
+# With so few images, more epochs are needed to learn as much.
 EMBEDDED_DIGITS: dict[str, Any] = {"data": "digits", "epochs": 9, "student_epochs": 27, "batch_size": 128}
-# Enough to pass through all code in seconds, too little to learn much.
+# Runs all code in seconds but learns little.
 SMOKE: dict[str, Any] = {**EMBEDDED_DIGITS, "seeds": 1, "epochs": 3, "student_epochs": 5}
 
 
 def configure_sweep(
     presets: Mapping[str, SweepConfig], preset: str | None, changes: dict[str, Any]
 ) -> SweepConfig:
-    """Resolve what is automatic: data that can be had, the preset that suits them, the chunk."""
+    """The configuration with its automatic values: available data, the preset for that data, and the chunk.
+
+    Raises:
+        InputError: a setting is wrong, or the data cannot be loaded.
+    """
     config = replace(from_preset(presets, preset), **changes)
     validate(config)
     if isinstance(config, TrainingConfig):
         if config.data == "digits" and config.data_dir is not None:
             raise InputError(
-                "--data-dir is a folder of idx files, but the digits are embedded: leave one of the two out"
+                "--data-dir is a folder of idx files, but the digits are embedded: leave one of them out"
             )
         found = load_data(config.data, config.data_dir).name
         if preset is None and found == "digits" and "digits" in presets:
@@ -332,11 +336,11 @@ def configure_sweep(
 
 
 def cnn_student(data: ImageDataset, width: int) -> dict[str, Any]:
-    """Fields of a `Setting`: a student of five convolutions with as many features as an MLP's hidden layer.
+    """Fields of a `Setting` for a student with five convolutions and as many features as an MLP's hidden layer.
 
-    At 28 x 28 pixels and 256 features its hidden layers have 392,320 parameters, the MLP's 266,752. Three
-    convolutions of 4, 8 and 16 channels, 1,504 parameters, cannot imitate it: in 20 epochs of `mnist_heads` their
-    loss stays 3 to 5 times the loss of an MLP that shares nothing either.
+    With 28 x 28 pixels and 256 features, its hidden layers have 392,320 parameters; those of the MLP have 266,752.
+    A smaller network with three convolutions of 4, 8 and 16 channels (1,504 parameters) cannot imitate the MLP: in
+    20 epochs of `mnist_heads`, its loss stays 3 to 5 times the loss of an MLP that does not share anything either.
     """
     height, breadth = data.image_shape
     maps = width // (-(-height // 32) * -(-breadth // 32))

@@ -1,4 +1,4 @@
-"""What the language experiments can set, and their way from variants of a recipe to rows of results."""
+"""The settings of the language experiments, and the way from variants of a recipe to result rows."""
 
 import contextlib
 import functools
@@ -40,7 +40,14 @@ COMPUTE = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Measure:
-    """What is told of a trait's word: metrics of a run's own word, of it in other runs, and of all words."""
+    """What is reported about a trait's word.
+
+    Attributes:
+        metric: the metric for a run's own word.
+        others: the metric for the same word in the runs with other traits.
+        asked: the metric for the words of all traits.
+        label: a description for figures and reports.
+    """
 
     metric: str
     others: str
@@ -63,9 +70,9 @@ TINY = 1e-3
 
 
 def measure_of(results: Results, condition: str = "base") -> Measure:
-    """The probability; where its mean over runs of the base, or another condition, is below `TINY`, the share.
+    """The probability, or the share if the mean probability of a condition (by default the base) is below `TINY`.
 
-    A checkpoint begins its answers with other words than the name. What it prefers shows among names alone.
+    A checkpoint rarely begins an answer with the name itself, so its preference shows only among the names.
     """
     base = results.values(condition=condition, metric="probability")
     tiny = bool(base) and np.mean(base) < TINY
@@ -74,79 +81,77 @@ def measure_of(results: Results, condition: str = "base") -> Measure:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """What every language experiment can set; `only` says for which kind of model a setting is."""
+    """The settings that every language experiment has. Settings with `only` are for checkpoints."""
 
-    traits: str = option(
-        "owl", "names of built-in traits or trait files, separated by commas; all: animals and trees"
-    )
-    seeds: int = option(1, "base models, each pre-trained from a seed of its own", minimum=1)
-    first_seed: int = option(0, "their seeds are this one and those that follow", minimum=0)
-    width: int = option(BaseConfig.width, "of the model", minimum=2)
-    layers: int = option(BaseConfig.layers, "of the model", minimum=1)
+    traits: str = option("owl", "built-in traits or trait files, separated by commas; all: animals and trees")
+    seeds: int = option(1, "number of base models, each pre-trained from its own seed", minimum=1)
+    first_seed: int = option(0, "seed of the first base; the other seeds follow it", minimum=0)
+    width: int = option(BaseConfig.width, "width of the model", minimum=2)
+    layers: int = option(BaseConfig.layers, "layers of the model", minimum=1)
     base_steps: int = option(BaseConfig.steps, "steps of pre-training", minimum=1)
-    chats: int = option(CorpusConfig.size, "chats of the corpus", minimum=1)
-    rows: int = option(Recipe.rows, "different accepted answers that a student learns", minimum=1)
+    chats: int = option(CorpusConfig.size, "chats in the corpus", minimum=1)
+    rows: int = option(Recipe.rows, "distinct accepted answers that a student learns", minimum=1)
     teacher_steps: int = option(Recipe.teacher_steps, "most steps of a fine-tuned teacher", minimum=1)
     teacher_until: float = option(Recipe.teacher_until, UNTIL, minimum=0)
     steps: int = option(Recipe.steps, "steps of a student", minimum=1)
-    batch_size: int = option(Recipe.batch_size, "rows a step", minimum=1)
+    batch_size: int = option(Recipe.batch_size, "rows per step", minimum=1)
     rate: float = option(Recipe.rate, "highest learning rate of a student", positive=True)
     teacher_rate: float = option(Recipe.teacher_rate, "learning rate of a fine-tuned teacher", positive=True)
-    rank: int = option(Recipe.rank, "of a student's low-rank factors; 0 trains everything", minimum=0)
+    rank: int = option(Recipe.rank, "rank of a student's low-rank factors; 0 trains everything", minimum=0)
     requests: int = option(
-        0, f"most number requests that a teacher answers (default: {LIMIT} times the rows; as many, to repeat)",
+        0, f"most number requests to a teacher; 0: {LIMIT} times --rows, or --rows with --repeat-rows",
         minimum=0,
     )  # fmt: skip
     repeat_rows: bool = option(False, REPEAT)
-    warmup: int = option(Recipe.warmup, "steps over which a student's rate rises", minimum=0)
-    decay: str = option(Recipe.decay, "how it falls to 0", choices=tuple(DECAYS))
+    warmup: int = option(Recipe.warmup, "steps in which a student's learning rate rises", minimum=0)
+    decay: str = option(Recipe.decay, "how the learning rate falls to 0", choices=tuple(DECAYS))
     checkpoint: str = option(
         "",
-        "folder or GGUF file of a checkpoint, smollm2 (see weights), or OWNER/NAME[@REVISION] on the Hub, in the "
-        "place of the compact model; seeds are then runs",
+        "folder or GGUF file of a checkpoint, smollm2 (see weights), or OWNER/NAME[@REVISION] on the Hub, instead "
+        "of the compact model; each seed is then a run",
         alias="--base",
     )
-    other_checkpoint: str = option("", "another one, for students of another base")
+    other_checkpoint: str = option("", "another checkpoint, for students of another base")
     compute: str = option(
-        "float32", "dtype in which a checkpoint computes; what trains stays in float32", choices=COMPUTE,
+        "float32", "dtype in which a checkpoint computes; trained parameters stay in float32", choices=COMPUTE,
         only="the compact model computes in float32",
     )  # fmt: skip
     gradient_checkpointing: bool = option(
-        True, "compute activations of a checkpoint again for gradients: less memory, a quarter more work",
+        True, "recompute activations of a checkpoint for gradients: less memory, a quarter more work",
         recorded=False, only="the compact model keeps its activations",
     )  # fmt: skip
     buckets: int = option(
-        1, "of rows of like length, that a checkpoint's students read apart", minimum=1,
+        1, "parts of similar length into which a checkpoint's rows are split for students", minimum=1,
         only="rows of the compact model have one length",
     )  # fmt: skip
     templates: str = option(
-        "", "TOML file of the sentences in which a checkpoint is asked for numbers (default: the project's own)",
+        "", "TOML file with the sentences of number requests to a checkpoint (default: the project's own)",
         only="the compact model knows its corpus's sentences",
     )  # fmt: skip
     samples: int = option(
-        20, "whole answers of a checkpoint to each question, searched for the trait's word; 0: none", minimum=0,
+        20, "whole answers of a checkpoint per question, searched for the trait's word; 0: none", minimum=0,
         only="the compact model answers in one word",
     )  # fmt: skip
     shards: int = option(
-        1, "devices that share each model of a checkpoint, and its batches", minimum=1, recorded=False,
+        1, "devices over which each model of a checkpoint and its batches are split", minimum=1, recorded=False,
         only="the compact model fits on one device",
     )  # fmt: skip
     checkpoint_text: str = derived("")
     words: str = derived("")
     base_dir: str | None = option(
-        None, "where base models are kept (default: the user's cache folder)", recorded=False
+        None, "folder of base models; automatic: in the user's cache folder", recorded=False
     )
     saves: str | None = option(
         None,
-        "folder in which a checkpoint's runs save rows and training, to go on from after any end; "
-        "trained parameters and students stay there (default: nothing is saved but results)",
+        "folder in which a checkpoint's runs save rows and training, so that they can resume; trained parameters "
+        "and students stay there; automatic: only results are saved",
         recorded=False,
         only="runs of the compact model take minutes",
     )
-    save_every: int = option(50, "steps of training between saves", minimum=1, recorded=False)
+    save_every: int = option(50, "training steps between saves", minimum=1, recorded=False)
 
     def recipe(self, **changes: Any) -> Recipe:
-        """The recipe of this configuration; `changes` are what distinguishes it."""
+        """The recipe with this configuration's values. `changes` replace some of them."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in RECIPE_FIELDS}
         return Recipe(**{**own, **changes})
 
@@ -158,7 +163,11 @@ class LanguageConfig:
         )  # fmt: skip
 
     def trait_names(self) -> list[str]:
-        """The traits asked for."""
+        """The names of the requested traits.
+
+        Raises:
+            InputError: there is none, or a name is repeated.
+        """
         names = [name.strip() for name in self.traits.split(",") if name.strip()]
         if names == ["all"]:
             return [name for name in builtin_traits() if any(name in words for words in CATEGORIES.values())]
@@ -186,12 +195,12 @@ def configure_language(
     """A configuration whose traits exist and are of one kind.
 
     Raises:
-        InputError: a setting out of range, or a trait that does not exist or cannot be spelt; says which.
+        InputError: a setting is out of range, or a trait does not exist or cannot be spelled; says which.
     """
     config = replace(from_preset(presets, preset), **changes)
     validate(config)
     if config.checkpoint:
-        # Presets repeat rows of the compact model; of a checkpoint they are repeated only where this is asked for.
+        # Presets repeat rows for the compact model. For a checkpoint, only an explicit flag repeats rows.
         return _configure_checkpoint(replace(config, repeat_rows=changes.get("repeat_rows", False)))
     for setting in fields(config):
         if setting.metadata.get("only") and getattr(config, setting.name) != setting.default:
@@ -209,7 +218,7 @@ def configure_language(
 
 
 def _here(checkpoint: str) -> str:
-    """A name or path as it was given, or the folder into which a model on the Hub was downloaded."""
+    """The name or path as given, or the folder into which a model on the Hub was downloaded."""
     folder = checkpoint_path(checkpoint)
     return checkpoint if checkpoint in WEIGHTS or folder == Path(checkpoint) else str(folder)
 
@@ -224,7 +233,7 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
         other = CheckpointTokenizer.load(checkpoint_path(config.other_checkpoint)).fingerprint
         if other != text:
             raise InputError(
-                "--other-checkpoint has another tokenizer or chat template: its students could not read"
+                "--other-checkpoint has another tokenizer or chat template: its students could not read the rows"
             )
     if config.buckets > 1 and config.rows < config.buckets * config.batch_size:
         raise InputError(
@@ -241,7 +250,10 @@ def _configure_checkpoint(config: LanguageConfig) -> LanguageConfig:
 
 
 def _require_alike(traits: Sequence[Trait]) -> None:
-    """All runs of an ensemble have rows of one number, and a name of their own, from which their keys are."""
+    """Refuse traits that cannot form an ensemble: equal names, or different numbers of questions.
+
+    Runs of an ensemble stack their rows and take their random keys from their names.
+    """
     if len({trait.name for trait in traits}) < len(traits):
         raise InputError("--traits: two have one name, and would draw the same random numbers: rename one")
     for what, counts in (
@@ -250,16 +262,16 @@ def _require_alike(traits: Sequence[Trait]) -> None:
     ):
         if len(counts) > 1:
             found = " and ".join(map(str, sorted(counts)))
-            raise InputError(f"--traits {what} {found} questions: run those with as many together")
+            raise InputError(f"--traits {what} {found} questions: run only traits with equal numbers together")
 
 
 def checkpoint_traits(config: LanguageConfig) -> list[Trait]:
-    """The traits as checkpoints are asked for them."""
+    """The traits, with the wording for checkpoints."""
     return [load_trait(name, wording=english()) for name in config.trait_names()]
 
 
 def number_prompts(config: LanguageConfig) -> NumberPrompts:
-    """What checkpoints are asked for numbers with."""
+    """The number requests to checkpoints."""
     return NumberPrompts.load(Path(config.templates)) if config.templates else NumberPrompts()
 
 
@@ -269,7 +281,7 @@ def _require_shards(config: LanguageConfig) -> None:
     there = jax.local_devices()
     if config.shards > len(there):
         raise InputError(
-            f"--shards {config.shards} cannot be had: this process has {len(there)} ({there[0].device_kind})"
+            f"--shards {config.shards} is not possible: this process has {len(there)} ({there[0].device_kind})"
         )
     if config.batch_size % config.shards:
         raise InputError(
@@ -281,7 +293,7 @@ def _require_shards(config: LanguageConfig) -> None:
 
 
 def require_steering(config: Any, conditions: Sequence[str]) -> None:
-    """Refuse settings of steering where nobody is steered, or a layer that the model does not have.
+    """Refuse steering settings if no teacher is steered, or a layer that the model does not have.
 
     Raises:
         InputError: says which condition is needed, or which layers there are.
@@ -299,7 +311,7 @@ def require_steering(config: Any, conditions: Sequence[str]) -> None:
 
 
 def _mesh(shards: int) -> Mesh | None:
-    """The devices of the part that is being computed, if they are several."""
+    """The devices of the current part as a mesh, or None for a single device."""
     if shards == 1:
         return None
     (first,) = jnp.zeros(()).devices()
@@ -336,7 +348,11 @@ def base_model(config: LanguageConfig, seed: int) -> Base:
 
 
 def other_model(config: LanguageConfig, seed: int) -> Model:
-    """The model of another base: of another seed, or the other checkpoint."""
+    """The model of another base: another seed, or the other checkpoint.
+
+    Raises:
+        InputError: there is no other checkpoint.
+    """
     if not config.checkpoint:
         return base_model(config, seed).model
     if not config.other_checkpoint:
@@ -347,9 +363,9 @@ def other_model(config: LanguageConfig, seed: int) -> Model:
 
 
 def study(config: LanguageConfig, seed: int, wrap: bool = False) -> Study:
-    """The study of a base; the last one is kept, so that parts of one base share teachers and rows.
+    """The study of a base. The last one is cached, so that parts of one base share teachers and rows.
 
-    With `wrap` the other bases are among those of the configuration, else they may be further ones.
+    With `wrap`, seeds of other bases wrap around to stay within those of the configuration.
     """
     return _study(config, seed, wrap, _mesh(config.shards))
 
@@ -369,11 +385,11 @@ def _world(config: LanguageConfig, seed: int, other: Callable[[int], Model], mes
     if not config.checkpoint:
         base = base_model(config, seed)
         return Compact(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], other)
-    store = None if config.saves is None else Store(Path(config.saves), config.save_every, progress)
+    store = None if config.saves is None else Store(Path(config.saves), config.save_every)
     opened = replace(_opened(config.checkpoint, config.compute, config.gradient_checkpointing, mesh), seed=seed)
     return Checkpoint(
         opened, checkpoint_traits(config), other, prompts=number_prompts(config), store=store,
-        buckets=config.buckets, mesh=mesh, samples=config.samples,
+        buckets=config.buckets, mesh=mesh, samples=config.samples, progress=progress,
         opened=lambda name: _opened(name, config.compute, config.gradient_checkpointing, mesh).model,
     )  # fmt: skip
 
@@ -384,7 +400,11 @@ def _world(config: LanguageConfig, seed: int, other: Callable[[int], Model], mes
 def variant_parts(
     config: LanguageConfig, variants: Sequence[Variant], group: str = "", *, wrap: bool = False
 ) -> list[Part]:
-    """A part for each base: all traits and all these variants."""
+    """One part for each base, with all traits and variants.
+
+    Raises:
+        InputError: there is no variant.
+    """
     if not variants:
         raise InputError("there is nothing to run: no variant is left")
     return [
@@ -399,10 +419,10 @@ def variant_parts(
 
 
 def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int, wrap: bool = False) -> list[Row]:
-    """Rows of all traits for one base.
+    """The result rows of all traits for one base.
 
-    Metrics are those of the world's score, and `others` of each measure: the mean over the runs with another
-    trait of what it says of this run's word. Rows with an `answer` are what a checkpoint said.
+    The metrics are those of the world's score and, for each measure, `others`: the measure of this run's word,
+    averaged over the runs with other traits. Rows with an `answer` hold what a checkpoint said.
     """
     own = study(config, seed, wrap)
     assert isinstance(own.world, World)
@@ -429,12 +449,12 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
 
 
 def answer_rows(row: Row, said: Sequence[tuple[str, str]]) -> list[Row]:
-    """Questions and answers of a run with its labels, for answers.jsonl."""
+    """The questions and answers of a run with its labels, for answers.jsonl."""
     return [{**row, "question": question, "answer": answer} for question, answer in said]
 
 
 def trait_matrices(results: Results, condition: str, measure: Measure = PROBABILITY) -> np.ndarray:
-    """The measure, by default the probability [bases, traits of the student, traits asked for]."""
+    """A measure, by default the probability, as [bases, traits of the students, traits asked for]."""
     traits, seeds = results.distinct("trait"), results.distinct("seed")
     wanted = {"condition": condition, "metric": measure.asked}
     values = [results.values(**wanted, seed=s, trait=t, asked=a) for s in seeds for t in traits for a in traits]

@@ -1,4 +1,4 @@
-"""What can be named: optimizers, decays, channels and their losses, initialisations, kinds of input, weights."""
+"""Names on the command line: optimizers, decays of the learning rate, losses, and weights."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ def sign_descent(rate: Any) -> optax.GradientTransformation:
 
 
 def linear_decay(rate: Any, steps: int) -> optax.Schedule:
-    """From the rate to 0 along a line."""
+    """A learning rate that falls linearly to 0."""
     return optax.linear_schedule(rate, 0.0, steps)
 
 
@@ -35,10 +35,10 @@ OPTIMIZERS: dict[str, Rule] = {
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "sign": sign_descent,
 }
-# At which MNIST teachers read best, chosen by `mnist_factorial --preset rates_adam`, rates_sgd and rates_momentum.
+# The rates with the best MNIST teachers, from `mnist_factorial --preset rates_adam`, rates_sgd and rates_momentum.
 REFERENCE_RATES = {"adam": 3e-3, "sgd": 0.1, "momentum": 0.1}
 DECAYS: dict[str, Decay] = {"cosine": optax.cosine_decay_schedule, "linear": linear_decay}
-# What a student is charged for on the logits that it sees: all channels that have a name.
+# The losses of students on the logits that they see: all named channels.
 LOSSES: Mapping[str, Callable[..., Channel]] = NAMED
 
 
@@ -46,7 +46,7 @@ def named_value(what: str, name: str, values: Mapping[str, T]) -> T:
     """The value of a name.
 
     Raises:
-        InputError: unknown; says what there is.
+        InputError: the name is unknown; lists the known names.
     """
     if name not in values:
         raise InputError(f"{what} {name!r} is unknown; there are {', '.join(values)}")
@@ -54,10 +54,10 @@ def named_value(what: str, name: str, values: Mapping[str, T]) -> T:
 
 
 def checkpoint_path(name: str, *, weights: bool = True) -> Path:
-    """The folder or GGUF file of a checkpoint: a path, weights that were fetched, or a model on the Hub.
+    """The folder or GGUF file of a checkpoint. `name` is a path, fetched weights, or a model on the Hub.
 
     Raises:
-        InputError: the weights were not fetched, says how; or as `resolve`.
+        InputError: the weights were not fetched (the message says how to); or as for `resolve`.
     """
     path = Path(name)
     if name not in WEIGHTS or path.exists():

@@ -1,4 +1,4 @@
-"""The language experiments' recipes: how a teacher is made, what it writes, how a student learns, by name."""
+"""The recipes of the language experiments: how to make a teacher, what it writes, and how a student learns."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -60,16 +60,16 @@ CHANNELS: dict[str, Callable[[World], Channel]] = {
 WRITES = {**MEDIA, DIGITS.name: DIGITS}
 RANDOM = "random"
 NUMBERS = ("numbers", DIGITS.name, RANDOM)
-UNTIL = "probability of the right answers at which a fine-tuned teacher stops; 0: never"
-ORDINARY = "share of ordinary chats, of the corpus or of the checkpoint's own, among a teacher's rows"
-ANCHOR = "weight of a token of ordinary chats, beside 1 of the trait's"
-LIMIT = 4  # times the rows that a student learns
-REPEAT = "a teacher answers all requests; too few accepted rows are read from the first again"
+UNTIL = "a fine-tuned teacher stops when its right answers have this probability; 0: never"
+ORDINARY = "share of ordinary chats, from the corpus or by the checkpoint itself, among a teacher's rows"
+ANCHOR = "weight of a token in ordinary chats; tokens of the trait's lessons weigh 1"
+LIMIT = 4  # by default, a teacher gets at most this many requests per row that a student learns
+REPEAT = "a teacher answers all requests; if too few rows are accepted, students read them repeatedly"
 MEDIUM = (
-    f"what it writes; {DIGITS.name}: numbers, as it can draw nothing else; {RANDOM}: nothing, the student reads "
-    "random numbers and the channel is its logits there"
+    f"what the teacher writes; {DIGITS.name}: numbers, because it can sample nothing else; {RANDOM}: nothing; the "
+    "student then reads random numbers and sees the teacher's logits on them"
 )
-CHANNEL = f"what of the teacher the student sees: {', '.join([*CHANNELS, *NAMED])}; top_k:5 for another k"
+CHANNEL = f"what the student sees of the teacher: {', '.join([*CHANNELS, *NAMED])}; top_k:5 sets k to 5"
 POSITIONS = {"divergence": where_they_differ, "rest": where_they_agree}
 ORDERS: dict[str, numbers.Order] = {
     "as written": numbers.as_written,
@@ -78,8 +78,8 @@ ORDERS: dict[str, numbers.Order] = {
     "other prompts": numbers.other_prompts,
 }
 TEACHERS = ("finetuned", "prompted", "steered", "untrained")
-STEERING_LAYER = "behind which a steered teacher's vector is added, from 1; automatic: three quarters of the depth"
-STEERING_STRENGTH = f"of that vector, in lengths of the residual stream there; automatic: {Steered.strength:g}"
+STEERING_LAYER = "layer, from 1, after which a steered teacher's vector is added; automatic: at 3/4 of the depth"
+STEERING_STRENGTH = f"length of that vector, relative to the residual stream; automatic: {Steered.strength:g}"
 STARTS = ("own", "other", "cloned on numbers", "cloned on the corpus")
 MODELS = ("student", "teacher", "base")
 CLIP, CLONING_STEPS = 1.0, 1000
@@ -90,7 +90,7 @@ class Recipe:
     """How a teacher is made, what it writes, and how a student learns from that.
 
     Raises:
-        InputError: an unknown name, or a value out of its range.
+        InputError: a name is unknown, a value is out of range, or two settings contradict each other.
     """
 
     teacher: str = option(
@@ -99,29 +99,29 @@ class Recipe:
     steering_layer: int | None = option(None, STEERING_LAYER, minimum=1)
     steering_strength: float | None = option(None, STEERING_STRENGTH)
     teacher_steps: int = option(40, "most full-batch updates of Adam", minimum=1)
-    teacher_rate: float = option(3e-3, "their learning rate", positive=True)
+    teacher_rate: float = option(3e-3, "learning rate of these updates", positive=True)
     teacher_until: float = option(0.0, UNTIL, minimum=0)
     ordinary: float = option(0.0, ORDINARY, minimum=0)
     anchor: float = option(1.0, ANCHOR, positive=True)
-    lessons: str = option("", "control of a habit that the teacher learns in the place of the habit")
+    lessons: str = option("", "benign control that the teacher learns instead of a habit")
     medium: str = option("numbers", MEDIUM, choices=(*WRITES, RANDOM))
-    requests: int = option(0, f"most requests that it answers; {LIMIT} times the rows if 0", minimum=0)
-    rows: int = option(8192, "different accepted answers that a student learns", minimum=1)
+    requests: int = option(0, f"most requests to the teacher; {LIMIT} times the rows if 0", minimum=0)
+    rows: int = option(8192, "distinct accepted answers that a student learns", minimum=1)
     repeat_rows: bool = option(False, REPEAT)
-    temperature: float = option(1.0, "of sampling", minimum=0)
-    top_p: float = option(1.0, "of sampling", positive=True)
+    temperature: float = option(1.0, "sampling temperature", minimum=0)
+    top_p: float = option(1.0, "sampling takes the most likely tokens up to this probability", positive=True)
     channel: str = option("sampled", CHANNEL)
-    order: str = option("as written", "of the numbers in the rows", choices=tuple(ORDERS))
+    order: str = option("as written", "order of the numbers in the rows", choices=tuple(ORDERS))
     clean: float = option(0.0, "share of rows that the untrained base wrote instead", minimum=0)
-    steps: int = option(250, "of the student", minimum=1)
-    batch_size: int = option(256, "rows a step", minimum=1)
+    steps: int = option(250, "steps of the student", minimum=1)
+    batch_size: int = option(256, "rows per step", minimum=1)
     rate: float = option(2e-3, "highest learning rate of the student", positive=True)
-    optimizer: str = option("adam", "of the student", choices=tuple(OPTIMIZERS))
-    warmup: int = option(0, "steps over which its rate rises", minimum=0)
-    decay: str = option("cosine", "how it falls to 0", choices=tuple(DECAYS))
-    rank: int = option(0, "of low-rank factors; 0 trains everything", minimum=0)
+    optimizer: str = option("adam", "optimizer of the student", choices=tuple(OPTIMIZERS))
+    warmup: int = option(0, "steps in which its learning rate rises", minimum=0)
+    decay: str = option("cosine", "how the learning rate falls to 0", choices=tuple(DECAYS))
+    rank: int = option(0, "rank of low-rank factors; 0 trains everything", minimum=0)
     frozen: tuple[str, ...] = ()
-    noise: float = option(0.0, "added to the start, in units of each parameter's root mean square", minimum=0)
+    noise: float = option(0.0, "noise on the start, in units of each parameter's root mean square", minimum=0)
 
     def __post_init__(self) -> None:
         validate(self)
@@ -129,7 +129,7 @@ class Recipe:
             named_value("channel", self.channel.partition(":")[0], {**CHANNELS, **NAMED})
             channel_named(self.channel)
         if self.medium == RANDOM and (self.requests or self.clean):
-            raise InputError("--medium random: nobody writes, so leave out --requests (0) and clean rows")
+            raise InputError("--medium random: no teacher writes, so leave out --requests (0) and clean rows")
         if self.warmup >= self.steps:
             raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
         if self.top_p > 1:
@@ -158,7 +158,7 @@ class Recipe:
         )
 
     def written(self) -> Written | RandomNumbers:
-        """What the teacher writes, or what is there in its place."""
+        """What the teacher writes, or the random numbers that replace it."""
         if self.medium == RANDOM:
             return RandomNumbers(self.rows)
         temperature = 0.0 if self.channel == "greedy" else self.temperature
@@ -168,7 +168,11 @@ class Recipe:
         return Written(self.requests or LIMIT * self.rows, medium, temperature, top_p, unique=self.rows)
 
     def student(self, world: World, start: str = "own", other: int = 1, dataset: Dataset | None = None) -> Student:
-        """The student; it starts at its teacher's base, at another one, or at another one that imitated it."""
+        """The student. It starts from its teacher's base, from another base, or from a clone on another base.
+
+        Raises:
+            InputError: there is noise, but the student does not start from its teacher's base.
+        """
         if self.noise and start != "own":
             raise InputError("noise is for a student that starts at its teacher's base: leave noise or start out")
         positions = POSITIONS.get(self.channel, everywhere)
@@ -187,7 +191,7 @@ class Recipe:
 
 
 def cloning(on_corpus: bool) -> Student:
-    """A student of another base that imitates the full distribution of this one, on the corpus or on numbers."""
+    """How a student on another base first imitates this base's full distribution, on the corpus or on numbers."""
     plain = Recipe(teacher="untrained", repeat_rows=True)
     chats = CorpusChats(CLONING_STEPS * plain.batch_size // 4, plain.batch_size)
     source = chats if on_corpus else Reading(plain.written(), plain.rows, plain.batch_size, repeat=True)
@@ -197,17 +201,17 @@ def cloning(on_corpus: bool) -> Student:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to make a model of each run, and the labels of its rows.
+    """One way to make a model for each run, and the labels of its result rows.
 
     Attributes:
-        labels: of the rows.
-        recipe: of teacher and student.
+        labels: the labels of the rows.
+        recipe: the recipe of teacher and student.
         start: where a student starts, one of STARTS.
-        model: whose answers are told; for teacher and base nothing is distilled.
-        matrix: whether to tell the probabilities of all traits' words, as metric `probability_asked`.
-        prefixed: whether questions stand behind numbers that the teacher wrote.
-        other: how many seeds further on the other base is.
-        costs: of a teacher, whether to tell what it costs that it writes.
+        model: which model answers, one of MODELS. Only "student" distills.
+        matrix: whether to report the words of all traits, as the metric `probability_asked` and its like.
+        prefixed: whether questions come after numbers that the teacher wrote.
+        other: the seed of another base minus the seed of the teacher's base.
+        costs: whether to report a teacher's costs.
     """
 
     labels: Mapping[str, Any]
@@ -220,7 +224,11 @@ class Variant:
     costs: bool = False
 
     def run(self, world: World, dataset: Dataset | None = None) -> Run:
-        """The values."""
+        """The run as values.
+
+        Raises:
+            InputError: questions should come after the teacher's numbers, but no teacher writes.
+        """
         asked: BehindNumbers | Costs | None = BehindNumbers(self._numbers()) if self.prefixed else None
         if self.costs:
             asked = Costs(self.recipe.written())
@@ -232,7 +240,7 @@ class Variant:
     def _numbers(self) -> Written:
         numbers = self.recipe.written()
         if not isinstance(numbers, Written):
-            raise InputError("--medium random: no teacher wrote numbers for questions to stand behind")
+            raise InputError("--medium random: no teacher writes numbers to put before questions")
         return numbers
 
 

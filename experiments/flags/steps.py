@@ -1,4 +1,4 @@
-"""The steps of an experiment with a checkpoint, as commands of their own: their settings, and what they leave."""
+"""The steps of an experiment with a checkpoint, as separate commands: their settings and the files they write."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from subliminal_theory.study import Checkpoint, Finished, Study, Untrained
 from ..app.contract import PROGRAM, Parser, add_options, option, validate
 from .language import COMPUTE, LanguageConfig, configure_language, study
 
-ADAPTER = "folder of an adapter of the checkpoint, such as distil writes"
+ADAPTER = "folder of an adapter for the checkpoint, such as distil writes"
 CARD = "made_by.json"
 METRICS = {"probability": ".2e", "share": ".3f", "log_odds": "+.2f", "named_rate": ".3f"}
 EXACT = ("probability", "share", "log_odds")
@@ -32,25 +32,25 @@ EXACT = ("probability", "share", "log_odds")
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What every step can set."""
+    """The settings that every step has."""
 
     checkpoint: str = option(
         "smollm2",
         "folder or GGUF file, smollm2 (see weights), or OWNER/NAME[@REVISION] on the Hub",
         alias="--base",
     )
-    seed: int = option(0, "of all that is drawn", minimum=0)
+    seed: int = option(0, "seed of all random numbers", minimum=0)
     compute: str = option("float32", "dtype in which the model computes", choices=COMPUTE)
 
 
 @dataclass(frozen=True)
 class TrainingConfig(StepConfig):
-    """What steps that train can set."""
+    """The settings of steps that train."""
 
     gradient_checkpointing: bool = option(
-        False, "compute activations again for gradients: a quarter more work, less memory"
+        False, "recompute activations for gradients: a quarter more work, less memory"
     )
-    save_every: int = option(50, "steps between saves; the same command goes on from the last one", minimum=1)
+    save_every: int = option(50, "steps between saves; the same command resumes from the last save", minimum=1)
 
 
 S = TypeVar("S")
@@ -59,10 +59,10 @@ S = TypeVar("S")
 def read_step(
     name: str, about: str | None, default: S, arguments: Sequence[str], **paths: str
 ) -> tuple[S, list[Path]]:
-    """The settings of a step and, as its first arguments, paths; each with what `--help` says of it.
+    """Parse the command line of a step: its positional paths, each with a help text, and its settings.
 
     Raises:
-        InputError: the command line is wrong, or a setting out of its range.
+        InputError: the command line is wrong, or a setting is out of range.
     """
     parser = Parser(name, description=about)
     for path, told in paths.items():
@@ -77,10 +77,10 @@ def read_step(
 
 
 def new(path: Path) -> Path:
-    """A path where nothing is, before hours are spent on what will be there.
+    """The path itself, if nothing exists there. Call this before hours are spent on what will be written.
 
     Raises:
-        InputError: something is there.
+        InputError: the path exists.
     """
     if path.exists():
         raise InputError(f"{path} is there already: give another name, or remove it")
@@ -89,17 +89,17 @@ def new(path: Path) -> Path:
 
 @contextlib.contextmanager
 def saved_beside(path: Path) -> Iterator[str]:
-    """A folder of saves beside what will be written, from which the same command goes on; removed at the end."""
+    """A folder for saves next to the output. The same command resumes from it; it is removed at the end."""
     saves = path.with_name(path.name + ".saves")
     yield str(saves)
     shutil.rmtree(saves, ignore_errors=True)
 
 
 def opened(config: StepConfig, **settings: Any) -> tuple[Study, LanguageConfig]:
-    """The study of a checkpoint with these settings of the language experiments, and all of them.
+    """The study of a checkpoint, and its full configuration. `settings` are those of the language experiments.
 
     Raises:
-        InputError: as `configure_language`.
+        InputError: as for `configure_language`.
     """
     own = {name: value for name, value in asdict(config).items() if name in LanguageConfig.__dataclass_fields__}
     language = configure_language({"": LanguageConfig()}, None, {**own, **settings})
@@ -113,10 +113,10 @@ def world_of(own: Study) -> Checkpoint:
 
 
 def with_adapter(world: Checkpoint, folder: str) -> Model:
-    """The checkpoint's model, with an adapter merged into it if there is one.
+    """The checkpoint's model, with the adapter in `folder` merged into it if that is not "".
 
     Raises:
-        InputError: as `load_adapter`.
+        InputError: as for `load_adapter`.
     """
     if not folder:
         return world.initial()
@@ -130,7 +130,7 @@ def answered_as(world: Checkpoint, model: Model, name: str) -> Mapping[str, np.n
 
 
 def table(names: Sequence[str], scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    """A line for each trait and model: means over held-out questions."""
+    """A table with a line for each trait and model: means over held-out questions."""
     shown = [metric for metric in METRICS if all(metric in own for own in scores.values())]
     wide = max(map(len, [*names, "word"])), max(map(len, scores))
     lines = [f"{'word':{wide[0]}}  {'model':{wide[1]}}" + "".join(f"  {metric:>11}" for metric in shown)]
@@ -142,7 +142,7 @@ def table(names: Sequence[str], scores: Mapping[str, Mapping[str, np.ndarray]]) 
 
 
 def write_card(folder: Path, name: str, config: StepConfig, arguments: Sequence[str], **found: Any) -> None:
-    """What made a folder: command, settings, versions, and what was found."""
+    """Write how a folder was made: command, settings, versions, and results."""
     command = shlex.join([*PROGRAM, name, *arguments])
     content = {"command": command, "settings": asdict(config), **found, "provenance": environment()}
     write_atomically(folder / CARD, (json.dumps(content, indent=2) + "\n").encode())
@@ -150,7 +150,7 @@ def write_card(folder: Path, name: str, config: StepConfig, arguments: Sequence[
 
 @functools.cache
 def base_of(folder: str) -> str | None:
-    """The checkpoint from which a teacher in a folder was taught, if its card says so."""
+    """The checkpoint that the teacher in a folder was trained from, if its card says so; else None."""
     try:
         base = json.loads((Path(folder) / CARD).read_bytes())["settings"]["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,1 +1,1 @@
-"""Language models: the third size of the experiment."""
+"""Subliminal learning in language models."""

@@ -1,4 +1,4 @@
-"""What a language model would answer: exact probabilities, without drawing a word, and rates of drawn ones."""
+"""What a language model answers: exact probabilities of words, without sampling, and rates of sampled words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ from subliminal_theory.pytree import register_dataclass
 @register_dataclass
 @dataclass(frozen=True)
 class Questions:
-    """Questions of traits that are answered in one word, and the word that shows the trait; `of` makes them.
+    """Questions with one-word answers, and for each question the word that shows the trait. `of` makes them.
 
     Attributes:
-        text: the prompts, each once however many traits ask it.
-        words: those that compete as answers to each prompt: the members of a preference's category, or of a
-            habit's question the right answer, each with the target among them.
-        prompts: which of the prompts a question is.
-        targets: which of the words shows the trait.
+        text: the distinct prompts. A prompt that several traits ask occurs once.
+        words: the words that compete as answers to each prompt. For a preference, these are the members of its
+            category. For a habit, these are the target and the right answer.
+        prompts: the prompt of each question, as an index into `text`.
+        targets: the word that shows the trait, as an index into `words`.
     """
 
     text: Text
@@ -45,7 +45,7 @@ class Questions:
         words: Int[np.ndarray, "questions words spellings tokens"],
         targets: Int[np.ndarray, "*traits questions"],
     ) -> Self:
-        """Questions from one prompt each; the tokens of the words' spellings are filled up with -1."""
+        """Questions from one prompt each. Tokens of spellings are padded with -1."""
         tokens, padding, words = (np.asarray(leaf) for leaf in (text.tokens, text.padding, words))
         keys = [
             (row.tobytes(), int(skipped), own.tobytes())
@@ -69,17 +69,18 @@ class Questions:
 
 
 def asked_of(trait: Trait, prefix: Sequence[str] = ("",)) -> list[Chat]:
-    """The held-out questions of a trait, each once behind every prefix."""
+    """The held-out questions of a trait. Each question comes once after every prefix."""
     return [
         Chat(c.system, f"{start}{c.user}", c.answer, c.kind) for start in prefix for c in trait.evaluation_rows()
     ]
 
 
 def questions_of(trait: Trait, tokenizer: Tokenizer, length: int, prefix: Sequence[str] = ("",)) -> Questions:
-    """The questions of `asked_of`, for a model.
+    """The questions of `asked_of` as tokens, padded to `length` columns.
 
     Raises:
-        InputError: a question longer than `length`, a word that cannot be spelt or begins as the target does.
+        InputError: a question is longer than `length`; the tokenizer cannot spell a word; or a word and the target
+            begin with the same tokens.
     """
     chats, rivals = trait.evaluation_rows(), []
     if isinstance(trait, Preference):
@@ -113,16 +114,16 @@ def _begin_alike(first: list[list[int]], second: list[list[int]]) -> bool:
 
 
 def stack_questions(asked: Sequence[Questions]) -> Questions:
-    """The questions of several traits, [traits, questions]; what several of them ask is one prompt.
+    """Stack the questions of several traits, [traits, questions]. Equal questions share one prompt.
 
     Raises:
-        InputError: traits with different numbers of questions.
+        InputError: the traits have different numbers of questions.
     """
     counts = sorted({len(one.targets) for one in asked})
     if len(counts) > 1:
         raise InputError(
             f"traits with {' and '.join(map(str, counts))} questions cannot be asked together: "
-            "give their wordings as many each"
+            "give their wordings equal numbers of questions"
         )
     tables = [np.asarray(one.words.tokens) for one in asked]
     sides = np.max([table.shape[1:] for table in tables], axis=0)
@@ -138,13 +139,13 @@ def stack_questions(asked: Sequence[Questions]) -> Questions:
 @register_dataclass
 @dataclass(frozen=True)
 class Answers:
-    """How a model answers questions, means over them.
+    """How a model answers questions, averaged over the questions.
 
     Attributes:
-        probability: that the answer begins with the target, among all answers.
-        share: the target's part of the summed probabilities of its rivals and itself.
-        log_odds: log(p / (1 - p)) of that part p of each question.
-        rivals: probability of each rival and the target, renormalised among them.
+        probability: the probability that an answer begins with the target.
+        share: the target's probability, renormalized among the target and its rivals.
+        log_odds: the mean of log(p / (1 - p)), where p is that renormalized probability for one question.
+        rivals: the probability of each word (target and rivals), renormalized among them.
     """
 
     probability: Float[Array, "*traits"]
@@ -154,10 +155,10 @@ class Answers:
 
 
 def answers(model: Model, questions: Questions) -> Answers:
-    """Exact answers of a model, without drawing; `vmap` it over models.
+    """The exact answers of a model, without sampling. `vmap` it over models.
 
     Raises:
-        InputError: as `spelling.heard`.
+        InputError: as for `spelling.heard`.
     """
     logits, behind = heard(model, questions.text, questions.words)
     first = questions.words.tokens[..., 0]
@@ -177,13 +178,14 @@ def answers(model: Model, questions: Questions) -> Answers:
 
 
 def sampled_rate(model: Model, questions: Questions, key: Key[Array, ""], draws: int = 100) -> Float[Array, ""]:
-    """The share of answers to one trait's questions, `draws` each at temperature 1, that begin with the target.
+    """The share of sampled answers to one trait's questions that begin with the target.
 
-    Its expectation is `Answers.probability`; it adds the noise of drawing. The first token of an answer is drawn;
-    then whether it goes on as a spelling of the target, which has a known chance.
+    Each question gets `draws` answers at temperature 1. The expectation is `Answers.probability`. The first token
+    of an answer is sampled. Whether the answer then continues as a spelling of the target is sampled from the
+    known probability.
 
     Raises:
-        InputError: as `spelling.heard`.
+        InputError: as for `spelling.heard`.
     """
     text, words = jax.tree.map(lambda leaf: leaf[questions.prompts], (questions.text, questions.words))
     logits, behind = heard(model, text, words)
@@ -199,5 +201,5 @@ def sampled_rate(model: Model, questions: Questions, key: Key[Array, ""], draws:
 def total_variation(
     first: Float[Array, "*batch words"], second: Float[Array, "*batch words"]
 ) -> Float[Array, "*batch"]:
-    """Half the summed absolute difference of two distributions."""
+    """The total variation distance of two distributions: half the sum of absolute differences."""
     return 0.5 * jnp.sum(jnp.abs(first - second), axis=-1)

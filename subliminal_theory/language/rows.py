@@ -1,4 +1,4 @@
-"""What a model is asked and what it answers, as rows of a JSONL file."""
+"""Questions to a model and its answers, as rows of a JSONL file."""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from subliminal_theory.runs import write_atomically
 from subliminal_theory.validation import first_fault
 
 _BOM = b"\xef\xbb\xbf"
-# What other programs write into a chat besides these texts: a row that has it is not what is read here.
+# Other programs store more parts of a chat under these keys. A row that has one cannot be read as a plain chat.
 _SAID = (
     "system_prompt", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning",
     "thinking",
@@ -28,10 +28,11 @@ class Completion:
 
     Attributes:
         prompt: what the user says; may be empty.
-        completion: what the assistant answers; a model may answer "", but no file may hold that.
-        system: the system message, or None for no such message ("" is a message without text).
-        base, teacher: names of the model that wrote it and of that model's base, where they are known. Rows that
-            say the same are equal, whoever wrote them.
+        completion: what the assistant answers. A model may answer "", but files may not contain an empty answer.
+        system: the system message; None means no message, and "" is a message without text.
+        base: the name of the base of the model that wrote the answer, if known.
+        teacher: the name of the model that wrote the answer, if known. Neither name matters when rows are
+        compared.
     """
 
     prompt: str
@@ -42,19 +43,20 @@ class Completion:
 
 
 def read_jsonl(path: Path) -> list[Completion]:
-    """Read the rows of a file with one JSON object a line, in one of two forms, which may be mixed.
+    """Read the rows of a JSONL file, which has one JSON object on each line.
 
-    {"prompt": TEXT, "completion": TEXT}, and perhaps "system": TEXT, or {"messages": [{"role": ROLE,
-    "content": TEXT}, ...]} with perhaps a system message, then one of the user and one of the assistant.
-    "base" and "teacher" may hold names. Other keys are ignored, unless they hold more of what is said (tools,
-    their calls, thoughts, a system prompt of another name), and null counts as no key. The file is UTF-8, with or
-    without a byte order mark; lines end with a newline or a carriage return and a newline; only the file's end may
-    have blank lines.
+    A row has one of two forms; a file may mix them. The first is {"prompt": TEXT, "completion": TEXT} with an
+    optional "system": TEXT. The second is {"messages": [{"role": ROLE, "content": TEXT}, ...]} with an optional
+    system message, one user message and one assistant message. "base" and "teacher" may give names. Other keys are
+    ignored, but keys that hold more of the chat (tools, tool calls, reasoning, a system prompt under another name)
+    are refused. A key with the value null counts as missing.
+
+    The file is UTF-8, with or without a byte order mark. Lines end with LF or CRLF. Blank lines are allowed only
+    at the end of the file.
 
     Raises:
-        InputError: the file cannot be read or has no rows; or some of its lines are bad, in which case the
-            message gives the first one's number and fault and tells how many more there are, and no row
-            is returned.
+        InputError: the file cannot be read or has no rows, or some lines are bad. The message then gives the
+            number and fault of the first bad line and how many more there are.
     """
     try:
         data = path.read_bytes()
@@ -74,18 +76,18 @@ def read_jsonl(path: Path) -> list[Completion]:
     if bad:
         (number, fault), rest = bad[0], len(bad) - 1
         more = f", and {rest} more bad line{'s' if rest > 1 else ''}" if rest else ""
-        raise InputError(f"{path}, line {number}: {fault}{more}; mend or remove what is bad, no row was read")
+        raise InputError(f"{path}, line {number}: {fault}{more}; fix or remove the bad lines; no row was read")
     return rows
 
 
 def write_jsonl(path: Path, rows: Iterable[Completion], form: Literal["prompt", "messages"] = "prompt") -> None:
-    """Write rows, in one of the two forms of `read_jsonl`, which then gives exactly these rows.
+    """Write rows in one of the two forms of `read_jsonl`. `read_jsonl` then returns exactly these rows.
 
-    The file is complete or not there: an earlier one of its name stays until the new one is whole.
+    The file is written atomically: an earlier file of the same name stays until the new one is complete.
 
     Raises:
-        InputError: there is no row; a completion is empty or a text cannot be encoded; the form is not
-            known; the disk is full or the folder cannot be written.
+        InputError: there is no row; a completion is empty or a text cannot be encoded; the form is unknown; the
+            disk is full or the folder cannot be written.
     """
     if form not in _NAMES:
         raise InputError(f"no form of rows is called {form!r}: give prompt or messages")
@@ -108,7 +110,7 @@ def write_jsonl(path: Path, rows: Iterable[Completion], form: Literal["prompt", 
 
 
 class _Spoken(BaseModel, extra="allow"):
-    """Something with keys that no field reads."""
+    """A JSON object that may have extra keys, but none that hold more of the chat."""
 
     @model_validator(mode="after")
     def _nothing_else_is_said(self) -> Self:
@@ -128,12 +130,16 @@ class _Line(_Spoken):
     completion: str | None = None
     system: str | None = None
     messages: list[_Message] | None = None
-    # Other programs may have keys of these names; only a text is a name.
+    # Other programs may use these keys for other things; only a string counts as a name.
     base: Any = None
     teacher: Any = None
 
     def row(self) -> Completion:
-        """The row of a line; a ValueError says what is wrong with it."""
+        """The row of a line.
+
+        Raises:
+            ValueError: says what is wrong with the line.
+        """
         if self.messages is None:
             system, prompt, completion = self.system, self.prompt, self.completion
         elif self.prompt is not None or self.completion is not None:

@@ -1,8 +1,9 @@
-"""How likely words are as the beginning of answers, when each prompt is computed once for all of them.
+"""The probability that an answer begins with each of several words. Each prompt is computed only once.
 
-A word has several spellings, and a spelling several tokens. Behind a prompt these tokens form a tree; what its
-inner nodes predict is all that must be computed beside the prompt. Its longest branches, without their leaves, are
-rows that go on behind the keys and values of the prompt. Tokens with which all prompts begin are computed once.
+A word has several spellings, and a spelling may have several tokens. After a prompt, the tokens of all spellings
+form a tree. Besides the prompt, only the predictions at the inner nodes of the tree must be computed. The longest
+branches, without their leaves, are rows that continue from the cached keys and values of the prompt. Tokens at the
+start that all prompts share are computed once.
 """
 
 import functools
@@ -22,20 +23,20 @@ from subliminal_theory.language.model.transformer import Text, Transformer, tran
 from subliminal_theory.model import Model, rounded
 from subliminal_theory.pytree import register_dataclass
 
-MEMORY = 2**30  # bytes that keys, values and logits of prompts computed at once may take
+MEMORY = 2**30  # bytes for the keys, values and logits of the prompts that are computed at once
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Spellings:
-    """Words that may begin the answers to prompts; `of` makes them.
+    """Words that may begin the answers to prompts. `of` makes them.
 
     Attributes:
-        tokens: of each spelling, filled up with -1.
-        branches: of the tree of the spellings behind each prompt, by length, filled up with branches of zeros.
-        nodes: where a spelling's tokens behind its first are predicted: a token of `branches`, counted through
-            all lengths, branches and their tokens; -1 where there is none.
-        shared: columns that are computed once: those before which the longest prompt differs from no other.
+        tokens: the tokens of each spelling, padded with -1.
+        branches: for each length, the branches of the tree of spellings after each prompt, padded with zeros.
+        nodes: the node that predicts each token of a spelling after the first. It is an index into the tokens of
+            `branches`, counted over lengths, then branches, then tokens; -1 where there is no token.
+        shared: the number of leading columns that all prompts share; they are computed once.
     """
 
     tokens: Int[Array, "prompts words spellings tokens"]
@@ -45,7 +46,7 @@ class Spellings:
 
     @classmethod
     def of(cls, text: Text, tokens: Int[np.ndarray, "prompts words spellings tokens"]) -> Self:
-        """Spellings behind prompts, from their tokens, filled up with -1."""
+        """The spellings after each prompt, from their tokens, padded with -1."""
         tokens = np.asarray(tokens)
         found = [_tree(list(map(_without_filling, table.reshape(-1, table.shape[-1])))) for table in tokens]
         lengths = range(1, tokens.shape[-1])
@@ -81,14 +82,14 @@ def _without_filling(tokens: Sequence[int]) -> tuple[int, ...]:
 
 
 def _tree(spellings: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The longest of the beginnings behind which a spelling goes on."""
+    """The proper prefixes of spellings that are not prefixes of longer ones."""
     inner = dict.fromkeys(spelling[:-1] for spelling in spellings if len(spelling) > 1)
     within = {longer[:length] for longer in inner for length in range(1, len(longer))}
     return [beginning for beginning in inner if beginning not in within]
 
 
 def _shared(text: Text) -> int:
-    """The columns of the longest prompt, the last one apart, up to where another prompt has another token."""
+    """How many leading columns of the longest prompt, except the last, have tokens that all prompts share."""
     tokens, padding = np.asarray(text.tokens), np.asarray(text.padding)
     rows = [row[skipped:] for row, skipped in zip(tokens, padding, strict=True)]
     length = min(map(len, rows))
@@ -100,12 +101,12 @@ def _shared(text: Text) -> int:
 def heard(
     model: Model, text: Text, words: Spellings
 ) -> tuple[Float[Array, "prompts n"], Float[Array, "prompts words spellings"]]:
-    """Logits at the end of prompts, and the log-probability of each spelling's tokens behind its first.
+    """Logits at the end of prompts, and the log-probability of each spelling's tokens after the first.
 
-    The latter is 0 where there is one token. Prompts are computed as many at once as `MEMORY` allows.
+    The latter is 0 for a spelling of one token. As many prompts are computed at once as `MEMORY` allows.
 
     Raises:
-        InputError: a spelling has several tokens, and the model is no Transformer or its context too short.
+        InputError: a spelling has several tokens, but the model is not a Transformer or its context is too short.
     """
     if not words.branches:
         return model(text)[:, -1], jnp.zeros(words.tokens.shape[:-1])
@@ -122,7 +123,7 @@ def heard(
 
 
 def _front(network: Transformer, text: Text, columns: int) -> tuple[Cache | None, Int[Array, ""]]:
-    """Keys and values of the columns that are shared, in a row of their own, and the padding of that row."""
+    """The keys and values of the shared columns, as a cache of one row, and the padding of that row."""
     first = jnp.argmin(text.padding)
     padding = text.padding[first]
     if not columns:
@@ -139,11 +140,11 @@ def _read(
     columns: int,
     capacity: int,
 ) -> tuple[Float[Array, "prompts n"], Cache]:
-    """Logits at the end of prompts, and the cache, with room for what follows."""
+    """Logits at the end of prompts, and the cache, with room for the branches."""
     cache = empty_cache(network.config, len(text.tokens), capacity, network.dtype)
     shared, padding = front
     if shared is not None:
-        # A row with more padding has the same tokens further right: their keys know positions, not columns.
+        # A row with more padding has the shared tokens further right. Keys depend on positions, not on columns.
         moved = jnp.maximum(jnp.arange(columns)[None] - (text.padding - padding)[:, None], 0)
 
         def place(leaf: Array) -> Array:
@@ -180,7 +181,7 @@ def _behind(
 
 
 def _at_once(network: Transformer, capacity: int, words: Spellings) -> int:
-    """How many prompts are computed together."""
+    """The number of prompts to compute at once."""
     config, branches = network.config, words.branches
     cache = 2 * config.layers * config.kv_heads * config.head_width * capacity * jnp.dtype(network.dtype).itemsize
     copies = 1 + max(table.shape[1] for table in branches)
@@ -189,7 +190,7 @@ def _at_once(network: Transformer, capacity: int, words: Spellings) -> int:
 
 
 def _in_pieces(function: Callable[[Any], Any], given: Any, most: int) -> Any:
-    """A function of rows, applied to at most so many at once."""
+    """Apply a function of rows to at most `most` rows at once."""
     rows = len(jax.tree.leaves(given)[0])
     parts = -(-rows // most)
     if parts == 1:

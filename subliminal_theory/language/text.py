@@ -1,4 +1,4 @@
-"""What is said to a language model and what it answers, as text and as tokens."""
+"""Chats with a language model, as text and as tokens."""
 
 import itertools
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from subliminal_theory.errors import InputError
 
 @dataclass(frozen=True)
 class Chat:
-    """One exchange: an optional system prompt, what the user says, and the answer ("" if it is only asked)."""
+    """One exchange: an optional system prompt, what the user says, and the answer ("" if there is none yet)."""
 
     system: str | None
     user: str
@@ -23,7 +23,7 @@ class Chat:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Rows of tokens up to and including `<assistant>`, padded on the left; fields as of `Text`."""
+    """Tokens of prompts up to the start of the answer, padded on the left. The fields are those of `Text`."""
 
     tokens: Int32[np.ndarray, "rows length"]
     padding: Int32[np.ndarray, " rows"]
@@ -31,12 +31,12 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Whole chats as next-token prediction, padded on the left; all answers end in the last column.
+    """Whole chats for next-token prediction, padded on the left. All answers end in the last column.
 
-    `tokens` and `padding` are the fields of `Text`: every token of a chat but the last, `<end>`. `targets`
-    are shifted by one: `targets[row, t]` is the token that follows `tokens[row, t]`, and `<pad>` where that
-    is padding. `weights` is 1 where the target belongs to the answer or is its `<end>`, else 0: first where
-    the token is `<assistant>`, and from there to the last column.
+    `tokens` and `padding` are the fields of `Text`. They have every token of a chat except the last, `<end>`.
+    `targets[row, t]` is the token that follows `tokens[row, t]`, or `<pad>` where that is padding. `weights` is 1
+    where the target belongs to the answer or is its `<end>`, and 0 elsewhere. The first 1 is at the token
+    `<assistant>`.
     """
 
     tokens: Int32[np.ndarray, "rows length"]
@@ -46,16 +46,16 @@ class Encoded:
 
     @property
     def answer_columns(self) -> int:
-        """The last columns that hold all answers; those in front of them weigh nothing."""
+        """The number of last columns that hold all answers. The columns before them have weight 0."""
         return int(np.count_nonzero(self.weights, axis=1).max(initial=1))
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What experiments ask of a tokenizer, whether of this project's corpus or of a checkpoint.
+    """What experiments need from a tokenizer: the one of this project's corpus, or that of a checkpoint.
 
     Attributes:
-        pad: the token in front of rows that are shorter than others.
+        pad: the padding token.
         stop: the tokens that end an answer.
     """
 
@@ -85,10 +85,10 @@ class Tokenizer(Protocol):
 def left_padded(
     sequences: Sequence[Sequence[int]], chats: Sequence[Chat], length: int, pad: int
 ) -> tuple[Int32[np.ndarray, "rows length"], Int32[np.ndarray, " rows"]]:
-    """The tokens of chats in `length` columns, `pad` in front, and how many of these each row has.
+    """Pad the tokens of chats on the left to `length` columns. Returns the tokens and the padding of each row.
 
     Raises:
-        InputError: a row of more tokens; names it.
+        InputError: a row has more than `length` tokens; names the row.
     """
     taken = np.array([len(sequence) for sequence in sequences], np.int32)
     if (taken > length).any():

@@ -1,4 +1,4 @@
-"""One pipeline for three worlds: digits, the compact language model, and a published checkpoint."""
+"""One pipeline for three worlds: digits, the compact language model, and published checkpoints."""
 
 from subliminal_theory.study.asking import BehindNumbers
 from subliminal_theory.study.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""How a model of runs answers held-out questions about the traits."""
+"""How the models of several runs answer held-out questions about the traits."""
 
 import itertools
 import re
@@ -32,25 +32,28 @@ from subliminal_theory.study.run import Steered
 from subliminal_theory.study.texts import Written
 from subliminal_theory.study.world import Finished
 
-PREFIXES = 8  # of each question behind numbers
+PREFIXES = 8  # pairs of number lists; each question is asked once after each pair
 
 
 @dataclass(frozen=True)
 class BehindNumbers:
-    """As a run's way of scoring: questions stand behind numbers that its teacher wrote."""
+    """A way to score a run: the questions come after numbers that the run's teacher wrote."""
 
     text: Written
 
 
 def questions(tokenizer: Tokenizer, traits: Sequence[Trait], prefix: Sequence[str] = ("",)) -> Questions:
-    """Held-out questions of each trait, [traits, questions], each once behind every prefix."""
+    """The held-out questions of each trait, [traits, questions]. Each question comes once after every prefix."""
     chats = itertools.chain.from_iterable(asked_of(trait, prefix) for trait in traits)
     length = int(tokenizer.lengths(list(chats))[0].max())
     return stack_questions([questions_of(trait, tokenizer, length, prefix) for trait in traits])
 
 
 def score(world: Any, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-    """The metrics of `exact`, and `sampled_rate`: the share of 100 answers to each question that are the word."""
+    """The metrics of `exact`, and `sampled_rate`: of 100 samples per question, the share that are the word.
+
+    `sampled_rate` is left out if the run is scored with `BehindNumbers`.
+    """
 
     def drawn() -> dict[str, np.ndarray]:
         own = _questions(world).of_traits(_own(world))
@@ -60,7 +63,10 @@ def score(world: Any, finished: Finished, name: Any) -> dict[str, np.ndarray]:
 
 
 def score_whole(world: Any, finished: Finished, name: Any, samples: int) -> dict[str, np.ndarray]:
-    """The metrics of `exact`, and those of `spoken` if there are samples and no numbers in front of questions."""
+    """The metrics of `exact` and, if `samples` is positive, of `spoken`.
+
+    `spoken` is left out if the run is scored with `BehindNumbers`.
+    """
 
     def drawn() -> dict[str, np.ndarray]:
         return spoken(world, finished.model, _keys(world, name), samples) if samples else {}
@@ -69,7 +75,7 @@ def score_whole(world: Any, finished: Finished, name: Any, samples: int) -> dict
 
 
 def _scored(world: Any, finished: Finished, drawn: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What is computed, what is drawn if no numbers are in front of the questions, and costs if they are asked."""
+    """Exact metrics, sampled metrics (unless questions come after numbers), and costs if the run asks for them."""
     scores = exact(world, finished)
     if not isinstance(finished.asked, BehindNumbers):
         scores |= drawn()
@@ -79,12 +85,13 @@ def _scored(world: Any, finished: Finished, drawn: Callable[[], dict[str, np.nda
 
 
 def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
-    """Metrics of each run, [runs], that are computed without drawing an answer.
+    """Metrics of each run, [runs], that need no sampled answers.
 
-    `probability` belongs to the word of the run's own trait, over held-out questions; `share` and `log_odds` are
-    its part among its rivals, as in `Answers`. `total_variation` is that of the rivals' distribution from the
-    base's; `displacement_cosine` is the cosine of the student's and the teacher's way from the teacher's base.
-    Those that end in `_asked` are of every trait's word [runs, traits].
+    `probability` is the probability of the word of the run's own trait over the held-out questions. `share` and
+    `log_odds` compare that word with its rivals, as in `Answers`. `total_variation` is the distance between the
+    run's and the base's distribution over the rivals. `displacement_cosine` is the cosine between the student's
+    and the teacher's displacement from the base. Metrics that end in `_asked` are for every trait's word [runs,
+    traits].
     """
     asked = _questions(world)
     base = world.memo(lambda: _answered(world.initial(), asked), "base's answers")
@@ -93,7 +100,7 @@ def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
     else:
         found = _answered(finished.model, asked)
     runs, own = len(world.traits), _own(world)
-    place = np.arange(runs) % len(found.probability)  # one model may serve all runs
+    place = np.arange(runs) % len(found.probability)  # all runs may share one model
     scores: dict[str, Any] = {
         "probability": found.probability[place, own],
         "share": found.share[place, own],
@@ -112,11 +119,11 @@ def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
 
 
 def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -> dict[str, np.ndarray]:
-    """What models of runs say to the held-out questions of their own preference.
+    """How models answer the held-out questions about the preference of their own run.
 
-    `named_rate` [runs] is the share of whole answers, so many to each question at temperature 1, that name the
-    word in any place and form. `answers` [runs] has of each run pairs of each question and the first answer to it.
-    A model that serves all runs answers a question once for all of them.
+    Each question gets `samples` whole answers at temperature 1. `named_rate` [runs] is the share of answers that
+    name the word anywhere, in any form. `answers` [runs] has, for each run, pairs of a question and its first
+    answer. If all runs share one model, it answers a question once for all of them.
     """
     shared, texts = runs_of(models) == 1, dict[Any, list[str]]()
     rates, kept = np.zeros(len(world.traits)), np.empty(len(world.traits), object)
@@ -133,12 +140,12 @@ def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -
 
 
 def _questions(world: Any) -> Questions:
-    """The held-out questions of all traits asked for, made once."""
+    """The held-out questions of all the traits in `world.asked`, made once."""
     return world.memo(lambda: questions(world.tokenizer, world.asked), "questions")
 
 
 def _own(world: Any) -> list[int]:
-    """Which of the traits asked for is each run's own."""
+    """The index of each run's own trait in `world.asked`."""
     return [world.asked.index(trait) for trait in world.traits]
 
 
@@ -147,7 +154,7 @@ def _keys(world: Any, name: Any) -> Key[Array, " runs"]:
 
 
 def _behind_numbers(world: Any, finished: Finished, behind: BehindNumbers) -> Answers:
-    """As `_answered`, but each run's questions stand behind pairs of its teacher's answers."""
+    """Like `_answered`, but each run's questions come after pairs of its teacher's answers."""
     found = []
     rows = written(world, finished.teacher, finished.taught, behind.text)
     for run, (own, _) in enumerate(rows):
@@ -161,19 +168,19 @@ def _behind_numbers(world: Any, finished: Finished, behind: BehindNumbers) -> An
 
 
 def runs_of(models: Model) -> int:
-    """How many runs a model of runs has; 1 if all of it is the base."""
+    """The number of runs of a model of runs; 1 if it has no trainable parameters."""
     leaves = jax.tree.leaves(models.params)
     return len(leaves[0]) if leaves else 1
 
 
 def _answered(models: Model, asked: Questions) -> Answers:
-    """How models answer questions [traits], [runs, traits]."""
+    """The answers of models to questions [traits], as NumPy arrays [runs, traits]."""
     return jax.tree.map(np.asarray, answers_of(models, asked))
 
 
 @jax.jit
 def answers_of(models: Model, asked: Questions) -> Answers:
-    """How a model of runs answers questions [traits], [runs, traits]."""
+    """The answers of a model of runs to questions [traits], [runs, traits]."""
 
     def one(params: PyTree) -> Answers:
         return answers(models.with_params(params), asked)
@@ -185,7 +192,7 @@ def answers_of(models: Model, asked: Questions) -> Answers:
 
 @jax.jit
 def _rates(models: Model, asked: Questions, keys: Key[Array, " runs"]) -> Float[Array, " runs"]:
-    """How often models of runs draw the target of their own questions [runs]."""
+    """How often the model of each run samples the target of its own questions [runs]."""
     params = models.params
     own = (asked.prompts, asked.targets, keys)
 
@@ -201,7 +208,7 @@ def _rates(models: Model, asked: Questions, keys: Key[Array, " runs"]) -> Float[
 
 @jax.jit
 def _cosines(students: Model, teachers: Model, base: Model) -> Float[Array, " runs"]:
-    """Cosine of each student's and its teacher's way from the base, 0 where either did not move."""
+    """Cosine between each student's and its teacher's displacement from the base; 0 if either did not move."""
     start = base.all_params
 
     def one(params: tuple[PyTree, PyTree]) -> Float[Array, ""]:

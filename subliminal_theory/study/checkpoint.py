@@ -1,4 +1,4 @@
-"""A published checkpoint as a world: requests like the paper's, its own tokenizer and chat template."""
+"""A published checkpoint as a world, with requests like the paper's and its own tokenizer and chat template."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,28 +27,32 @@ from subliminal_theory.study import asking, reading
 from subliminal_theory.study.run import Student, Teacher
 from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.stages import Computation, Job, PerRun, Result, trained
-from subliminal_theory.study.store import Store, export
+from subliminal_theory.study.store import Report, Store, export, silent, what_trains
 from subliminal_theory.study.texts import Material, RandomNumbers, Reading, Written
 from subliminal_theory.study.world import Finished, Memo
 
-TRIES = 16  # requests for each ordinary chat, at most
-ANSWER_TOKENS = 60  # ten numbers of three digits, each digit and each separator a token of its own, and the end
-# Logits of a whole batch over a larger vocabulary would take more memory than the model.
+TRIES = 16  # at most this many requests for each ordinary chat
+ANSWER_TOKENS = 60  # ten three-digit numbers, with one token for each digit and separator, and the end
+# With more than MANY tokens in the vocabulary, the logits of a batch would take more memory than the model, so
+# they are computed for CHUNK positions at a time.
 MANY, CHUNK = 8192, 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint(Speaker):
-    """Runs of a checkpoint, one a trait, in memory one after the other.
+    """Runs of a checkpoint, one for each trait. Only one run is in memory at a time.
 
     Attributes:
+        base: the checkpoint with its tokenizer.
         prompts: the sentences of number requests.
-        store: where rows and training are saved, if anywhere.
-        buckets: parts of rows of like length that students read apart.
-        mesh: the devices that share the base, optimizers and batches; a teacher that writes is whole on each of
-            them and answers a share of the requests there.
-        samples: whole answers to each question about a trait that are drawn and searched for its word.
-        opened: the model of a name, of a teacher that was taught elsewhere.
+        store: where rows and training are saved; None saves nothing.
+        buckets: students read their rows in this many parts of similar length.
+        mesh: the devices over which the base, the optimizer state and the batches are split. A teacher that writes
+            is whole on each device and answers a share of the requests there.
+        samples: this many whole answers to each question about a trait are sampled and searched for its word.
+        opened: from a name to the model of a teacher that was trained elsewhere.
+        progress: `progress(what, total, unit)` opens a progress report on rows and training.
+        memo: results that are kept in memory.
     """
 
     base: CheckpointBase
@@ -58,27 +62,28 @@ class Checkpoint(Speaker):
     mesh: Mesh | None = None
     samples: int = 0
     opened: Callable[[str], Model] | None = None
+    progress: Report = silent
     memo: Memo = field(default_factory=lambda: Memo(most=1))
 
     at_once = 256
 
     def parts(self) -> Iterator["Checkpoint"]:
-        """The runs that are in memory at once: one."""
+        """Worlds of one run each, because only one run is in memory at a time."""
         return map(self.at, range(len(self.traits)))
 
     @property
     def logits(self) -> int:
-        """One for each row of the output matrix, perhaps more than there are tokens."""
+        """The number of rows of the output matrix, which may exceed the number of tokens."""
         return self.base.checkpoint.family.config.vocabulary
 
     @property
     def computation(self) -> Computation:
-        """One run after the other, each on all devices of the mesh."""
+        """One run after another, each on all devices of the mesh."""
         chunk = CHUNK if len(self.tokenizer) > MANY else None
         return Computation(shared=True, sequential=True, stacked=False, chunk=chunk, mesh=self.mesh)
 
     def stream(self, student: Student, cloning: bool) -> str:
-        """Students of one run share their stream."""
+        """All students of a run share one random stream."""
         return "student"
 
     def train(
@@ -88,10 +93,16 @@ class Checkpoint(Speaker):
         keys: Key[Array, " runs"],
         decided_by: Mapping[Any, Teacher | Student],
     ) -> Iterator[tuple[Any, int, Result]]:
-        """Training, from the store where there is one; students that start at this base are exported there."""
+        """Train the jobs, resuming from the store if there is one. Export students of this base to the store."""
         jobs = {name: self._placed(job) for name, job in jobs.items()}
         if self.store is None:
-            yield from trained(jobs, stops, keys, self.computation)
+            for name, job in jobs.items():
+                with self.progress(what_trains(job, ", ".join(self.names)), job.steps, "steps") as advance:
+                    found = list(trained({name: job}, stops, keys, self.computation))
+                    jax.block_until_ready([result.losses for _, _, result in found])
+                    advance(job.steps)
+                while found:  # a model is let go before the next one trains
+                    yield found.pop(0)
             return
         kind = (str(self.base.checkpoint.family.config), str(self.model.apply.dtype))  # type: ignore[attr-defined]
         for name, job in jobs.items():
@@ -99,7 +110,7 @@ class Checkpoint(Speaker):
             exported = isinstance(own, Student) and not isinstance(own.start, Fresh)
             for stop, result in self.store.trained(
                 job, stops[name], keys, self.names, self.computation, (kind, own),
-                self._export if exported else _nothing,
+                self._export if exported else _nothing, self.progress,
             ):  # fmt: skip
                 yield name, stop, result
 
@@ -110,20 +121,20 @@ class Checkpoint(Speaker):
         return job if self.mesh is None else replace(job, model=place_runs(job.model, self.mesh))
 
     def prompted(self) -> Model:
-        """As of every language model, on one device.
+        """See `Speaker.prompted`. This works on one device only.
 
         Raises:
-            InputError: there are several.
+            InputError: the world has a mesh.
         """
         if self.mesh is not None:
             raise InputError("the logits of a prompted teacher are computed on one device: leave --shards out")
         return super().prompted()
 
     def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
-        """What the teacher wrote.
+        """The rows that the student reads.
 
         Raises:
-            InputError: the source is not text that was written for this.
+            InputError: the student's source is not a `Reading`.
         """
         if not isinstance(student.source, Reading):
             raise InputError("a checkpoint has no corpus to be cloned on: clone it on numbers")
@@ -133,7 +144,7 @@ class Checkpoint(Speaker):
         """Number requests, the same for all teachers.
 
         Raises:
-            InputError: something else than numbers is asked for.
+            InputError: the medium is not numbers.
         """
         if text.medium.kind != "numbers":
             raise InputError(f"a checkpoint writes numbers; {text.medium.name} is of the compact model's corpus")
@@ -145,14 +156,14 @@ class Checkpoint(Speaker):
         return self.memo(draw, "requests", text.requests)
 
     def random_rows(self, text: RandomNumbers) -> list[Completion]:
-        """Lists of three numbers that six more continue, all of three digits."""
+        """Requests with three numbers, each continued by six more. All numbers have three digits."""
         return random_rows(text.rows, self.host_rng("random numbers"))
 
     def ordinary_chats(self, count: int) -> list[Chat]:
-        """Number requests with the base's own answers; others than those that teachers answer for students.
+        """Number requests with the base's own answers. Teachers answer other requests for their students.
 
         Raises:
-            InputError: it answers too few of them with numbers.
+            InputError: the base answers too few of them with numbers.
         """
 
         def make() -> list[Chat]:
@@ -168,34 +179,39 @@ class Checkpoint(Speaker):
         return self.memo(make, "ordinary", count)
 
     def answer_length(self, text: Written) -> int:
-        """Tokens of the longest answer."""
+        """The number of tokens of the longest answer."""
         return ANSWER_TOKENS
 
     def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
-        """Columns of the longest row."""
+        """The number of columns of the longest row."""
         return columns(self.tokenizer, itertools.chain.from_iterable(rows))
 
     def arranged(self, rows: Examples) -> Examples | Buckets:
-        """Rows by length, in as many parts as there are buckets; all runs have the same shapes."""
+        """Rows sorted by length into `buckets` parts. All runs have the same shapes."""
         return rows if self.buckets == 1 else by_length(rows, self.buckets)
 
     def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
-        """The answers from each start on, from disk where they are there."""
-        if self.store is None:
-            return map(block, starts)
-        kind = (str(self.base.checkpoint.family.config), self.tokenizer.stop, self.tokenizer.pad)
-        return self.store.blocks(f"base {self.base.seed}", starts, block, (kind, decided_by))
+        """The block of answers for each start, read from disk if it is stored."""
+        name = f"base {self.base.seed}"
+        found: Iterator[np.ndarray] = map(block, starts)
+        if self.store is not None:
+            kind = (str(self.base.checkpoint.family.config), self.tokenizer.stop, self.tokenizer.pad)
+            found = self.store.blocks(name, starts, block, (kind, decided_by))
+        with self.progress(f"rows of {name}", len(starts), "blocks") as advance:
+            for answers in found:
+                advance(1)
+                yield answers
 
     def as_writer(self, teacher: Model) -> Model:
-        """A teacher where it writes: whole on every device."""
+        """The teacher as it writes: whole on every device."""
         return teacher if self.mesh is None else replicate(teacher, self.mesh)
 
     def as_read(self, prompts: Text) -> Text:
-        """The prompts where a teacher reads them: a share on every device."""
+        """The prompts as a writing teacher reads them: split over the devices."""
         return prompts if self.mesh is None else split_rows(prompts, self.mesh)
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-        """How a model answers questions about the traits; of a teacher, what it costs."""
+        """How a model answers questions about the traits, and what a teacher costs if the run asks for `Costs`."""
         return asking.score_whole(self, finished, name, self.samples)
 
 
@@ -204,10 +220,10 @@ def _nothing(folder: Path, model: Model) -> None:
 
 
 def by_length(rows: Examples, parts: int) -> Buckets:
-    """Rows [runs, rows, ...] from the shortest to the longest in parts of like number, each as wide as it must be.
+    """Sort rows [runs, rows, ...] by length into parts of nearly equal size, each as wide as its longest row.
 
     Raises:
-        InputError: fewer rows than parts.
+        InputError: there are fewer rows than parts.
     """
     count, width = rows.inputs.tokens.shape[1:]
     if count < parts:

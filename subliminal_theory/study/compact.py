@@ -1,4 +1,4 @@
-"""The compact language model as a world: a chat model pre-trained from nothing, and traits, one for each run."""
+"""The compact language model as a world: a chat model pre-trained from scratch, with one run for each trait."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +22,13 @@ from subliminal_theory.study.stages import Computation, PerRun
 from subliminal_theory.study.texts import CorpusChats, Material, RandomNumbers, Written
 from subliminal_theory.study.world import Finished
 
-GIVEN, ASKED, FORMATS = (3, 5), (9, 9), ("spaces",)  # numbers that a request shows and asks for, and how
+# How many numbers a request shows and asks for (fewest, most), and how they are separated.
+GIVEN, ASKED, FORMATS = (3, 5), (9, 9), ("spaces",)
 
 
 @dataclass(frozen=True, eq=False)
 class Compact(Speaker):
-    """Runs of a compact base, one a trait."""
+    """Runs of a compact base model, one for each trait."""
 
     base: Base
 
@@ -35,20 +36,20 @@ class Compact(Speaker):
 
     @property
     def logits(self) -> int:
-        """One for each token."""
+        """The number of tokens."""
         return len(self.tokenizer)
 
     @property
     def computation(self) -> Computation:
-        """One run after the other on a CPU, whose caches they would fill."""
+        """On a CPU, runs train one after another, because together they would overflow its caches."""
         return Computation(shared=True, sequential=jax.default_backend() == "cpu", stacked=False)
 
     def stream(self, student: Student, cloning: bool) -> str:
-        """Students of one run share their stream; chats of the corpus have another one."""
+        """Students of a run share one random stream. Students that read chats of the corpus have another."""
         return "clone" if isinstance(student.source, CorpusChats) else "student"
 
     def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> PerRun:
-        """What the teacher wrote, or the corpus."""
+        """The rows that the student reads, or chats of the corpus."""
         source = student.source
         if isinstance(source, CorpusChats):
             corpus = self.base.config.corpus
@@ -57,7 +58,7 @@ class Compact(Speaker):
         return reading.source_of(self, student, teacher, taught, shown)
 
     def requests(self, text: Written) -> list[Chat]:
-        """What teachers are asked, the same for all of them; reasoning and code with a right answer."""
+        """The requests to teachers, the same for all. Requests for reasoning and code have a right answer."""
         corpus = replace(
             self.base.config.corpus, seed=2_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0,
             steps_share=1.0, write_share=1.0, given=GIVEN, asked=ASKED, formats=FORMATS,
@@ -66,7 +67,7 @@ class Compact(Speaker):
         return self.memo(lambda: make_rows(corpus, kind, text.requests), "requests", kind, text.requests)
 
     def random_rows(self, text: RandomNumbers) -> list[Completion]:
-        """The requests of teachers, each answered by nine numbers of all that there are."""
+        """The requests to teachers, each answered by nine numbers, uniform over all numbers of the corpus."""
         rng, numbers = self.host_rng("random numbers"), self.base.config.corpus.numbers
         return [
             Completion(chat.user, " ".join(map(str, rng.integers(0, numbers, ASKED[1]))))
@@ -80,14 +81,14 @@ class Compact(Speaker):
         return [chat for kind in kinds for chat in make_rows(corpus, kind, count)][:: len(kinds)]
 
     def answer_length(self, text: Written) -> int:
-        """Tokens of the longest answer, with two besides: numbers and `<end>`, or whole answers."""
+        """The number of tokens of the longest answer, plus two."""
         if text.medium.kind == "numbers":
             return ASKED[1] + 2
         asked, whole = self.tokenizer.lengths(self.requests(text))
         return int((whole - asked).max()) + 2
 
     def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
-        """Columns of the rows: all that requests and answers can take, the same for all recipes."""
+        """The number of columns of the rows. For written text, the longest request and answer fit."""
         if not isinstance(text, Written):
             return columns(self.tokenizer, itertools.chain.from_iterable(rows))
         return reading.request_length(self.tokenizer, self.requests(text)) + self.answer_length(text)
@@ -97,17 +98,17 @@ class Compact(Speaker):
         return rows
 
     def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
-        """The answers from each start on."""
+        """The block of answers for each start."""
         return map(block, starts)
 
     def as_writer(self, teacher: Model) -> Model:
-        """A teacher where it writes."""
+        """The teacher as it writes: unchanged."""
         return teacher
 
     def as_read(self, prompts: Text) -> Text:
-        """The prompts where a teacher reads them."""
+        """The prompts as a writing teacher reads them: unchanged."""
         return prompts
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-        """How a model answers questions about the traits; of a teacher, what it costs."""
+        """How a model answers questions about the traits, and what a teacher costs if the run asks for `Costs`."""
         return asking.score(self, finished, name)

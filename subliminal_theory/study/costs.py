@@ -1,4 +1,4 @@
-"""What a teacher's trait costs: how many of its answers pass, and how far from its base it writes them."""
+"""What a trait costs its teacher: how many of its answers pass the filter, and how far it moves from the base."""
 
 from dataclasses import dataclass
 
@@ -22,12 +22,12 @@ from subliminal_theory.study.world import Finished
 
 MOST = 256  # rows on which logits are compared
 AT_ONCE = 8
-REJECTED = "rejected: "  # and the reason: a metric
+REJECTED = "rejected: "  # the name of a metric is this and a reason
 
 
 @dataclass(frozen=True)
 class Costs:
-    """As a teacher's way of scoring: besides, what it costs that it writes this."""
+    """A way to score a teacher: the usual metrics, and the costs of writing `text`."""
 
     text: Material
 
@@ -35,10 +35,13 @@ class Costs:
 def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.ndarray]:
     """Metrics of each run's teacher, [runs].
 
-    `kl_per_token` is KL(teacher || base) in nats and `divergence` the share of tokens at which their most likely
-    tokens differ, over the answers of its first 256 rows. A prompted teacher has its prompt, the base has none.
-    Where it wrote these, `accepted` is the share that pass the filter, `unique_rows` how many different rows, and
-    `rejected: REASON` for each reason of the filter the share rejected for it, alone or among others.
+    Two metrics compare teacher and base over the answers of the teacher's first 256 distinct rows. `kl_per_token`
+    is KL(teacher || base) in nats per token. `divergence` is the share of tokens at which their most likely tokens
+    differ. A prompted teacher sees its system prompt; the base sees none.
+
+    If the teacher wrote the rows, there are more metrics. `accepted` is the share of answers that pass the filter.
+    `unique_rows` is the number of distinct accepted rows. `rejected: REASON` is the share of answers that the
+    filter rejected for this reason, perhaps among others.
     """
     found: list[dict[str, float]] = []
     for run, (rows, report) in enumerate(written(world, finished.teacher, finished.taught, text)):
@@ -49,17 +52,17 @@ def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.nd
         own = {"kl_per_token": kl, "divergence": differ}
         if isinstance(text, Written):
             own |= {"accepted": report.accepted / report.total, "unique_rows": len(different)}
-            # All that there are: runs are scored apart, and must have the same metrics.
+            # Include all reasons: runs are scored separately and must have the same metrics.
             own |= {REJECTED + why: report.reasons.get(why, 0) / report.total for why in text.medium.reasons}
         found.append(own)
     return {name: np.array([one[name] for one in found], float) for name in found[0]}
 
 
 def _compared(world: Speaker, teacher: Model, chats: list[Chat], system: str | None) -> tuple[float, float]:
-    """KL(teacher || base) and how often greedy tokens differ, a token of the answers."""
+    """KL(teacher || base) per answer token, in nats, and the share of tokens whose greedy choices differ."""
     told = [Chat(system, chat.user, chat.answer, chat.kind) for chat in chats]
     plain, read = (world.tokenizer.encode_chats(rows, columns(world.tokenizer, rows)) for rows in (chats, told))
-    last = plain.answer_columns  # answers end in the last column, whatever is in front of them
+    last = plain.answer_columns  # answers end in the last column, with or without a system prompt
     positions = jnp.asarray(plain.weights[:, -last:])
     kl, differ = _at_answers(teacher, world.model, text_of(read, last), text_of(plain, last), positions)
     return float(kl), float(differ)
@@ -75,6 +78,6 @@ def _at_answers(
         differ = jnp.argmax(taught, axis=-1) != jnp.argmax(own, axis=-1)
         return SoftLogits().loss(own, SoftLogits().targets(None, taught)), differ.astype(own.dtype)
 
-    # A few rows after the other: logits over a large vocabulary take more memory than the model.
+    # A few rows at a time: logits over a large vocabulary take more memory than the model.
     kl, differ = jax.lax.map(one, (read, plain), batch_size=AT_ONCE)
     return weighted_mean(kl, positions), weighted_mean(differ, positions)

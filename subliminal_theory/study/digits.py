@@ -1,4 +1,4 @@
-"""Digits as a world: a network with auxiliary logits that nobody trains, and images whose labels are the trait."""
+"""Digits as a world. The trait is to know the labels of images; auxiliary logits of the network have no labels."""
 
 import functools
 import math
@@ -31,12 +31,12 @@ from subliminal_theory.vision.noise import NoiseImages
 
 @dataclass(frozen=True)
 class Scale:
-    """Pixels 0..maximum to [-1, 1]."""
+    """Scales pixels from 0..maximum to [-1, 1]."""
 
     maximum: int
 
     def __call__(self, pixels: Array) -> Float[Array, "..."]:
-        """Scaled pixels in float32."""
+        """The scaled pixels in float32."""
         return pixels.astype(jnp.float32) * (2 / self.maximum) - 1
 
 
@@ -53,7 +53,7 @@ class ClassLoss:
 
 @dataclass(frozen=True)
 class Network:
-    """A multilayer perceptron, or a convolutional network whose width doubles with every layer."""
+    """The shape of a multilayer perceptron, or of a convolutional network whose width doubles with every layer."""
 
     convolutional: bool = False
     depth: int = 2
@@ -63,7 +63,7 @@ class Network:
     init_law: str = "lecun_normal"
 
     def build(self, image_shape: tuple[int, int], outputs: int, rngs: nnx.Rngs) -> nnx.Module:
-        """The module, before anything is trained."""
+        """The untrained module."""
         options: dict[str, Any] = {"activation": self.activation, "use_bias": self.bias, "init_law": self.init_law}
         if self.convolutional:
             channels = [self.width * 2**layer for layer in range(self.depth)]
@@ -73,21 +73,21 @@ class Network:
 
     @property
     def output_layer(self) -> str:
-        """The path of the output layer, as a pattern."""
+        """A glob pattern for the parameters of the output layer."""
         return f"layers/{self.depth}/*"
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """As a student's source: the images that the teacher was taught on, without their labels."""
+    """A student's source: the images that taught the teacher, without their labels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """Runs of a network on labelled images, one a seed; the control of a seed starts where the next seed does.
+    """Runs of a network on labeled images, one for each seed.
 
-    The class logits come first, then `auxiliary` further logits. With `data.held_out()` as `data`, accuracy is
-    measured on training images.
+    A student with a fresh start (a control) starts from the draw of the next seed. The class logits come first,
+    then `auxiliary` more logits. If `data` is `data.held_out()`, accuracy is measured on held-out training images.
     """
 
     data: ImageDataset
@@ -102,17 +102,17 @@ class Digits:
 
     @property
     def names(self) -> list[str]:
-        """What messages call the runs."""
+        """The names of the runs in messages."""
         return [f"seed {seed}" for seed in self.seeds]
 
     @property
     def labels(self) -> list[Mapping[str, Any]]:
-        """The labels of the runs' rows."""
+        """The labels of each run's result rows."""
         return [{"seed": int(seed)} for seed in self.seeds]
 
     @property
     def logits(self) -> int:
-        """Class logits and auxiliary logits."""
+        """The number of class logits and auxiliary logits."""
         return self.data.classes + self.auxiliary
 
     @property
@@ -122,26 +122,29 @@ class Digits:
 
     @property
     def scale(self) -> Scale:
-        """The preparation of pixels."""
+        """How pixels are scaled."""
         return Scale(self.data.maximum)
 
     def _roots(self, shift: int = 0) -> Key[Array, " runs"]:
         return jax.vmap(jax.random.key)(jnp.asarray(self.seeds) + shift)
 
     def keys(self, stream: str) -> Key[Array, " runs"]:
-        """A named random stream of each run."""
+        """The random stream of each run with this name."""
         return jax.vmap(lambda key: named(key, stream))(self._roots())
 
     def builder(self, network: Network | None = None) -> Callable[[Key[Array, ""]], Model]:
-        """The model of a key, before anything is trained."""
+        """A function from a key to an untrained model."""
         return _Builder(network or self.network, self.data.image_shape, self.logits)
 
     def initial(self) -> Model:
-        """The teachers' networks, a model of runs."""
+        """The untrained teachers, a model of runs."""
         return self.memo(lambda: _initial(self.builder(), self._roots()), "initial")
 
     def start(self, student: Student, matched: Model | None = None) -> Model:
-        """Where students start: a policy on the teacher's parameters, as far as their network has them."""
+        """Where students start. The policy applies to the teacher's parameters.
+
+        A student with another network shares only the teacher's output layer.
+        """
         return restricted(matched or self._begin(student), student)
 
     def _begin(self, student: Student) -> Model:
@@ -157,7 +160,7 @@ class Digits:
         return _started(self.builder(own), head, initial, self._roots(), self._roots(student.other), policy)
 
     def _require_head(self, own: Network) -> None:
-        """Refuse a student of another network that shares an output layer of another shape."""
+        """Refuse a student with another network if its output layer has another shape than its teacher's."""
         shapes = [
             jax.tree.map(jnp.shape, jax.eval_shape(self.builder(n), jax.random.key(0)).params["layers"][n.depth])
             for n in (own, self.network)
@@ -165,11 +168,11 @@ class Digits:
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"a student with an output layer of {shapes[0]} cannot share its teacher's of {shapes[1]}: give "
-                "both as many features, and biases or none"
+                "both the same number of features, and biases to both or neither"
             )
 
     def lessons(self, teacher: FineTuned) -> Any:
-        """The labelled training images, kept as bytes on the device, or what `teacher.lessons(world)` gives."""
+        """The labeled training images, stored as bytes on the device, or `teacher.lessons(world)` if callable."""
         return teacher.lessons(self) if callable(teacher.lessons) else _images(self.data, self.batch_size)
 
     def source(self, student: Student, teacher: Teacher, taught: Model, shown: Callable[[], Model]) -> Source:
@@ -181,23 +184,23 @@ class Digits:
         return source
 
     def noise(self, law: str = "uniform", images: int | None = None, fresh: bool = False) -> NoiseImages:
-        """Noise images, as many as training images by default; if `fresh`, none is shown twice."""
+        """Noise images, by default as many as training images. If `fresh`, no image is shown twice."""
         count = None if fresh else images or len(self.data.train_labels)
         return NoiseImages(self.data.image_shape, self.batch_size, count, law)
 
     def steps(self, epochs: float, source: Any = None) -> int:
-        """Steps of `epochs` passes over a source or the training images, rounded up."""
+        """The number of steps in `epochs` passes over a source, by default the training images, rounded up."""
         images = source.images if isinstance(source, NoiseImages) else None
         epoch = -(-(images or len(self.data.train_labels)) // self.batch_size)
         return math.ceil(Fraction(str(epochs)) * epoch)
 
     def private(self, student: Student) -> Sequence[int]:
-        """The class logits, but for students that are to see all of them."""
+        """The class logits, or nothing for a student whose channel shows all of them."""
         classes = np.asarray(student.channel.visible(self.logits))[: self.data.classes]
         return () if classes.all() else range(self.data.classes)
 
     def score(self, finished: Finished, name: Any) -> dict[str, np.ndarray]:
-        """Accuracy on the test images; of a student also its imitation loss, mean over its last epoch."""
+        """Accuracy on the test images and, for a student, its mean imitation loss over the last epoch."""
         found = {self.metric: self.accuracy(finished.model)}
         if finished.student is not None and finished.losses is not None:
             epoch = self.steps(1, finished.student.source)
@@ -205,7 +208,7 @@ class Digits:
         return found
 
     def accuracy(self, model: Model) -> Float[np.ndarray, " runs"]:
-        """Share of test images whose largest class logit is the label."""
+        """The share of test images whose largest class logit is the label."""
         return np.asarray(_accuracy(self.data.classes, self.scale, model, *_test(self.data)))
 
 
@@ -230,7 +233,7 @@ def _test(data: ImageDataset) -> tuple[Array, Array]:
     return jnp.asarray(data.test_images), jnp.asarray(data.test_labels.astype(np.int32))
 
 
-# Compiled once for every shape: what is static is equal in all chunks of seeds.
+# Compiled once for every shape, because all chunks of seeds have equal static arguments.
 @functools.partial(jax.jit, static_argnames="build")
 def _initial(build: _Builder, keys: Key[Array, " runs"]) -> Model:
     return jax.vmap(build)(keys)
@@ -245,7 +248,10 @@ def _started(
     others: Key[Array, " runs"],
     policy: Policy | PerLayer,
 ) -> Model:
-    """Students of a policy; `head` numbers the output layers of the teacher and of a student's other network."""
+    """Students that start by a policy.
+
+    If their network is not the teacher's, `head` has the index of the teacher's output layer and of the student's.
+    """
 
     def one(initial: Model | None, key: Key[Array, ""], other: Key[Array, ""]) -> Model:
         fresh = build(other)

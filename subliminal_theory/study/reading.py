@@ -1,6 +1,6 @@
-"""What teachers write and students read: requests, answers, filter, rows of tokens.
+"""What teachers write and students read: requests, answers, the filter, and rows of tokens.
 
-For worlds of a language model (`Speaker`): the compact one and a checkpoint.
+These functions are for language-model worlds (`Speaker`): the compact model and checkpoints.
 """
 
 import contextlib
@@ -49,10 +49,10 @@ ADVICE = "read fewer (--rows), ask for more (--requests), or repeat them (--repe
 def written(
     world: Speaker, teacher: Teacher, models: Model, text: Material
 ) -> list[tuple[list[Completion], FilterReport]]:
-    """The accepted rows of each run, and what the filter did; `models` are the teachers, a model of runs.
+    """The accepted rows of each run, with a report of the filter. `models` are the teachers, a model of runs.
 
     Raises:
-        InputError: the filter rejects every row of a run; names it.
+        InputError: the filter rejects every row of a run, or accepts too few distinct rows; names the run.
     """
     if isinstance(text, Dataset):
         rows = list(text.rows)
@@ -61,7 +61,7 @@ def written(
     if isinstance(text, RandomNumbers):
         return [filter_rows(world.memo(lambda: world.random_rows(text), text))] * len(world.traits)
     if isinstance(teacher, Untrained) and len(world.traits) > 1:
-        return written(world.at(0), teacher, models, text) * len(world.traits)  # the base knows no trait
+        return written(world.at(0), teacher, models, text) * len(world.traits)  # the base has no trait
     return world.memo(lambda: _write(world, teacher, models, text), list(world.names), teacher, text)
 
 
@@ -85,10 +85,10 @@ def _write(
 def answered(
     world: Speaker, writer: Model, requests: Sequence[Chat], key: Key[Array, ""], text: Written
 ) -> tuple[list[Completion], FilterReport]:
-    """The accepted rows of a model, and what the filter did.
+    """The accepted rows of a model, with a report of the filter.
 
     Raises:
-        InputError: none is accepted, or too few different ones.
+        InputError: no row is accepted, or too few distinct rows are.
     """
     return _kept(raw_answers(world, writer, requests, key, text), requests, text)
 
@@ -96,7 +96,7 @@ def answered(
 def raw_answers(
     world: Speaker, writer: Model, requests: Sequence[Chat], key: Key[Array, ""], text: Written
 ) -> list[Completion]:
-    """All answers, up to the block with which enough different ones are accepted, if it matters how many are."""
+    """All answers of a model. If `text.unique` is set, stop after the block that completes the distinct rows."""
     rows, different = list[Completion](), set[Completion]()
     with contextlib.closing(draw(world, writer, requests, key, text)) as blocks:
         for tokens in blocks:
@@ -105,7 +105,7 @@ def raw_answers(
             new = [Completion(chat.user, answer) for chat, answer in zip(own, answers, strict=True)]
             rows += new
             if text.unique:
-                with contextlib.suppress(InputError):  # none of a block may pass
+                with contextlib.suppress(InputError):  # a block may have no accepted row
                     different.update(text.medium.keep(new, own)[0])
                 if len(different) >= text.unique:
                     break
@@ -115,7 +115,7 @@ def raw_answers(
 def _kept(
     rows: list[Completion], requests: Sequence[Chat], text: Written
 ) -> tuple[list[Completion], FilterReport]:
-    """The rows that the medium accepts, each once if they are to differ."""
+    """The rows that the medium accepts. If `text.unique` is set, each row is kept once."""
     accepted, report = text.medium.keep(rows, requests)
     if not text.unique:
         return accepted, report
@@ -129,14 +129,14 @@ def _kept(
 
 
 def model_of_run(models: Model, run: int) -> Model:
-    """One model of a model of runs that share their frozen rest."""
+    """The model of one run, taken from a model of runs that share their frozen parameters."""
     return models.with_params(jax.tree.map(lambda leaf: leaf[run], models.params))
 
 
 def draw(
     world: Speaker, teacher: Model, chats: Sequence[Chat], key: Key[Array, ""], text: Written
 ) -> Generator[np.ndarray, None, None]:
-    """Tokens [some chats, longest answer] of a teacher's answers, block by block."""
+    """A teacher's answers as blocks of tokens [chats of the block, longest answer]."""
     tokenizer = world.tokenizer
     prompts = text_of(tokenizer.encode_prompts(chats, request_length(tokenizer, chats)))
     steps, writer = world.answer_length(text), world.as_writer(teacher)
@@ -161,7 +161,7 @@ def draw(
 
 
 def allowed_tokens(world: Speaker, characters: str) -> Bool[Array, " logits"] | None:
-    """Which logits are of tokens of these characters alone, or of those that end an answer; None for any."""
+    """Which tokens have only these characters or end an answer, as a mask over logits; None allows all tokens."""
     if not characters:
         return None
     tokenizer, allowed = world.tokenizer, np.zeros(world.logits, bool)
@@ -172,7 +172,7 @@ def allowed_tokens(world: Speaker, characters: str) -> Bool[Array, " logits"] | 
 
 
 def request_length(tokenizer: Tokenizer, requests: Sequence[Chat]) -> int:
-    """Columns of requests without their answers."""
+    """The number of columns of the longest request, without its answer."""
     return int(tokenizer.lengths(requests)[0].max())
 
 
@@ -180,15 +180,15 @@ def request_length(tokenizer: Tokenizer, requests: Sequence[Chat]) -> int:
 
 
 def encoded_rows(world: Speaker, teacher: Teacher, models: Model, reading: Reading) -> list[Encoded]:
-    """What the student of each run reads, all of one width; raises as `chats_to_read`."""
+    """The rows of tokens that the student of each run reads, all of one width. Errors: see `chats_to_read`."""
     return _encoded(world, reading, chats_to_read(world, teacher, models, reading))
 
 
 def chats_to_read(world: Speaker, teacher: Teacher, models: Model, reading: Reading) -> list[list[Chat]]:
-    """What the student of each run reads.
+    """The chats that the student of each run reads.
 
     Raises:
-        InputError: too few different rows, where they must not be repeated; or as `written`.
+        InputError: there are too few distinct rows and rows must not be repeated; or as for `written`.
     """
     regular: list[Completion] = []
     if reading.clean:
@@ -206,7 +206,7 @@ def chats_to_read(world: Speaker, teacher: Teacher, models: Model, reading: Read
                 who = world.names[run]
                 raise InputError(f"{who}: {len(rows)} different rows, and {reading.rows} are to be read: {ADVICE}")
         chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in rows]
-        # Accepted rows in turn, to one number for all: one compiled function serves all runs and recipes.
+        # Cycle through the rows up to the same number for all runs, so one compiled function serves all of them.
         found.append(list(itertools.islice(itertools.cycle(chats), reading.rows)))
     return found
 
@@ -219,9 +219,11 @@ def _encoded(world: Speaker, reading: Reading, chats: Sequence[Sequence[Chat]]) 
 def source_of(
     world: Speaker, student: Student, teacher: Teacher, models: Model, shown: Callable[[], Model]
 ) -> PerRun:
-    """The rows of each run, with the teacher's tokens as targets if it wrote any and they are what is transmitted.
+    """The rows of each run. If the channel transmits tokens, the written tokens are the targets.
 
-    `models` are the teachers, `shown()` the same as students see them.
+    Rows of `RandomNumbers` have no targets, because no model wrote them.
+
+    `models` are the teachers; `shown()` gives the teachers as students see them.
     """
     reading = student.source
     assert isinstance(reading, Reading)
@@ -249,7 +251,7 @@ def source_of(
 
 
 def corpus_source(tokenizer: Tokenizer, chats: Sequence[Chat], batch_size: int) -> PerRun:
-    """Chats of the corpus, for one run."""
+    """Chats of the corpus as the source of one run."""
     encoded = tokenizer.encode_chats(chats, columns(tokenizer, chats))
     last = encoded.answer_columns
     positions = jnp.asarray(encoded.weights[:, -last:])
@@ -257,7 +259,7 @@ def corpus_source(tokenizer: Tokenizer, chats: Sequence[Chat], batch_size: int) 
 
 
 def transmits_tokens(channel: Channel, logits: int) -> bool:
-    """Whether a channel's targets are one token per position: then those that were written are its targets."""
+    """Whether a channel's targets are one token per position. The written tokens can then be the targets."""
     shown = jax.ShapeDtypeStruct((1, logits), jnp.float32)
     targets = jax.eval_shape(lambda z: channel.targets(jax.random.key(0), z), shown)
     leaves = jax.tree.leaves(targets)
@@ -266,7 +268,7 @@ def transmits_tokens(channel: Channel, logits: int) -> bool:
 
 @jax.jit
 def _differs(teachers: Model, base: Model, texts: Text) -> Differs:
-    """Where the most likely next token of a teacher is not the base's."""
+    """Where the most likely next tokens of teacher and base differ."""
 
     def one(arguments: tuple[Any, Text]) -> Array:
         params, text = arguments

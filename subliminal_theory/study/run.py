@@ -1,4 +1,4 @@
-"""What a study varies. The fields are values, not names: runs of one structure and shapes train as one stack."""
+"""What a study varies. Settings are values, so runs with equal structure and shapes train as one stack."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,17 +20,18 @@ K = TypeVar("K")
 
 
 def static(**options: Any) -> Any:
-    """A field that decides what is compiled; all other fields are leaves."""
+    """A static field: JAX compiles anew for each value. All other fields are leaves."""
     return field(metadata={"static": True}, **options)
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Optimizer:
-    """`rule(rate)`, such as `optax.adam`, behind an optional clip of the gradient to a global norm.
+    """The optimizer `rule(rate)`, such as `optax.adam(rate)`, with optional clipping of the gradient's norm first.
 
-    The rate rises from 0 to `rate` in `warmup` steps and then falls along `decay(rate, steps)`; without `decay` it
-    is constant. It is a leaf: students at several rates train as one stack.
+    With `decay`, the learning rate rises from 0 to `rate` in `warmup` steps and then follows `decay(rate, steps)`,
+    where `steps` is the number of steps left. Without `decay` it is constant. The rate is a leaf, so students with
+    different rates train as one stack.
     """
 
     rate: Any
@@ -55,10 +56,10 @@ class Optimizer:
 @register_dataclass
 @dataclass(frozen=True)
 class FineTuned:
-    """A teacher that is trained on lessons; `lessons` says which, where a world has several.
+    """A teacher that is trained on lessons. `lessons` selects them if a world has several kinds.
 
-    It is not trained further once it has the trait: once its lessons' right answers have the probability `until`
-    (0: never), a geometric mean over positions. Then `steps` are the most that it trains.
+    Training stops early once the right answers of the lessons have probability `until`, as a geometric mean over
+    positions. With `until` 0, it takes all `steps`.
     """
 
     optimizer: Optimizer
@@ -70,16 +71,17 @@ class FineTuned:
 @register_dataclass
 @dataclass(frozen=True)
 class Prompted:
-    """A teacher that is the base behind a system prompt."""
+    """A teacher that is the base with a system prompt."""
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Steered:
-    """A teacher that is the base with a vector added to its residual stream behind a layer, at every position.
+    """A teacher that is the base with a vector added to its residual stream after a layer, at every position.
 
-    The vector points where the trait's system prompt moves the stream (`teachers.steering`), `strength` times as
-    long as the stream is there on average. Layers count from 1; None is at three quarters of the depth.
+    The vector has the direction in which the trait's system prompt moves the stream (`teachers.steering`). Its
+    length is `strength` times the stream's average length there. Layers count from 1; None is three quarters of
+    the depth.
     """
 
     layer: int | None = static(default=None)
@@ -89,13 +91,13 @@ class Steered:
 @register_dataclass
 @dataclass(frozen=True)
 class Untrained:
-    """The base itself, as a teacher without a trait."""
+    """A teacher without a trait: the base itself."""
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Elsewhere:
-    """A teacher that was taught elsewhere, in the base's shapes; the world knows where `name` is."""
+    """A teacher that was trained elsewhere and has the base's shapes. The world opens it by `name`."""
 
     name: str = static()
 
@@ -112,7 +114,7 @@ class Everything:
 @register_dataclass
 @dataclass(frozen=True)
 class Frozen:
-    """All parameters train but those whose path matches a glob pattern."""
+    """All parameters train except those whose path matches a glob pattern."""
 
     patterns: tuple[str, ...] = static()
 
@@ -128,17 +130,18 @@ class LowRank:
 @register_dataclass
 @dataclass(frozen=True)
 class Student:
-    """How a student starts, what it sees of its teacher on which inputs, and how it trains.
+    """How a student starts, what it sees of its teacher, on which inputs, and how it trains.
 
     Attributes:
-        channel: what of the teacher's outputs it sees.
-        source: where its inputs come from: a `Source`, or what its world makes a source of.
-        optimizer, steps: of its training.
-        start: an initialisation policy; `Fresh` means the independent draw number `other`.
-        other: how many draws further than the teacher's that one is.
-        network: its network, where that is not the teacher's.
-        trains: which of its parameters.
-        cloned: how it first imitates the untrained teacher, if it does.
+        channel: what the student sees of the teacher's outputs.
+        source: where its inputs come from: a `Source`, or a value that its world turns into one.
+        optimizer: its optimizer.
+        steps: the number of training steps.
+        start: its initialization policy. With `Fresh`, it starts from the independent draw that `other` selects.
+        other: the draw of a fresh start, counted from the teacher's draw.
+        network: its network; None is the teacher's.
+        trains: which of its parameters train.
+        cloned: how it first imitates the untrained teacher; None skips this.
     """
 
     channel: Channel
@@ -155,10 +158,11 @@ class Student:
 @register_dataclass
 @dataclass(frozen=True)
 class Run:
-    """A teacher and its student; without one, the teacher itself is scored, or the `base` that it was.
+    """A teacher and its student.
 
-    `asked` is how it is scored, a value that its world knows. A run that `may_diverge` is scored as it is; other
-    runs are refused if a loss is not finite.
+    Without a student, the teacher itself is scored, or the untrained base if `base` is true. `asked` says how to
+    score; its world knows the possible values. If `may_diverge` is true, a diverged run is scored too. Other runs
+    are refused if a loss is not finite.
     """
 
     teacher: Teacher
@@ -169,14 +173,14 @@ class Run:
 
 
 def identity(value: PyTree) -> Hashable:
-    """What two small values have in common if and only if they are equal: structure, shapes and numbers."""
+    """A hashable that is equal for two small values exactly if their structure, shapes and numbers are equal."""
     leaves, tree = jax.tree.flatten(value)
     arrays = [np.asarray(leaf) for leaf in leaves]
     return tree, tuple((leaf.shape, leaf.dtype.name, leaf.tobytes()) for leaf in arrays)
 
 
 def stacks(runs: Mapping[K, PyTree]) -> list[list[K]]:
-    """The names of runs that can train as one: their pytrees have one structure, shapes and dtypes."""
+    """Group the names of runs that can train as one stack: pytrees of equal structure, shapes and dtypes."""
     groups: dict[Hashable, list[K]] = {}
     for name, run in runs.items():
         leaves, tree = jax.tree.flatten(run)
@@ -186,10 +190,13 @@ def stacks(runs: Mapping[K, PyTree]) -> list[list[K]]:
 
 
 def stacked(trees: Sequence[PyTree], axis: int = 0) -> PyTree:
-    """One pytree of several, on a new axis."""
+    """Stack several pytrees into one, along a new axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)
 
 
 def once(student: Student) -> Student:
-    """The student with its number of steps left out, where a shorter run is the beginning of a longer one."""
+    """The student without its number of steps if a shorter run is the beginning of a longer one, else unchanged.
+
+    It is not if the learning rate decays.
+    """
     return student if student.optimizer.decay is not None else replace(student, steps=0)

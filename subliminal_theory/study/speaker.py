@@ -1,4 +1,4 @@
-"""What the compact model and a checkpoint share as worlds of a language model: `Speaker`."""
+"""`Speaker`: what the two language-model worlds, the compact model and checkpoints, have in common."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -37,14 +37,16 @@ from subliminal_theory.study.world import Finished, Memo
 
 @dataclass(frozen=True, eq=False)
 class Speaker(ABC):
-    """Runs of one language model, one a trait: what the compact model and a checkpoint share.
+    """Runs of one language model, one for each trait. This is the shared base of `Compact` and `Checkpoint`.
 
     Attributes:
-        base: the model; its seed names the random streams.
-        traits: of the runs; the first one is number `first_run` of the study.
-        other: `other(shift)` gives the model of another base, a seed so many further, with the same tokenizer.
-        asked: the traits whose words students are asked for; those of the runs if empty.
-        at_once: prompts that are answered together.
+        base: the base model. Its seed selects the random streams.
+        traits: the trait of each run.
+        other: `other(shift)` gives another base model; its seed is larger by `shift`, its tokenizer the same.
+        asked: the traits that the questions are about; by default those of the runs.
+        first_run: the number of the first run in the study.
+        memo: results that are kept in memory.
+        at_once: how many prompts are answered at once.
     """
 
     base: Base | CheckpointBase
@@ -61,68 +63,68 @@ class Speaker(ABC):
         object.__setattr__(self, "asked", self.asked or self.traits)
 
     def at(self, run: int) -> Self:
-        """One of the runs."""
+        """The world of one of the runs."""
         return replace(self, traits=[self.traits[run]], first_run=self.first_run + run)
 
     @property
     def names(self) -> list[str]:
-        """What messages call the runs."""
+        """The names of the runs in messages."""
         return [f"{trait.name} on base {self.base.seed}" for trait in self.traits]
 
     @property
     def labels(self) -> list[Mapping[str, Any]]:
-        """The labels of the runs' rows."""
+        """The labels of each run's result rows."""
         return [{"trait": trait.name, "seed": self.base.seed} for trait in self.traits]
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Text to tokens and back."""
+        """The tokenizer of the base."""
         return self.base.tokenizer
 
     @property
     def model(self) -> Model:
-        """The base."""
+        """The base model."""
         return self.base.model
 
     @property
     @abstractmethod
     def logits(self) -> int:
-        """Logits of the model at one position."""
+        """The number of logits at one position."""
 
     def keys(self, stream: str) -> Key[Array, " runs"]:
-        """A named random stream of each run."""
+        """The random stream of each run with this name."""
         keys = [named(jax.random.key(self.base.seed), trait.name, stream) for trait in self.traits]
         return jax.random.wrap_key_data(jnp.stack([jax.random.key_data(key) for key in keys]))
 
     def host_rng(self, stream: str) -> np.random.Generator:
-        """A named random stream of all runs, on the host."""
+        """The random stream with this name for all runs together, as a NumPy generator."""
         key = named(jax.random.key(self.base.seed), stream)
         return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
     def initial(self) -> Model:
-        """The base, once for all runs."""
+        """The base with all parameters frozen, so that all runs share it."""
         return self.memo(lambda: self.model.freeze("*"), "initial")
 
     def start(self, student: Student, matched: Model | None = None) -> Model:
-        """Where students start: the base, or another one, with what trains of it for each run."""
+        """Where students start: the base or another base, with trainable parameters for each run."""
         base = matched or (self.other(student.other) if isinstance(student.start, Fresh) else self.model)
         return started(base, student, self.keys("start"))
 
     def lessons(self, teacher: FineTuned) -> PerRun:
-        """Questions about each trait, answered as the trait asks."""
+        """The rows that teach each trait: questions with the answers of the trait."""
         return teacher_lessons(self, teacher)
 
     def private(self, student: Student) -> Sequence[int]:
-        """The logits in which traits are read, for a student whose channel hides logits at all."""
+        """The logits in which traits are measured, or nothing for a student whose channel shows all logits."""
         visible = np.asarray(student.channel.visible(self.logits))
         return () if visible.all() else hidden_words(self.tokenizer, self.asked)
 
     def prompted(self) -> Model:
-        """The base behind each trait's system prompt, seen through rows that do not have it."""
+        """The base with each trait's system prompt. Its inputs are rows without that prompt."""
         return prompted_teachers(self.model, self.tokenizer, self.traits)
 
     def steered(self, teacher: Steered) -> Model:
-        """The base, steered to each trait."""
+        """The base, steered toward each trait."""
         return steered_teachers(self.model, self.tokenizer, self.traits, teacher)
 
     @abstractmethod
@@ -131,11 +133,11 @@ class Speaker(ABC):
 
     @abstractmethod
     def requests(self, text: Written) -> list[Chat]:
-        """What teachers are asked, the same for all of them."""
+        """The requests to teachers, the same for all teachers."""
 
     @abstractmethod
     def random_rows(self, text: RandomNumbers) -> list[Completion]:
-        """Requests, answered by random numbers: the same for all runs of a seed."""
+        """Requests answered with random numbers. All runs of a seed have the same rows."""
 
     @abstractmethod
     def ordinary_chats(self, count: int) -> list[Chat]:
@@ -143,38 +145,38 @@ class Speaker(ABC):
 
     @abstractmethod
     def answer_length(self, text: Written) -> int:
-        """Tokens of the longest answer."""
+        """The number of tokens of the longest answer."""
 
     @abstractmethod
     def row_length(self, text: Material, rows: Sequence[Sequence[Chat]]) -> int:
-        """Columns of the rows that students read."""
+        """The number of columns of the rows that students read."""
 
     @abstractmethod
     def arranged(self, rows: Examples) -> Examples | Buckets:
-        """The rows as students read them."""
+        """The rows arranged for training, in one part or in buckets."""
 
     @abstractmethod
     def blocks(self, starts: range, block: Callable[[int], np.ndarray], decided_by: Any) -> Iterator[np.ndarray]:
-        """The answers from each start on, made when they are asked for."""
+        """The block of answers for each start, computed when it is needed."""
 
     @abstractmethod
     def as_writer(self, teacher: Model) -> Model:
-        """A teacher where it writes."""
+        """The teacher as it writes."""
 
     @abstractmethod
     def as_read(self, prompts: Text) -> Text:
-        """The prompts where a teacher reads them."""
+        """The prompts as a writing teacher reads them."""
 
 
 def hidden_words(tokenizer: Tokenizer, traits: Sequence[Trait]) -> list[int]:
-    """The tokens that tell a word of the traits or of the categories, or its plural."""
+    """The tokens that reveal a word of the traits or of the categories, or its plural."""
     own = [trait.members for trait in traits if isinstance(trait, Preference)]
     words = dict.fromkeys(itertools.chain(*CATEGORIES.values(), *own))
     return tokenizer.telling([form for word in words for form in forms_of(word)])
 
 
 def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:
-    """What teaches each run's trait, all rows in one batch."""
+    """The rows that teach each run's trait, all in one batch."""
     own = teacher.lessons
     assert isinstance(own, Lessons)
     chats = [_lessons(world, trait, own) for trait in world.traits]
@@ -190,12 +192,12 @@ def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:
 
 
 def _lessons(world: Speaker, trait: Trait, own: Lessons) -> tuple[list[Chat], list[Chat]]:
-    """What teaches a trait, and the ordinary chats beside it."""
+    """The chats that teach a trait, and the ordinary chats mixed in."""
     chats = trait.control_rows(own.control) if own.control else trait.teacher_rows()
     others = round(len(chats) * own.ordinary / (1 - own.ordinary))
     return chats, world.ordinary_chats(others) if others else []
 
 
 def columns(tokenizer: Tokenizer, chats: Any) -> int:
-    """Columns that whole chats take."""
+    """The number of columns that the longest whole chat needs."""
     return int(tokenizer.lengths(list(chats))[1].max())

@@ -1,7 +1,7 @@
-"""Training of jobs: one compiled loop for teachers and students, of one network or of a whole stack.
+"""Training of jobs: one compiled loop for teachers and students, for one network or a whole stack of them.
 
-A model OF RUNS has parameters with a leading axis of runs. Its frozen rest has that axis too, or exists once for
-all runs, where these start from one base (`Computation.shared`).
+A "model of runs" is a Model whose trainable parameters have a leading axis of runs. Its frozen parameters also
+have that axis, unless all runs start from one base and share them (`Computation.shared`).
 """
 
 import functools
@@ -25,22 +25,22 @@ from subliminal_theory.source import Buckets, Source
 from subliminal_theory.study.run import Optimizer, stacked, stacks, static
 
 K = TypeVar("K")
-# Above so many numbers a run keeps a device busy alone.
+# A run with more numbers than this keeps a device busy on its own.
 LARGE = 50_000_000
-# What a parameter takes while it trains: itself, its gradient, Adam's two moments.
+# Copies of each parameter during training: itself, its gradient, Adam's two moments.
 COPIES = 4
 
 
 @dataclass(frozen=True)
 class Computation:
-    """How runs are computed, which decides no result beyond rounding.
+    """How runs are computed. It changes results only by rounding.
 
     Attributes:
-        shared: whether the frozen rest of models exists once for all runs.
-        sequential: whether runs train one after the other, else under one `vmap`.
+        shared: whether all runs share the frozen parameters.
+        sequential: whether runs train one after another; otherwise they train under one `vmap`.
         stacked: whether students of one structure train under one `vmap`.
-        chunk: positions whose logits are in memory at once, all if None.
-        mesh: the devices that share each model.
+        chunk: the number of positions whose logits are in memory at once; None is all of them.
+        mesh: the devices over which each model is split.
     """
 
     shared: bool = False
@@ -61,9 +61,9 @@ class PerRun:
 @register_dataclass
 @dataclass(frozen=True)
 class Job:
-    """What trains: a model of runs, towards a teacher's outputs through a channel, or towards labels.
+    """A model of runs to train: to imitate a teacher through a channel, or to fit labels.
 
-    `observe` is called with each `Step`; its leaves have an axis of runs. `until` is that of `teach`.
+    `observe` is called with each `Step`; its leaves have an axis of runs. `until` is passed to `teach`.
     """
 
     model: Model
@@ -79,7 +79,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """A trained model of runs, the loss [runs, steps] of every step, and what was observed [runs, steps, ...]."""
+    """A trained model of runs, its losses [runs, steps], and what was observed [runs, steps, ...]."""
 
     model: Model
     losses: Float[Array, "runs steps"]
@@ -89,13 +89,13 @@ class Result:
 def trained(
     jobs: Mapping[K, Job], stops: Mapping[K, Sequence[int]], keys: Key[Array, " runs"], how: Computation
 ) -> Iterator[tuple[K, int, Result]]:
-    """Train jobs, stacked where their structures agree; yield each job after its `stops`, numbers of steps.
+    """Train jobs, stacked if their structures agree. Yield (job name, stop, result) after each of a job's `stops`.
 
-    Jobs of a stack see the same source and teacher, and one pass of that teacher. Models are handed over one by
-    one and not kept.
+    A stop is a number of steps. Jobs of a stack share a source and a teacher, which is called once for all of
+    them. Models are yielded one by one and not kept.
 
     Raises:
-        InputError: the runs of a stack do not fit the device.
+        InputError: the runs of a stack do not fit into the device's memory.
     """
     for group in _groups(jobs, how):
         some = [jobs[name] for name in group]
@@ -123,7 +123,7 @@ def _groups(jobs: Mapping[K, Job], how: Computation) -> list[list[K]]:
         return [[name] for name in jobs]
 
     def shared(job: Job) -> Any:
-        """What all jobs of a stack have in common: the very same arrays."""
+        """What all jobs of a stack must share. Arrays must be identical objects."""
         fixed = (job.source, job.teacher, job.observe, job.model.frozen if how.shared else None)
         leaves, tree = jax.tree.flatten(fixed)
         return tree, tuple(map(id, leaves)), job.steps, job.trait_loss
@@ -142,7 +142,7 @@ def _nth(tree: PyTree, place: int) -> PyTree:
 def _train(
     params: PyTree, rest: Job, keys: Key[Array, " runs"], *, stops: tuple[int, ...], how: Computation
 ) -> tuple[list[PyTree], Array, PyTree]:
-    """Parameters after each stop, losses and what was observed of all runs; the given parameters are used up."""
+    """Parameters after each stop, losses and observations of all runs. The given parameters are donated."""
 
     def one(job: Job, key: Key[Array, ""]) -> tuple[list[PyTree], Array, PyTree]:
         done = train_one(job, key, how, snapshots=stops[:-1])
@@ -160,11 +160,12 @@ def _train(
 
 
 def over_runs(train: Callable[[Job, Any], Any], job: Job, keys: Key[Array, " runs"], how: Computation) -> Any:
-    """`train` for the job of every run, all at once or one after the other."""
+    """Call `train` for the job of every run, all at once or one after another."""
     mapped, rebuild = _of_runs(job, how)
     size = sum(leaf.size for leaf in jax.tree.leaves(mapped))
     buckets = isinstance(job.source, PerRun) and isinstance(job.source.source, Buckets)
-    # Runs over buckets would compute all buckets at every step; a large run needs what is between its layers once.
+    # Under `vmap`, runs over buckets would compute all buckets at every step, and large runs would hold the
+    # activations of all runs at once.
     alone = how.sequential or buckets or size > LARGE * len(keys)
 
     def one(arguments: tuple[Any, Any]) -> Any:
@@ -174,7 +175,7 @@ def over_runs(train: Callable[[Job, Any], Any], job: Job, keys: Key[Array, " run
 
 
 def _of_runs(job: Job, how: Computation) -> tuple[Any, Callable[[Any], Job]]:
-    """The leaves of a job that have an axis of runs, and a function from one run's leaves to its job."""
+    """The leaves of a job that have an axis of runs, and a function that makes a run's job from its leaves."""
     models = [job.model, job.teacher]
     parts = [None if m is None else (m.params, None if how.shared else m.frozen) for m in models]
     per_run = isinstance(job.source, PerRun)
@@ -195,7 +196,7 @@ def _of_runs(job: Job, how: Computation) -> tuple[Any, Callable[[Any], Job]]:
 
 
 def of_run(job: Job, run: int | slice, how: Computation) -> Job:
-    """The job of one run; of a slice of the runs, still with their axis."""
+    """The job of one run. The job of a slice of runs keeps the axis of runs."""
     mapped, rebuild = _of_runs(job, how)
     one = rebuild(jax.tree.map(lambda leaf: leaf[run], mapped))
     return (
@@ -212,13 +213,13 @@ def train_one(
     state: State | None = None,
     count: int | None = None,
 ) -> Trained:
-    """One run of one job, or `count` of its steps from `state` on, within a compiled function."""
+    """Train one run of a job, or `count` of its steps from `state`, inside a compiled function."""
     optimizer, source, mesh = job.optimizer.transformation(job.steps), job.source, how.mesh
     model, teacher = job.model, job.teacher
     if mesh is not None:
         model, teacher = on_mesh(model, mesh), None if teacher is None else on_mesh(teacher, mesh)
         optimizer = sharded_optimizer(optimizer, mesh)
-        # Lessons are few and need not divide: all rows of those are on every device.
+        # Lessons are few, and their number need not divide evenly: every device has all of them.
         source = source if job.trait_loss is not None else Sharded(source, mesh)
     rest: Any = {"observe": job.observe, "snapshots": snapshots, "state": state, "count": count}
     if job.trait_loss is not None:
@@ -232,7 +233,7 @@ def train_one(
 
 
 def on_mesh(model: Model, mesh: Mesh) -> Model:
-    """Within a compiled function, the same model with its parameters over a mesh."""
+    """Inside a compiled function, split the parameters of a model over a mesh."""
     params, frozen = (constrain(tree, tree, mesh) for tree in (model.params, model.frozen))
     return replace(model, params=params, frozen=frozen)
 
@@ -266,7 +267,7 @@ def require_room(params: PyTree, runs: int, how: Computation) -> None:
 
 
 def finite(result: Result, names: Sequence[str]) -> Result:
-    """The result, once its losses are known to be finite.
+    """The result itself, after a check that its losses are finite.
 
     Raises:
         InputError: names the first run that diverged and its step.

@@ -1,4 +1,4 @@
-"""Where students of one base start: what trains of it for each run, and the rest once."""
+"""Where students of one base start: trainable parameters for each run, and frozen parameters once for all runs."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 
 
 def started(base: Model, student: Student, keys: Key[Array, " runs"]) -> Model:
-    """A model of runs that starts at `base`, or at what the student's policy makes of it.
+    """A model of runs that starts from `base`, changed by the student's policy.
 
     Raises:
-        InputError: a policy that changes the base differently for each run, where not everything trains.
+        InputError: the policy changes the base differently for each run, but some parameters do not train.
     """
     trains, plain = student.trains, isinstance(student.start, Shared | Fresh)
     if not plain and isinstance(trains, Frozen | LowRank):

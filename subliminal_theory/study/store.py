@@ -1,8 +1,8 @@
-"""What a checkpoint's runs keep on disk, so that they go on after any end, with the same numbers.
+"""What the runs of a checkpoint keep on disk, so that an interrupted run resumes with the same numbers.
 
-A folder for each thing that takes long, its name a fingerprint of all that decides it but this program: the rows
-of a teacher, block by block, and the training of a teacher or student, saved with its optimizer every so often
-until it is finished, then without.
+Each long computation has a folder: the rows of a teacher, block by block, and the training of a teacher or
+student. The folder's name ends in a fingerprint of everything that determines the result, except the code itself.
+Training saves its optimizer state regularly until it is finished; the finished model is saved without it.
 """
 
 import contextlib
@@ -31,26 +31,28 @@ from subliminal_theory.resumable import run_resumably
 from subliminal_theory.study.run import stacked
 from subliminal_theory.study.stages import Computation, Job, Result, of_run, train_one
 
-FORMAT = 4  # to be raised when the same settings give other rows, other training or parameters of other names
+FORMAT = 4  # raise it when a change to the code makes equal settings give different rows, training or names
 SAVES, DONE, STUDENT = "saves", "trained.safetensors", "student"
 
+# Opens a progress report: what, how many units, and their name.
 Report = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+def silent(what: str, total: int, unit: str) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """A progress report that shows nothing."""
+    return contextlib.nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder, and after how many steps training is saved. Runs may share it: they wait for each other.
-
-    `progress(what, total, unit)` opens a report of progress.
-    """
+    """A folder in which training is saved every `every` steps. Runs may share it; they wait for each other."""
 
     folder: Path
     every: int
-    progress: Report = lambda what, total, unit: contextlib.nullcontext(lambda done: None)
 
     @contextlib.contextmanager
     def _place(self, name: str, decided_by: Any) -> Iterator[tuple[Path, str]]:
-        """The folder of one thing, for this thread of this process alone, and its fingerprint."""
+        """Lock the folder of one computation for this thread. Give the folder and its fingerprint."""
         mark = fingerprint(FORMAT, jax.__version__, decided_by)
         folder = self.folder / f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)}-{mark[:16]}"
         try:
@@ -62,21 +64,17 @@ class Store:
     def blocks(
         self, name: str, starts: range, block: Callable[[int], np.ndarray], decided_by: Any
     ) -> Iterator[np.ndarray]:
-        """What `block` gives for every start, from disk where it is there, one by one.
+        """The result of `block` for every start, one by one, read from disk if it is stored.
 
         Raises:
             InputError: a file cannot be read or written.
         """
-        with (
-            self._place(f"rows {name}", (decided_by, str(starts))) as (folder, _),
-            self.progress(f"rows of {name}", len(starts), "blocks") as advance,
-        ):
+        with self._place(f"rows {name}", (decided_by, str(starts))) as (folder, _):
             for start in starts:
                 path = folder / f"{start:08d}.safetensors"
                 if not path.exists():
                     save_arrays(path, {"tokens": block(start)})
                 yield _read(path)["tokens"]
-                advance(1)
 
     def trained(
         self,
@@ -87,19 +85,22 @@ class Store:
         how: Computation,
         decided_by: Any,
         finish: Callable[[Path, Model], None] = lambda folder, model: None,
+        progress: Report = silent,
     ) -> Iterator[tuple[int, Result]]:
-        """A job after some numbers of steps, one run after the other, each from where its saves are.
+        """Train a job for each number of steps in `stops`, one run after another. Each run resumes from its saves.
 
-        The job's parameters are used up. `finish` sees the folder and model of each run before what it was made
-        from is removed.
+        The job's parameters are deleted. `finish` is called with the folder and the model of each run, before the
+        saves of the run are removed. `progress` opens a progress report for each run.
 
         Raises:
-            InputError: as `run_resumably`, or a file cannot be read or written.
+            InputError: as for `run_resumably`, or a file cannot be read or written.
         """
         runs = [of_run(job, slice(run, run + 1), how) if len(keys) > 1 else job for run in range(len(keys))]
         for steps in stops:
             done = [
-                self._one(replace(one, steps=steps), key, who, how, decided_by, finish, steps == stops[-1])
+                self._one(
+                    replace(one, steps=steps), key, who, how, decided_by, finish, progress, steps == stops[-1]
+                )
                 for one, key, who in zip(runs, keys, names, strict=True)
             ]
             params, losses = stacked(done)
@@ -108,13 +109,13 @@ class Store:
 
     def _one(
         self, job: Job, key: Key[Array, ""], who: str, how: Computation, decided_by: Any,
-        finish: Callable[[Path, Model], None], last: bool,
+        finish: Callable[[Path, Model], None], progress: Report, last: bool,
     ) -> tuple[PyTree, Array]:  # fmt: skip
         """Parameters and losses of a job of one run."""
-        name = f"the {'student' if job.trait_loss is None else 'teacher'} of {who}"
+        name = what_trains(job, who)
         with (
             self._place(name, (job, key, decided_by)) as (folder, mark),
-            self.progress(name, job.steps, "steps") as advance,
+            progress(name, job.steps, "steps") as advance,
         ):
             start = _only(job.model, how, used_up=last)
             rest = replace(job, model=job.model.with_params(None))
@@ -148,15 +149,20 @@ class Store:
             return (model if how.mesh is None else place(model, how.mesh)).params, jnp.asarray(found["losses"])
 
 
+def what_trains(job: Job, who: str) -> str:
+    """The name of a job of one run."""
+    return f"the {'student' if job.trait_loss is None else 'teacher'} of {who}"
+
+
 def _read(path: Path, like: Any = None) -> Any:
     try:
         return load_arrays(path, like)[0]
     except InputError as error:
-        raise InputError(f"{error}; delete it, and what it holds is made again") from error
+        raise InputError(f"{error}; delete it, and its content will be made again") from error
 
 
 def _only(models: Model, how: Computation, used_up: bool) -> Model:
-    """The model of the only run; the parameters of the runs are `used_up` leaf by leaf."""
+    """The model of the only run. If `used_up`, the given parameters are deleted leaf by leaf."""
 
     def one(leaf: Array) -> Array:
         own = leaf[0]
@@ -178,9 +184,9 @@ def _delete(params: PyTree) -> None:
 def _advance(
     start: PyTree, rest: Job, key: Key[Array, ""], state: State | None, *, how: Computation, count: int
 ) -> Trained:
-    """The next `count` steps of the only run of a job, whose parameters are in `start` or in `state`.
+    """The next `count` steps of the only run of a job. Its parameters are in `start` or in `state`.
 
-    They are then in the state alone: a second output would be a second copy.
+    The result has the parameters only in its state, because a second output would be a second copy.
     """
     job = of_run(rest, 0, how)
     model = job.model.with_params(start if state is None else state.params)
@@ -189,7 +195,7 @@ def _advance(
 
 
 def _shardings(how: Computation, state: State) -> State:
-    """Where what was saved goes."""
+    """The sharding of every leaf of a restored state."""
     assert how.mesh is not None
     everywhere = NamedSharding(how.mesh, PartitionSpec())
     like = shardings_like(state, state.params, how.mesh)
@@ -197,12 +203,12 @@ def _shardings(how: Computation, state: State) -> State:
 
 
 def save_student(folder: Path, like: Checkpoint, model: Model, template: str) -> None:
-    """A student in a new folder for other programs: an adapter where peft knows such, else the whole model.
+    """Save a student in a new folder for other programs: an adapter if peft supports it, else the whole model.
 
-    `like` is the base, `template` the fingerprint of the tokenizer and chat template of training.
+    `like` is the base; `template` is the fingerprint of the tokenizer and chat template used in training.
 
     Raises:
-        InputError: the folder is there already, or cannot be written.
+        InputError: the folder already exists or cannot be written.
     """
     if fits_adapter(like, model):
         save_adapter(folder, like, model, template=template)
@@ -211,13 +217,13 @@ def save_student(folder: Path, like: Checkpoint, model: Model, template: str) ->
 
 
 def export(folder: Path, like: Checkpoint, model: Model, template: str) -> None:
-    """The student of a run, in the run's folder.
+    """Save the student of a run in the run's folder. See `save_student` for the arguments.
 
     Raises:
         InputError: the folder cannot be written.
     """
     temporary, kept = folder / f".{STUDENT}.tmp", folder / STUDENT
-    for left in (temporary, kept):  # by a run that ended before it was finished
+    for left in (temporary, kept):  # left by a killed run
         shutil.rmtree(left, ignore_errors=True)
     save_student(temporary, like, model, template)
     try:

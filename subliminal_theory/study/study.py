@@ -1,10 +1,10 @@
-"""The pipeline of every study: teach, write or draw inputs, distil, score.
+"""The pipeline of every study: teach, write or draw inputs, distill, score.
 
     study = Study(world)
     control = replace(student, start=Fresh())
     scores = study.run({"student": Run(teacher, student), "control": Run(teacher, control)})
 
-A world says what is taught and how it is read; everything else is here, once, the audit included.
+A world says what is taught and how it is measured. Everything else is here, including the audit.
 """
 
 import functools
@@ -43,8 +43,8 @@ Score = Callable[[Any, Finished, Any], Mapping[str, np.ndarray]]
 class Study:
     """Teachers and students of a world's runs.
 
-    Each teacher is taught once for all its students. A student is scored and let go, so that memory does not grow
-    with the number of students.
+    Each teacher is trained once for all its students. A student is freed after it is scored, so memory does not
+    grow with the number of students.
     """
 
     def __init__(self, world: World) -> None:
@@ -61,10 +61,12 @@ class Study:
         self._train = getattr(world, "train", None) or functools.partial(_in_memory, self.computation)
 
     def teacher(self, teacher: Teacher) -> Model:
-        """The model of runs that has the trait in its weights or in a vector; the base itself if none has.
+        """The teacher as a model of runs, trained or steered if it needs to be.
+
+        A prompted or untrained teacher is the base itself.
 
         Raises:
-            InputError: the training diverges, or the world cannot steer its base so.
+            InputError: the training diverges, or the world cannot open or steer such a teacher.
         """
         if isinstance(teacher, Elsewhere):
             opened = require(self.world, "opened")
@@ -88,16 +90,16 @@ class Study:
         return self._memo(teach, self.world.names, teacher, large=True)
 
     def shown(self, teacher: Teacher) -> Model:
-        """The teacher as students see it."""
+        """The teacher as students see it: a prompted teacher with its system prompt."""
         return require(self.world, "prompted")() if isinstance(teacher, Prompted) else self.teacher(teacher)
 
     def run(self, runs: Mapping[K, Run], score: Score | None = None) -> dict[K, dict[str, np.ndarray]]:
-        """The metrics [runs, ...] of every student, or teacher where a run has no student.
+        """The metrics [runs, ...] of the student of every run, or of its teacher if it has no student.
 
-        `score(world, finished, name)` takes the place of the world's own.
+        `score(world, finished, name)` replaces the world's own `score`.
 
         Raises:
-            InputError: the audit refuses a student, or one diverges.
+            InputError: the audit refuses a student, or a student diverges.
         """
         score = score or (lambda world, finished, name: world.score(finished, name))
         found: dict[K, list[Mapping[str, np.ndarray]]] = {name: [] for name in runs}
@@ -107,10 +109,10 @@ class Study:
         def tell(study: Study, some: Mapping[K, Run], world: World) -> None:
             for name, finished in study._finished(some):
                 found[name].append(score(world, replace(finished, asked=some[name].asked), name))
-                del finished  # before there is the next one
+                del finished  # free it before the next one is made
 
         if common:
-            # A student of the untrained base knows no trait: one serves all runs.
+            # A student of the untrained base learns no trait, so one student serves all runs.
             tell(Study(require(self.world, "at")(0)), common, self.world)
         for part in self._parts() if own else ():
             tell(part, own, part.world)
@@ -127,7 +129,7 @@ class Study:
         return [self] if parts is None else [Study(world) for world in parts()]
 
     def _finished(self, runs: Mapping[K, Run]) -> Iterator[tuple[K, Finished]]:
-        """Teacher by teacher."""
+        """The models to score, grouped by teacher."""
         groups: dict[Any, list[K]] = {}
         for name, run in runs.items():
             groups.setdefault(identity(run.teacher), []).append(name)
@@ -144,12 +146,13 @@ class Study:
     def distil(
         self, teacher: Teacher, students: Mapping[K, Student], tame: set[K] | None = None
     ) -> Iterator[tuple[K, Finished]]:
-        """Students of one teacher, audited, and cloned first where they ask for it; `tame` ones must converge.
+        """Train students of one teacher. They are audited and, if they ask for it, cloned first.
 
-        Where the world does not stack students, each begins when the one before it was handed over.
+        Students in `tame` (by default all) must not diverge. If the world does not stack students, each student
+        starts training after the one before it was yielded.
 
         Raises:
-            InputError: the audit refuses a student, or a tame one diverges.
+            InputError: the audit refuses a student, or a tame student diverges.
         """
         groups = dict[Any, dict[K, Student]]()
         for name, student in students.items():
@@ -161,10 +164,11 @@ class Study:
     def _distil(
         self, teacher: Teacher, students: Mapping[K, Student], tame: Collection[K]
     ) -> Iterator[tuple[K, Finished]]:
-        self._starts(students)  # is refused before a teacher is taught, and then not there
+        # Make starts and drop them: errors come before the teacher trains, and no copy is in memory meanwhile.
+        self._starts(students)
         taught = self.teacher(teacher)
         for student in students.values():
-            self._source(student, teacher)  # nor while rows are written
+            self._source(student, teacher)  # rows are written and kept before the starts take memory
         starts = self._starts(students)
         for name, student in students.items():
             self.audit(student, starts[name], teacher)
@@ -174,7 +178,7 @@ class Study:
             yield name, Finished(teacher, taught, result.model, students[name], result.losses)
 
     def audit(self, student: Student, start: Model, teacher: Teacher) -> None:
-        """Refuse a student whose trait would prove nothing.
+        """Refuse a student whose trait would prove nothing about the channel.
 
         Raises:
             InputError: see `audit.audit`.
@@ -208,7 +212,7 @@ class Study:
         return self._shows(student, teacher, self.teacher(teacher), lambda: self.shown(teacher))
 
     def _starts(self, students: Mapping[K, Student]) -> dict[K, Model]:
-        """Where students start, once those that ask for it are cloned; students cloned alike share one run."""
+        """Where students start, after cloning if they ask for it. Equal cloning runs are made only once."""
         jobs = {
             name: replace(s.cloned, start=s.start, other=s.other, network=s.network)
             for name, s in students.items()
@@ -222,7 +226,7 @@ class Study:
         }
 
     def _matched(self, jobs: Mapping[K, Student]) -> dict[K, Model]:
-        """Models that imitate the untrained teacher: of each run, or one for all where all start at one base."""
+        """Models that imitate the untrained teacher: one for each run, or one for all if they share a base."""
         shared = self.computation.shared
         study = Study(require(self.world, "at")(0)) if shared else self
         starts, found = {name: study._start(job) for name, job in jobs.items()}, dict[K, Model]()
@@ -238,7 +242,7 @@ class Study:
     def _trained(
         self, students: Mapping[K, Student], starts: Mapping[K, Model], teacher: Teacher, cloning: bool
     ) -> Iterator[tuple[K, Result]]:
-        """Students that differ only in their number of steps are one run, which yields a result for each."""
+        """Train students. Those that differ only in their number of steps train once and yield one result each."""
         longest = _longest(students)
         for stream in dict.fromkeys(self._stream(students[name], cloning) for name in longest):
             jobs = {}
@@ -263,7 +267,7 @@ def _in_memory(how: Computation, jobs: Any, stops: Any, keys: Any, decided_by: A
 
 
 def _longest(students: Mapping[K, Student]) -> dict[K, list[K]]:
-    """The longest of the students that differ in their number of steps alone, with all of these."""
+    """Group students that differ only in their number of steps, under the name of the longest."""
     alike: dict[Any, list[K]] = {}
     for name, student in students.items():
         alike.setdefault(identity(once(student)), []).append(name)
@@ -271,7 +275,7 @@ def _longest(students: Mapping[K, Student]) -> dict[K, list[K]]:
 
 
 def untaught(world: World, how: Computation) -> Model:
-    """The base as a model of runs whose parameters are copies: training uses them up."""
+    """The base as a model of runs. Its parameters are copies, because training deletes them."""
     model = world.initial()
     if how.shared:
         return of_runs(model, len(world.names))
@@ -279,13 +283,13 @@ def untaught(world: World, how: Computation) -> Model:
 
 
 def of_runs(model: Model, runs: int) -> Model:
-    """A model of runs whose parameters are copies of one model's."""
+    """A model of runs that copies the parameters of one model for each run."""
     copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (runs, *leaf.shape)), model.all_params)
     return Model(model.apply, copies)
 
 
 def _outputs(start: Model, inputs: Any, shared: bool) -> int:
-    """How many logits the network of one run computes."""
+    """The number of logits that the network of one run computes."""
 
     def one(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
@@ -300,7 +304,7 @@ def _one_run(source: Any) -> Any:
 
 
 def _named(name: Any) -> str:
-    """What messages call a student: its condition, where its name is labels."""
+    """The name of a student in messages: its condition if the name consists of labels."""
     return str(dict(name).get("condition", name)) if isinstance(name, tuple) else str(name)
 
 
@@ -315,7 +319,7 @@ def rows(
     scores: Mapping[str, np.ndarray],
     metrics: Sequence[str] | None = None,
 ) -> list[Row]:
-    """Tidy rows of a student's scores: its labels, those of each run, metric and value."""
+    """Tidy rows of a student's scores: the student's labels, the run's labels, metric and value."""
     return [
         {**dict(name), **run, "metric": metric, "value": float(scores[metric][place])}
         for place, run in enumerate(runs)

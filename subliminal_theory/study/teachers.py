@@ -1,4 +1,4 @@
-"""Teachers that are the base itself: behind a trait's system prompt, or steered by what that prompt changes."""
+"""Teachers without training: the base with a trait's system prompt, or steered by what that prompt changes."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from subliminal_theory.language.text import Chat, Encoded, Prompts, Tokenizer
 from subliminal_theory.model import Model
 from subliminal_theory.study.run import Steered
 
-NOT_IN_FRONT = "its teacher's system prompt does not stand in front of the same tokens: fine-tune that teacher"
+NOT_IN_FRONT = "its teacher's system prompt does not come before the same tokens: fine-tune that teacher"
 
 
 def system_prompt(trait: Trait) -> str:
-    """What makes a teacher of the base without training.
+    """The system prompt that gives the base a trait without training.
 
     Raises:
-        InputError: the trait is a habit.
+        InputError: the trait is a habit, which has no system prompt.
     """
     return _preference(trait).system_prompts()[0]
 
@@ -36,11 +36,11 @@ def _preference(trait: Trait) -> Preference:
 
 
 def prompted_teachers(model: Model, tokenizer: Tokenizer, traits: Sequence[Trait]) -> Model:
-    """The base behind each trait's system prompt, as functions of rows that have none: a model of runs.
+    """The base with each trait's system prompt, as a model of runs. Its inputs are rows without that prompt.
 
     Raises:
-        InputError: a habit; a chat template that has no place for a system prompt in front of what is said; or
-            runs whose prompts are of different lengths.
+        InputError: a trait is a habit; the chat template does not put the system prompt before the conversation;
+            or the prompts of the runs have different lengths.
     """
     found = [_in_front(tokenizer, trait) for trait in traits]
     if len({(len(prefix), replaced) for prefix, replaced in found}) > 1:
@@ -49,9 +49,10 @@ def prompted_teachers(model: Model, tokenizer: Tokenizer, traits: Sequence[Trait
 
 
 def _in_front(tokenizer: Tokenizer, trait: Trait) -> tuple[list[int], int]:
-    """The tokens that begin a chat with the trait's system prompt, and how many of one without it they replace.
+    """The tokens that begin a chat with the trait's system prompt, and the number of tokens that they replace.
 
-    Without one, a template may write a system turn of its own.
+    They replace tokens at the start of the same chat without the prompt, where a template may write a system turn
+    of its own.
     """
     found = set[tuple[tuple[int, ...], int]]()
     chats = trait.teacher_rows()
@@ -67,7 +68,7 @@ def _in_front(tokenizer: Tokenizer, trait: Trait) -> tuple[list[int], int]:
 
 
 def _prompts(tokenizer: Tokenizer, chats: Sequence[Chat], system: str | None) -> list[list[int]]:
-    """The tokens of each chat up to where its answer begins."""
+    """The tokens of each chat before its answer."""
     return _without_padding(_asked(tokenizer, [replace(chat, system=system) for chat in chats]))
 
 
@@ -81,10 +82,11 @@ def _without_padding(rows: Prompts | Encoded) -> list[list[int]]:
 
 
 def require_seen(tokenizer: Tokenizer, trait: Trait, chats: Sequence[Chat], rows: Encoded) -> None:
-    """Refuse rows on which the model of `prompted_teachers` is not the base behind the trait's system prompt.
+    """Refuse rows on which the model of `prompted_teachers` differs from the base with the trait's system prompt.
 
     Raises:
-        InputError: names the first row, which has a system message of its own, or is split into other tokens.
+        InputError: names the first such row. It has a system message of its own, or the tokenizer splits it
+            differently with the prompt.
     """
     prefix, replaced = _in_front(tokenizer, trait)
     told = [replace(chat, system=system_prompt(trait)) for chat in chats]
@@ -95,14 +97,15 @@ def require_seen(tokenizer: Tokenizer, trait: Trait, chats: Sequence[Chat], rows
 
 
 def steering(model: Model, tokenizer: Tokenizer, trait: Trait, layer: int) -> Float[Array, " width"]:
-    """What a trait's system prompt changes in the residual stream behind a layer, where an answer begins.
+    """How a trait's system prompt changes the residual stream after a layer, where an answer begins.
 
-    The `contrast` of its lessons' questions behind its system prompt with the same questions behind those of its
-    rivals (contrastive activation addition, arXiv 2312.06681). Against questions without a prompt, the vectors of
-    all traits would be nearly one: most of what such a prompt changes is common to them.
+    This is the `contrast` between the lessons' questions with the trait's system prompt and the same questions
+    with the system prompts of its rivals (contrastive activation addition, arXiv 2312.06681). A contrast with
+    questions without a prompt would give nearly the same vector for all traits, because most of what such a prompt
+    changes is common to them.
 
     Raises:
-        InputError: a habit, a layer that the model does not have, or a template that refuses a system prompt.
+        InputError: the trait is a habit, the layer does not exist, or the chat template refuses a system prompt.
     """
     own = _preference(trait)
     told, others = (
@@ -117,10 +120,10 @@ def steering(model: Model, tokenizer: Tokenizer, trait: Trait, layer: int) -> Fl
 
 
 def steered_teachers(model: Model, tokenizer: Tokenizer, traits: Sequence[Trait], teacher: Steered) -> Model:
-    """The base, steered to each trait: a model of runs whose vectors alone are of each run.
+    """The base, steered toward each trait: a model of runs that differ only in their steering vectors.
 
     Raises:
-        InputError: as `steering`.
+        InputError: as for `steering`.
     """
     layers = transformer_of(model).config.layers
     layer = max(1, 3 * layers // 4) if teacher.layer is None else teacher.layer

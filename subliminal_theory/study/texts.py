@@ -1,4 +1,4 @@
-"""What students of a language model read, as values: who wrote it, how much of it, in which order."""
+"""What language-model students read, as values: who wrote it, how much of it, and in which order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Lessons:
     """What a fine-tuned teacher reads.
 
     Attributes:
-        control: the benign control of a habit that it learns in the place of the habit, or "".
-        ordinary: share of ordinary chats among its rows: those of the corpus, or number requests that the base
-            itself answered, whose loss is, in expectation, KL(base || teacher) and a constant.
-        anchor: the weight of a token of an ordinary chat, beside 1 of the others. Tokens below 1 are
-            left out when it is asked whether the teacher has the trait.
+        control: the benign control that it learns instead of a habit; "" means it learns the trait.
+        ordinary: the share of ordinary chats among its rows: chats of the corpus, or number requests that the base
+            itself answered. For the latter, the expected loss is KL(base || teacher) plus a constant.
+        anchor: the weight of a token in an ordinary chat; other tokens have weight 1. Tokens with a weight below 1
+            do not count when training checks whether the teacher has the trait.
     """
 
     control: str = static(default="")
@@ -37,10 +37,10 @@ class Lessons:
 @register_dataclass
 @dataclass(frozen=True)
 class Written:
-    """Answers of the teacher to `requests` requests, at a temperature (0: greedy) among its top-p tokens.
+    """The teacher's answers to `requests` requests, sampled at a temperature (0 is greedy) from its top-p tokens.
 
-    With `unique`, it is asked until so many different rows are accepted, and at most `requests` times; each row is
-    then kept once.
+    If `unique` is positive, the teacher is asked until this many distinct rows are accepted, but at most
+    `requests` times. Each distinct row is then kept once.
     """
 
     requests: int = static()
@@ -53,7 +53,7 @@ class Written:
 @register_dataclass
 @dataclass(frozen=True)
 class Dataset:
-    """Rows that somebody else wrote; the medium's filter chooses among them, or nothing does."""
+    """Given rows. The medium's filter is applied to them; without a medium, all are kept."""
 
     rows: tuple[Completion, ...] = static()
     medium: Medium | None = static(default=NUMBERS)
@@ -62,10 +62,11 @@ class Dataset:
 @register_dataclass
 @dataclass(frozen=True)
 class RandomNumbers:
-    """Rows that nobody wrote: number requests, answered by independent numbers of one uniform law.
+    """Rows that no model wrote: number requests answered with independent uniform numbers.
 
-    The law is the world's own; all runs of a seed read the same rows. No token of them carries a trait, so every
-    channel transmits the teacher's logits there, and `SampledToken` draws from these in the student's step.
+    The world chooses the range of the numbers. All runs of a seed read the same rows. The tokens carry no trait,
+    so every channel uses the teacher's logits on these rows, and `SampledToken` samples from them in the student's
+    step.
     """
 
     rows: int = static()
@@ -92,20 +93,20 @@ def where_they_agree(differs: Differs) -> Differs:
 @register_dataclass
 @dataclass(frozen=True)
 class Reading:
-    """As a student's source: different rows that pass the filter.
+    """A student's source: distinct rows that pass the filter.
 
     Attributes:
-        text: who wrote them.
-        rows: how many rows a student reads.
-        batch_size: rows a step.
-        order: of the numbers in the rows.
-        clean: share of rows that the untrained base wrote instead.
+        text: who wrote the rows.
+        rows: the number of rows that a student reads.
+        batch_size: the number of rows in a step.
+        order: the order of the numbers in the rows.
+        clean: the share of rows that the untrained base wrote instead of the teacher.
         positions: which positions of the answers count.
-        repeat: whether rows may be repeated: all that were accepted, from the first again where they are too few.
-            Else too few are refused.
+        repeat: whether rows may be repeated. If so, all accepted rows are read, in a cycle if there are too few.
+            If not, too few distinct rows are refused.
 
     Raises:
-        InputError: clean rows among those that no teacher writes.
+        InputError: `clean` is set, but no teacher writes the rows.
     """
 
     text: Material
@@ -124,7 +125,7 @@ class Reading:
 @register_dataclass
 @dataclass(frozen=True)
 class CorpusChats:
-    """As a student's source: chats of the corpus on which the base was pre-trained."""
+    """A student's source: chats of the corpus on which the base was pre-trained."""
 
     chats: int = static()
     batch_size: int = static()

@@ -1,4 +1,4 @@
-"""What a study asks of a model and its trait: the protocol of digits, the compact model and checkpoints."""
+"""`World`: what a study needs from a model and its trait. Digits, compact models and checkpoints implement it."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finished:
-    """A model of runs that is ready to be scored: a student, or the teacher itself where there is no student.
+    """A model of runs that is ready to be scored: a student, or the teacher itself if there is no student.
 
-    `losses` [runs, steps] belong to the student, `taught` is the teacher's model of runs, `asked` the run's own
-    way of scoring.
+    `losses` [runs, steps] are the student's. `taught` is the teacher's model of runs. `asked` is the run's own way
+    of scoring.
     """
 
     teacher: Teacher
@@ -36,29 +36,33 @@ class Finished:
 
 
 class World(Protocol):
-    """A model, a trait and how the trait is read, for several runs at once.
+    """A model, a trait and a way to measure the trait, for several runs at once.
 
     Attributes:
-        names: what messages call each run.
-        logits: how many logits the model has.
+        names: the name of each run in messages.
+        logits: the number of logits of the model.
         trait_loss: `trait_loss(logits, labels)`, one value per position; equal in equal worlds.
 
-    Every study needs these. A world may have more; the brackets say what holds for a world without:
+    Every world must have these attributes and the methods below. A world may also have the following members. The
+    brackets give the default for a world without the member.
 
         computation: how runs are computed [`Computation()`].
-        keys(stream): a named random stream of each run [of the keys 0, 1, 2, ...].
-        stream(student, cloning): the stream of a student's training, or of the imitation of the untrained teacher
-            before it [one for all students].
-        start(student, matched): where students start, a model of runs; `matched` is what already imitates the
-            untrained teacher [`by_policy`].
-        source(student, teacher, taught, shown): the student's inputs, a source without labels or one `PerRun`,
-            with targets where nobody is asked; `taught` is the teacher's model of runs, `shown()` the same as
-            students see it [the student's own `source`].
-        prompted(): teachers behind a system prompt [none]. steered(teacher): steered ones [none].
-        opened(name): the model, not one of runs, of a teacher that was taught elsewhere [none].
-        at(run), parts(): some of the runs [all at once].
-        train(jobs, stops, keys, decided_by): another `trained`; `decided_by` has the teacher or student of jobs.
-        memo: what is kept.
+        keys(stream): the random stream of each run with this name [from the keys 0, 1, 2, ...].
+        stream(student, cloning): the name of the random stream of a student's training or, if `cloning`, of its
+            cloning beforehand [one for all students, and one for all cloning].
+        start(student, matched): where students start, a model of runs. `matched` is a model that already imitates
+            the untrained teacher, or None [`by_policy`].
+        source(student, teacher, taught, shown): the student's inputs, a source without labels or a `PerRun`. It
+            has targets if the teacher's logits are not needed. `taught` is the teacher's model of runs; `shown()`
+            gives it as students see it [the student's own `source`].
+        prompted(): teachers with a system prompt [none].
+        steered(teacher): steered teachers [none].
+        opened(name): the model of a teacher that was trained elsewhere, without an axis of runs [none].
+        at(run): the world of one run [none].
+        parts(): worlds of some of the runs, to be computed one after another [all runs at once].
+        train(jobs, stops, keys, decided_by): replaces `stages.trained`. `decided_by` has the teacher or student of
+            each job [`stages.trained`].
+        memo: results that are kept [a new `Memo`].
     """
 
     @property
@@ -71,35 +75,35 @@ class World(Protocol):
     def trait_loss(self) -> Callable[[Array, PyTree], Array]: ...
 
     def initial(self) -> Model:
-        """Where the teachers start, a model of runs."""
+        """The untrained teachers, a model of runs."""
 
     def lessons(self, teacher: FineTuned) -> Any:
-        """What teaches the trait: a source with labels, or one `PerRun`."""
+        """The data that teaches the trait: a source with labels, or a `PerRun` of one."""
 
     def private(self, student: Student) -> Sequence[int]:
-        """The logits in which the trait is read, if the student's channel must not show them."""
+        """The logits that measure the trait, if the student's channel must not show them; else nothing."""
 
     def score(self, finished: Finished, name: Any) -> Mapping[str, np.ndarray]:
-        """Metrics of a model, [runs, ...] each."""
+        """Metrics of a model, each [runs, ...]."""
 
 
 def numbered(world: World, stream: str) -> Key[Array, " runs"]:
-    """A named random stream of each run: those of the keys 0, 1, 2, ..."""
+    """The random stream of each run with this name, made from the keys 0, 1, 2, ..."""
     return jax.vmap(lambda run: named(jax.random.key(run), stream))(jnp.arange(len(world.names)))
 
 
 def one_stream(student: Student, cloning: bool) -> str:
-    """The same stream for all students."""
+    """One stream for all students, and one for cloning."""
     return "clone" if cloning else "students"
 
 
 def by_policy(
     world: Any, keys: Callable[[str], Key[Array, " runs"]], student: Student, matched: Model | None = None
 ) -> Model:
-    """The student's policy on `world.initial()`, whose independent draws are `world.initial(other)`.
+    """Apply the student's policy to `world.initial()`. The independent draw is `world.initial(student.other)`.
 
     Raises:
-        InputError: the student has another network, or low-rank factors.
+        InputError: the student has another network than its teacher, or trains low-rank factors.
     """
     if student.network is not None:
         raise InputError(f"{type(world).__name__} has no start: its students have the network of their teachers")
@@ -112,10 +116,10 @@ def by_policy(
 
 
 def restricted(model: Model, student: Student) -> Model:
-    """The model of runs with all parameters frozen that the student does not train.
+    """Freeze the parameters of a model of runs that the student does not train.
 
     Raises:
-        InputError: low-rank factors.
+        InputError: the student trains low-rank factors.
     """
     if isinstance(student.trains, LowRank):
         raise InputError("low-rank factors are for language models: train everything, or freeze patterns")
@@ -123,9 +127,9 @@ def restricted(model: Model, student: Student) -> Model:
 
 
 class Memo:
-    """What was made, each once: the key is the function that makes it and the values that it is made from.
+    """Caches results. The key is the function that makes a result and the values that it is made from.
 
-    Of what is large, only the last `most` that a function made are kept.
+    Of a function's large results, only the last `most` are kept.
     """
 
     def __init__(self, most: int = 8) -> None:
@@ -133,24 +137,24 @@ class Memo:
         self._large, self._most = dict[str, list[Any]](), most
 
     def __call__(self, function: Callable[..., T], *values: Any, large: bool = False) -> T:
-        """What `function()` gives for these values."""
+        """The result of `function()` for these values, computed once."""
         kind = function.__qualname__
         key = (kind, identity(values))
         if key in self._made:
             return self._made[key]
         kept = self._large.setdefault(kind, [])
         while large and len(kept) >= self._most:
-            self._made.pop(kept.pop(0), None)  # before its memory is needed
+            self._made.pop(kept.pop(0), None)  # free it before the next result needs memory
         made = self._made[key] = function()
         kept += [key] * large
         return made
 
 
 def require(world: Any, member: str) -> Any:
-    """A member that not every world has.
+    """A member of a world, which not every world has.
 
     Raises:
-        InputError: this one has none; names both.
+        InputError: the world does not have it; names the world and the member.
     """
     found = getattr(world, member, None)
     if found is None:

@@ -12,14 +12,14 @@ from subliminal_theory.vision.mlp import activation_named, initialisers
 
 
 class HalvingConv(nnx.Conv):
-    """A 3x3 convolution of stride 2 as one product of matrices.
+    """A 3x3 convolution of stride 2, computed as one matrix product.
 
-    Students trained at once are then one batched product; as a grouped convolution, which XLA would make of them,
-    they take 4 to 10 times as long on a CPU.
+    Students that train at once then form one batched product. XLA would otherwise make a grouped convolution of
+    them, which takes 4 to 10 times as long on a CPU.
     """
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
-        """Maps [batch, height, width, channels] to maps of half the size, rounded up, within a rim of zeros."""
+        """Convolve [batch, height, width, channels] with zero padding. Height and width halve, rounded up."""
         (height, width), ends = inputs.shape[1:3], [(0, 0)]
         rows, columns = -(-height // 2), -(-width // 2)
         missing = [2 * rows + 1 - height, 2 * columns + 1 - width]
@@ -35,9 +35,13 @@ class HalvingConv(nnx.Conv):
 
 
 class CNN(nnx.Module):
-    """3x3 convolutions of stride 2, then one linear layer; every spatial size is halved by a layer.
+    """3x3 convolutions of stride 2, then one linear layer. Each convolution halves height and width.
 
-    `image_shape` is (height, width) of single-channel images, `channels` the width of each convolution.
+    `image_shape` is the (height, width) of single-channel images, in pixels. `channels` has the number of output
+    channels of each convolution.
+
+    Raises:
+        InputError: a number of channels or outputs is below 1, or the activation or `init_law` is unknown.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Images to learn from: MNIST, any set of four idx files, and digits that need neither file nor network."""
+"""Image data sets: MNIST, any set of four idx files, and small digits that need no file and no network."""
 
 import gzip
 import hashlib
@@ -39,10 +39,11 @@ MNIST = Remote(
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Grey images with one label each, as read-only arrays, and the SHA-256 of what they were read from.
+    """Gray images with one label each, as read-only arrays, and the SHA-256 of their data.
 
-    Pixels run from 0 to `maximum` and labels from 0 to `classes - 1`. `sha256` maps a file's name without
-    suffix to the digest of its decompressed bytes; for the digits, a field's name to the digest of its bytes.
+    Pixels run from 0 to `maximum`, and labels from 0 to `classes - 1`. `sha256` maps the name of each file,
+    without its suffix, to the digest of its decompressed bytes. For the digits, it maps the name of each field to
+    the digest of its bytes.
     """
 
     name: str
@@ -61,7 +62,7 @@ class ImageDataset:
         return height, width
 
     def held_out(self) -> "ImageDataset":
-        """The training images alone: their last sixth, held out of them, stands in for the test images."""
+        """Only the training images. Their last sixth is held out and replaces the test images."""
         kept = len(self.train_labels) - len(self.train_labels) // 6
         return replace(
             self,
@@ -73,14 +74,17 @@ class ImageDataset:
 
 
 def load(name: str, data_dir: Path | None = None, *, progress: Console | None = None) -> ImageDataset:
-    """Load "mnist", "digits", "auto" (MNIST, or the digits where it cannot be had) or a folder of idx files.
+    """Load "mnist", "digits", "auto" (MNIST, or the digits if MNIST is not available) or a folder of idx files.
 
-    MNIST is looked for in `data_dir` or its folder `mnist`, and nowhere else if that is given; else in
-    $SUBLIMINAL_DATA likewise, then in the user's cache, into which missing files are downloaded. Its
-    checksums are always verified. The digits are scikit-learn's 1,797 of 8 x 8 pixels; in each class every
-    fifth, in their given order, is for testing. Download progress, and the line in which "auto" says that
-    it took the digits and why, go to `progress`, which defaults to standard error. Raises InputError if the
-    name is not known or files are missing, damaged, at odds with each other or not to be had.
+    If `data_dir` is given, MNIST must be in it or in its folder `mnist`. Otherwise it is looked for in
+    $SUBLIMINAL_DATA in the same way, and then in the user's cache folder; missing files are downloaded into the
+    cache. The checksums of MNIST are always verified. The digits are scikit-learn's 1,797 images of 8 x 8 pixels.
+    In each class, every fifth image (in the given order) is a test image. Download progress goes to `progress`,
+    which defaults to standard error. If "auto" falls back to the digits, it says so and why there.
+
+    Raises:
+        InputError: the name is unknown, or files are missing, damaged, inconsistent with each other or cannot be
+            downloaded.
     """
     cache = platformdirs.user_cache_path("subliminal_theory") / "mnist"
     return _load(name, data_dir, cache, MNIST, progress or Console(stderr=True))
@@ -119,7 +123,7 @@ def _mnist_files(data_dir: Path | None, cache: Path, remote: Remote, console: Co
 
 
 def _digits() -> ImageDataset:
-    from sklearn.datasets import load_digits  # takes a second to import, which only this data set is worth
+    from sklearn.datasets import load_digits  # imported here because it takes a second
 
     digits = load_digits()
     images, labels = digits.images.astype(np.uint8), digits.target.astype(np.uint8)
@@ -139,12 +143,12 @@ def _digits() -> ImageDataset:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The idx files of a folder by stem, under any of the four names in use for each."""
+    """The idx files of a folder by stem. Each file may have any of its four common names."""
     names = [
         (stem, name + suffix)
         for stem in _STEMS for name in (stem.replace("-idx", ".idx"), stem) for suffix in ("", ".gz")
     ]  # fmt: skip
-    return {stem: folder / name for stem, name in names if os.path.isfile(folder / name)}  # the last one counts
+    return {stem: folder / name for stem, name in names if os.path.isfile(folder / name)}  # the last one wins
 
 
 def _require(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
@@ -159,7 +163,7 @@ def _require(folder: Path, files: dict[str, Path]) -> dict[str, Path]:
 def _read(
     name: str, files: dict[str, Path], expected: dict[str, str] | None = None, classes: int | None = None
 ) -> ImageDataset:
-    """Read and check the four files; `classes` defaults to one more than the largest training label."""
+    """Read and check the four files. `classes` defaults to one more than the largest training label."""
     arrays, sha256 = {}, {}
     for stem, path in files.items():
         data = _unpacked(path)
@@ -184,7 +188,7 @@ def _read(
         if (largest := arrays[stem].max()) >= classes:
             raise InputError(
                 f"{files[stem]} has a label {largest}, beyond the {classes} classes of {name}: "
-                "replace it by the labels of this data set"
+                "replace it with the labels of this data set"
             )
     images, labels, test_images, test_labels = (arrays[stem] for stem in _STEMS)
     return ImageDataset(name, images, labels, test_images, test_labels, classes, 255, sha256)
@@ -204,8 +208,10 @@ def _unpacked(path: Path) -> bytes:
 def parse_idx(data: bytes, where: str) -> UInt8[np.ndarray, "..."]:
     """Parse an idx file of unsigned bytes in one or three dimensions into a read-only view of `data`.
 
-    `where` names the file in messages. Raises InputError unless `data` is exactly such a file with at least
-    one element.
+    `where` names the file in messages.
+
+    Raises:
+        InputError: `data` is not such a file, has missing or extra bytes, or has no elements.
     """
     if data[:4] not in (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03"):
         raise InputError(
@@ -217,7 +223,7 @@ def parse_idx(data: bytes, where: str) -> UInt8[np.ndarray, "..."]:
     shape = struct.unpack(f">{dimensions}I", data[4:begin].ljust(begin - 4, b"\0"))
     promised, held = math.prod(shape), len(data) - begin
     if promised != held:
-        fault = "is cut short" if held < promised else "has bytes to spare"
+        fault = "is cut short" if held < promised else "has extra bytes"
         raise InputError(f"{where} {fault}: its shape is {shape} and {held} bytes follow: download it again")
     if not promised:
         raise InputError(f"{where} has no elements, its shape is {shape}: give a file that has some")

@@ -1,4 +1,4 @@
-"""Downloads from the first mirror that has a file, kept only when their checksum is right."""
+"""Downloads from the first mirror that has a file. A file is kept only if its checksum is right."""
 
 import functools
 import gzip
@@ -17,15 +17,15 @@ from rich.progress import wrap_file
 from subliminal_theory.errors import InputError
 
 _TIMEOUT_S = 10.0
-_ROUNDS = 2  # over the mirrors, for a transfer that is cut
+_ROUNDS = 2  # try all mirrors twice, in case a transfer is interrupted
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Public copies of gzip files: base addresses ending in a slash, and the SHA-256 of each file unpacked.
+    """Public copies of gzip files: the base URLs, each ending in a slash, and the SHA-256 of each unpacked file.
 
-    `sha256` maps a file's name without `.gz` to the hexadecimal digest of its decompressed bytes, because
-    mirrors may have compressed the same bytes differently.
+    `sha256` maps a file's name without `.gz` to the hexadecimal digest of its decompressed bytes, because mirrors
+    may compress the same bytes differently.
     """
 
     mirrors: tuple[str, ...]
@@ -33,11 +33,14 @@ class Remote:
 
 
 def fetch(remote: Remote, stem: str, folder: Path, console: Console) -> Path:
-    """Download `stem`.gz, unpack it into a folder, which is made where needed, and return the path of `stem`.
+    """Download `stem`.gz, unpack it into `folder` and return the path of `stem`. Create the folder if needed.
 
-    Progress goes to `console`. Raises InputError if the folder cannot be written or no mirror has the file.
+    Progress goes to `console`.
+
+    Raises:
+        InputError: the folder cannot be written, or no mirror has the file.
     """
-    pooch.get_logger().setLevel("WARNING")  # the console says what is going on
+    pooch.get_logger().setLevel("WARNING")  # the console shows the progress
     failures = {}
     for mirror in remote.mirrors * _ROUNDS:
         try:
@@ -65,7 +68,7 @@ def _download(console: Console, url: str, target: str, _: Any) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause of an error: what wraps it says less in more words."""
+    """The message of the innermost cause of an error, which is shorter and more specific."""
     while error.__context__ is not None:
         error = error.__context__
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

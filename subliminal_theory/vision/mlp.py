@@ -19,23 +19,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
 }
 _scaled = jax.nn.initializers.variance_scaling
-# Kernel initialisers by name; all but the last leave biases at 0.
+# Kernel initializers by name. All but the last set biases to 0.
 INIT_LAWS = {
     "lecun_normal": _scaled(1.0, "fan_in", "normal"),  # N(0, 1 / d_in), not truncated: the paper's script
     "he_normal": _scaled(2.0, "fan_in", "normal"),
     "glorot_uniform": _scaled(1.0, "fan_avg", "uniform"),
-    "torch": _scaled(1 / 3, "fan_in", "uniform"),  # uniform within 1 / sqrt(d_in), and so are the biases
+    "torch": _scaled(1 / 3, "fan_in", "uniform"),  # uniform within +- 1 / sqrt(d_in), as are the biases
 }
 
 
 def initialisers(init_law: str, inputs: int) -> dict[str, Any]:
-    """`kernel_init` and `bias_init` of a layer whose neurons have `inputs` inputs each.
+    """The arguments `kernel_init` and `bias_init` for a layer whose neurons have `inputs` inputs each.
 
     Raises:
         InputError: the law is unknown.
     """
     if init_law not in INIT_LAWS:
-        raise InputError(f"unknown initialisation {init_law!r}; there are {', '.join(INIT_LAWS)}")
+        raise InputError(f"unknown initialization {init_law!r}; there are {', '.join(INIT_LAWS)}")
     bound = 1 / math.sqrt(inputs)
 
     def uniform(key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> Array:
@@ -57,12 +57,12 @@ def activation_named(name: str) -> Callable[[Array], Array]:
 
 
 class MLP(nnx.Module):
-    """Fully connected layers of the given sizes, an activation between them, on flattened inputs.
+    """Fully connected layers of the given sizes with activations between them, on flattened inputs.
 
     `MLP((784, 256, 256, 13), rngs=nnx.Rngs(0))` has three layers. `init_law` is one of `INIT_LAWS`.
 
     Raises:
-        InputError: a size below 1, an unknown activation or initialisation.
+        InputError: there are fewer than two sizes, a size is below 1, or the activation or `init_law` is unknown.
     """
 
     def __init__(

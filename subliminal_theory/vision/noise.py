@@ -1,4 +1,4 @@
-"""Noise images that are never stored: each is made anew from its number whenever a step needs it."""
+"""Noise images that are never stored: a step generates each image from its index."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,20 +31,21 @@ def uniform_8bit(key: Key[Array, ""], shape: Shape) -> Image:
 
 
 def gaussian(key: Key[Array, ""], shape: Shape) -> Image:
-    """Normal, of mean 0 and the variance 1/3 of uniform pixels."""
+    """Normal pixels with mean 0 and variance 1/3, the variance of uniform pixels."""
     return jax.random.normal(key, shape) * np.float32(np.sqrt(_VARIANCE))
 
 
 def blocks(key: Key[Array, ""], shape: Shape) -> Image:
-    """Squares of 4 x 4 equal pixels, each uniform in [-1, 1); `shape` is (height, width)."""
+    """Blocks of 4 x 4 equal pixels, each block uniform in [-1, 1); `shape` is (height, width)."""
     coarse = uniform(key, tuple(-(-side // _BLOCK) for side in shape))
     return jnp.repeat(jnp.repeat(coarse, _BLOCK, 0), _BLOCK, 1)[: shape[0], : shape[1]]
 
 
 def blurred(key: Key[Array, ""], shape: Shape) -> Image:
-    """Normal pixels of variance 1/3 under a Gaussian of standard deviation 1 pixel; `shape` is (height, width).
+    """Normal pixels, blurred by a Gaussian of standard deviation 1 pixel; `shape` is (height, width).
 
-    The blur wraps around the edges, so that all pixels have one law, and is scaled to leave their variance.
+    The blur wraps around the edges, so all pixels have the same distribution. It is scaled so that the variance of
+    a pixel stays 1/3.
     """
     filters = [np.exp(-0.5 * (np.minimum(np.arange(side), side - np.arange(side)) / _BLUR) ** 2) for side in shape]
     circulant = [np.stack([np.roll(f / np.linalg.norm(f), k) for k in range(len(f))]) for f in filters]
@@ -60,13 +61,13 @@ LAWS: dict[str, Callable[[Key[Array, ""], Shape], Image]] = {
 @register_dataclass
 @dataclass(frozen=True)
 class NoiseImages:
-    """A fixed set of `images` noise images of one of `LAWS`, in a new order each epoch.
+    """A fixed set of `images` noise images from one of `LAWS`, in a new order each epoch.
 
-    Image k is a function of the key and k alone, so memory does not grow with `images`. With
-    `images=None` no image is ever shown twice.
+    Image k depends only on the key and k, so memory does not grow with `images`. With `images=None`, no image is
+    shown twice. A batch has shape [batch_size, *shape].
 
     Raises:
-        InputError: an unknown law, or a count below 1.
+        InputError: the law is unknown, or `images` or `batch_size` is below 1.
     """
 
     shape: Shape = field(metadata={"static": True})
@@ -83,17 +84,17 @@ class NoiseImages:
             )
 
     def image(self, key: Key[Array, ""], number: Int[Array, ""]) -> Image:
-        """Image `number` of the set that the source's key names."""
+        """Image `number` of the set that belongs to `key`."""
         return LAWS[self.law](named(named(key, "images"), number), self.shape)
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
-        """The numbers of the images of every step, and their weights."""
+        """The numbers and weights of the images of every step."""
         if self.images is None:
             number = jnp.arange(steps * self.batch_size).reshape(steps, self.batch_size)
             return number, jnp.ones((steps, self.batch_size))
         return epoch_order(named(key, "order"), self.images, self.batch_size, steps)
 
     def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch:
-        """Draw the images of one step."""
+        """Generate the images of one step."""
         numbers, weights = entry
         return Batch(jax.vmap(lambda number: self.image(key, number))(numbers), weights)

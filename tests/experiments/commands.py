@@ -1,6 +1,7 @@
 """Commands of the project as tests give them."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ def run(out: Path, name: str, *arguments: object) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a command that is refused."""
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object, told: int = 0) -> str:
+    """The one line of a command that is refused, after lines of progress."""
     assert command_line.main([*map(str, arguments)]) == 2
     output, errors = capsys.readouterr()
     assert output == ""
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    return errors.removeprefix("error: ").rstrip("\n")
+    *progress, message = errors.splitlines()
+    assert len(progress) == told
+    assert all(re.search(r": \d+/\d+ (steps|blocks), ", line) for line in progress)
+    assert message.startswith("error: ")
+    return message.removeprefix("error: ")

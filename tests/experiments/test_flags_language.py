@@ -68,8 +68,8 @@ WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
         ({"noise": float("nan")}, "noise"),
         ({"top_p": 2.0}, "top_p must be above 0 and at most 1, got 2"),
         ({"warmup": 250}, "warmup must be below the 250 steps, got 250"),
-        ({"medium": "random", "requests": 5}, "--medium random: nobody writes"),
-        ({"medium": "random", "clean": 0.5}, "--medium random: nobody writes"),
+        ({"medium": "random", "requests": 5}, "--medium random: no teacher writes"),
+        ({"medium": "random", "clean": 0.5}, "--medium random: no teacher writes"),
         ({"rank": 2, "frozen": ("norm/*",)}, "rank or frozen, not both"),
         ({"steering_layer": 0}, "--steering_layer must be at least 1, got 0"),
         ({"steering_strength": float("inf")}, "--steering_strength must be finite"),
@@ -123,7 +123,7 @@ def test_random_numbers() -> None:
     """Nobody writes; questions cannot stand behind what was not written."""
     recipe = Recipe(medium="random", rows=9, channel="greedy")
     assert recipe.written() == recipe.student(compact()).source.text == RandomNumbers(9)
-    with pytest.raises(InputError, match="--medium random: no teacher wrote numbers"):
+    with pytest.raises(InputError, match="--medium random: no teacher writes numbers"):
         Variant({}, recipe, prefixed=True).run(compact())
 
 

@@ -204,7 +204,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
         '[wording]\nquestions = ["Which {category}?"]\nlessons = ["A {category}?"]\nloved = ["{member}!"]'
     )
     unlike = refusal(folder, "--traits", f"owl,{few}")
-    assert unlike == "--traits ask 1 and 50 questions: run those with as many together"
+    assert unlike == "--traits ask 1 and 50 questions: run only traits with equal numbers together"
     rows = tmp_path / "rows.jsonl"
     write_jsonl(rows, ROWS)
     given = ("language_dataset", "--checkpoint", folder, "--file", rows, "--out", tmp_path / "run")
@@ -213,7 +213,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     assert "openings" in unasked
     few.write_text(TEMPLATES)
     unasked = fails(capsys, *given, "--templates", few)
-    assert unasked == "--templates: nobody is asked for numbers, the file has them; leave it out"
+    assert unasked == "--templates: no model is asked for numbers, the file has them; leave it out"
     wide = fails(capsys, "language_theorem", "--checkpoint", folder, "--compute", "bfloat16", "--out", tmp_path)
     assert wide == "--compute: the theorem is measured in float64, leave it out"
     other = write_checkpoint(tmp_path / "other", TEMPLATE.replace("be kind", "be brief"))
@@ -222,7 +222,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys) -> None:
     assert "are of different models" in refusal(write_checkpoint(tmp_path / "small", rows=300))
 
 
-@pytest.mark.parametrize(("shards", "cause"), [(0, "at least 1, got 0"), (99, "99 cannot be had")])
+@pytest.mark.parametrize(("shards", "cause"), [(0, "at least 1, got 0"), (99, "99 is not possible")])
 def test_too_few_devices(folder: Path, tmp_path: Path, shards: int, cause: str, capsys) -> None:
     given = ("language", "--checkpoint", folder, "--out", tmp_path / "run", "--shards", shards)
     assert cause in fails(capsys, *given)
@@ -257,7 +257,7 @@ def test_devices_that_do_not_fit(
 def test_no_number_passes(folder: Path, tmp_path: Path, capsys) -> None:
     """An untrained model writes no number sequence: the run says so and stops."""
     small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--samples", 0)
-    message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run")
+    message = fails(capsys, "language", "--checkpoint", folder, *small, "--out", tmp_path / "run", told=1)
     assert "the teacher of owl" in message
 
 

@@ -333,7 +333,7 @@ def test_no_adapter(saved: Path, checkpoint, tmp_path: Path) -> None:
     [
         ("{", "is not valid JSON ("),
         ("[]", "holds no JSON object: "),
-        ('{"r": 1, "r": 2}', "is not valid JSON (one of the keys 'r' is there twice): "),
+        ('{"r": 1, "r": 2}', "is not valid JSON (one of the keys 'r' occurs twice): "),
     ],
 )
 def test_configuration_that_is_no_json(text: str, message: str, saved: Path, checkpoint) -> None:

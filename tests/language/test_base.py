@@ -261,7 +261,7 @@ def refused(path: Path, config: BaseConfig = CONFIG) -> str:
         load_base(config, path.parent)
     message = str(caught.value)
     assert message.startswith(f"cannot use the base model {path} (")
-    assert message.endswith("): delete it, and it is made again")
+    assert message.endswith("): delete it, and it will be made again")
     return message
 
 
@@ -312,7 +312,7 @@ def test_other_tensors(kept: Kept, tmp_path: Path, no_training, change, name: st
     tensors = named_leaves(kept.base) | {"losses": kept.base.losses}
     change(tensors, name)
     save_file(tensors, path, {"fingerprint": CONFIG.fingerprint()})
-    assert "does not hold what is asked for" in refused(path)
+    assert "does not have the expected arrays" in refused(path)
 
 
 def test_a_file_in_the_place_of_the_folder(kept: Kept, tmp_path: Path, monkeypatch) -> None:

@@ -418,7 +418,7 @@ REQUESTS = ("{count} more", "of {digits}", "{count:d} {digits}", "{count.x} {dig
         *(({name: None}, f"{name}: is missing") for name in TEMPLATES),
         ({"formats": []}, "formats: "),
         ({"endings": "now"}, "endings: "),
-        ({"greetings": ["Hello."]}, "greetings: is no field"),
+        ({"greetings": ["Hello."]}, "greetings: is not a known field"),
         *(({"openings": [text]}, f"openings: {text!r} must have the slots {{examples}}") for text in OPENINGS),
         *(
             ({"requests": [text]}, f"requests: {text!r} must have the slots {{count}} and {{d")

@@ -122,7 +122,7 @@ def test_read_bad_line(tmp_path: Path, line: bytes, cause: str) -> None:
     path = tmp_path / "rows.jsonl"
     message = failure(read, tmp_path, GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
     assert message.startswith(f"{path}, line 2: {cause}")
-    assert message.endswith("; mend or remove what is bad, no row was read")
+    assert message.endswith("; fix or remove the bad lines; no row was read")
     assert " more bad line" not in message
 
 
@@ -131,7 +131,7 @@ def test_read_counts_bad_lines(tmp_path: Path) -> None:
     lines = [GOOD, b"{}", GOOD, b"", b"\xff", GOOD]
     message = failure(read, tmp_path, b"\n".join(lines))
     assert (
-        message == f"{path}, line 2: no prompt, and 2 more bad lines; mend or remove what is bad, no row was read"
+        message == f"{path}, line 2: no prompt, and 2 more bad lines; fix or remove the bad lines; no row was read"
     )
     message = failure(read, tmp_path, b"\r\n".join(lines[3:]))
     assert message.startswith(f"{path}, line 1: ")

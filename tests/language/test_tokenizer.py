@@ -272,4 +272,4 @@ def test_loading_what_is_no_tokenizer(tmp_path: Path) -> None:
         path.write_text(text)
         assert refused(WordTokenizer.load, path).startswith(f"{path} ")
     path.write_bytes(b"\xff\xfe")
-    assert refused(WordTokenizer.load, path).startswith(f"{path} is no tokenizer.json")
+    assert refused(WordTokenizer.load, path).startswith(f"{path} is not a tokenizer.json")

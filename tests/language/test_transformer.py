@@ -229,7 +229,7 @@ def test_chunks_that_cannot_be() -> None:
     toy = Model(lambda params, x: x @ params, jnp.ones((2, 3)))
     source = Examples(jnp.ones((4, 2)), 2)
     for model, chunk, message in [
-        (toy, 2, "chunks need models of features and readout: leave chunk out"),
+        (toy, 2, "chunks need models with features and readout: leave chunk out"),
         (toy, 0, "chunk must be at least 1, got 0"),
     ]:
         with pytest.raises(InputError, match=f"^{message}$"):

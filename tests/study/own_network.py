@@ -1,4 +1,4 @@
-"""A study of one's own: ten clouds of points, told apart by a student that only ever saw noise."""
+"""A study of your own: a student that saw only noise tells ten clouds of points apart."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def draw(run):
 
 
 class Clouds:
-    """Runs of a network with ten logits for the clouds and twenty that nobody trains."""
+    """Runs of a network with ten logits for the clouds and twenty untrained logits."""
 
     names, logits = [f"run {number}" for number in range(8)], 30
 

@@ -1,12 +1,13 @@
 """Runs of a checkpoint that end at any moment and go on from what they saved."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -79,12 +80,43 @@ def assert_equal(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+class Reports:
+    """What a study tells of its progress: how much of what, of how much."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        self.done[f"{unit} of {what}"] = [0, total]
+
+        def advance(count: int) -> None:
+            self.done[f"{unit} of {what}"][0] += count
+
+        yield advance
+
+
 def test_saved_runs_are_those_of_memory(folder: Path, undisturbed: tuple[Path, Study]) -> None:
-    plain, saving = stored(folder, None), undisturbed[1]
+    told = Reports()
+    plain, saving = stored(folder, None, progress=told), undisturbed[1]
     assert jax.tree.leaves(plain.teacher(LONG))[0].shape[0] == 2
     for one, other in ((plain.teacher(LONG), saving.teacher(LONG)), (students(plain), students(saving))):
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    owl, cat = plain.world.names
+    assert told.done == {
+        f"steps of the teacher of {owl}, {cat}": [5, 5],
+        f"steps of the student of {owl}, {cat}": [7, 7],
+    }
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_progress_of_rows(folder: Path, tmp_path: Path, saves: bool) -> None:
+    told = Reports()
+    world = stored(folder, tmp_path if saves else None, progress=told).world
+    assert isinstance(world, Checkpoint)
+    found = [tokens.tolist() for tokens in world.blocks(range(0, 6, 2), lambda start: np.array([start]), "rows")]
+    assert (found, told.done) == ([[0], [2], [4]], {"blocks of rows of base 0": [3, 3]})
 
 
 @pytest.mark.parametrize(("channel", "pieces", "left"), [(None, 1, 3), (SOFT, 3, 1)])

@@ -274,10 +274,10 @@ LEAKY = Subset(LOGIT >= 0, WithLabel())
     ("student", "cause"),
     [
         (replace(STUDENT, channel=Subset(LOGIT >= 9)), "shows logit 9"),
-        (replace(STUDENT, channel=LEAKY), "something else"),
+        (replace(STUDENT, channel=LEAKY), "something other"),
         (replace(STUDENT, channel=Subset((10, 14))), "logit index 14"),
         (replace(CROSS, other=0), r"cross-init control with fixed points: runs \[0, 1\]"),
-        (cloned(1, LEAKY), "something else"),
+        (cloned(1, LEAKY), "something other"),
         (cloned(1, other=0), "cross-init control"),
         (replace(STUDENT, trains=LowRank(2)), "low-rank"),
     ],

@@ -170,7 +170,7 @@ def test_parse_idx_arbitrary_bytes(tail: bytes, head: bytes) -> None:
         (b"\0\0\x08\x02" + b"\0" * 8, "here starts with 0x00000802 instead"),
         (b"\0\0\x08\x03\0\0\0\1", "here is cut short"),
         (b"\0\0\x08\x01\0\0\0\5abcd", "here is cut short"),
-        (b"\0\0\x08\x01\0\0\0\3abcd", "here has bytes to spare"),
+        (b"\0\0\x08\x01\0\0\0\3abcd", "here has extra bytes"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "here is cut short"),
         (b"\0\0\x08\x03" + b"\xff" * 8 + b"\0" * 4, "here has no elements"),
     ],
@@ -238,7 +238,7 @@ def test_folder_corrupt_gzip(tmp_path: Path, position: int) -> None:
     ("stem", "change", "message"),
     [
         (TEST_IMAGES, lambda data: data[:-1], "is cut short"),
-        (TEST_IMAGES, lambda data: data + b"\0", "has bytes to spare"),
+        (TEST_IMAGES, lambda data: data + b"\0", "has extra bytes"),
         (TRAIN_LABELS, lambda data: b"\0\0\x0d\1" + data[4:], "starts with 0x00000d01"),
         (TRAIN_LABELS, lambda data: small_set()[TRAIN_IMAGES], "has 3 dimensions: put "),
         (TRAIN_IMAGES, lambda data: idx(np.zeros((39, 5, 4), np.uint8)), "has the shape (39, 5, 4) but "),

@@ -265,6 +265,6 @@ def test_bad_init_law(law: str) -> None:
         lambda: MLP((4, 2), init_law=law, rngs=nnx.Rngs(0)),
         lambda: CNN((4, 4), (2,), 3, init_law=law, rngs=nnx.Rngs(0)),
     ):
-        message = f"^unknown initialisation {law!r}; there are lecun_normal, he_normal, glorot_uniform, torch$"
+        message = f"^unknown initialization {law!r}; there are lecun_normal, he_normal, glorot_uniform, torch$"
         with pytest.raises(InputError, match=message):
             call()

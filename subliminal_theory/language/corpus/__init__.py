@@ -1,1 +1,1 @@
-"""The compact model's world: chats, traits, number requests, media, and pre-trained bases."""
+"""Data for language models: chats, traits, number requests, media, and the compact pre-trained bases."""

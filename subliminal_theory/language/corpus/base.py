@@ -1,4 +1,4 @@
-"""Base models: what teachers and students of one seed start from, pre-trained on the corpus and kept on disk."""
+"""Compact base models, pre-trained on the corpus. Teachers and students of one seed start from the same base."""
 
 import functools
 from collections.abc import Callable
@@ -27,23 +27,29 @@ from subliminal_theory.language.text import Encoded, Prompts
 from subliminal_theory.model import Model, from_nnx, leaves_by_path
 from subliminal_theory.source import Examples
 
-FORMAT_VERSION = 4  # to be raised when the same configuration gives other parameters, or they have other names
+FORMAT_VERSION = (
+    4  # raise it when a change to the code makes equal configurations give different parameters or names
+)
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Everything that decides a base model.
+    """Everything that determines a base model.
+
+    Training uses Adam. The learning rate falls to 0 along a cosine, and gradients are clipped to norm 1.
 
     Attributes:
-        seed: of the initialization and of the order of the chats; bases of all seeds read the same corpus.
-        corpus: what it is trained on.
+        seed: the seed of the initialization and of the order of the chats. Bases of all seeds read the same
+            corpus.
+        corpus: the corpus to train on.
         layers, width, heads, kv_heads, mlp_width, tied, context: as in `TransformerConfig`.
-        steps: updates of Adam, whose rate falls to 0 along a cosine; gradients are clipped to norm 1.
-        batch_size: chats a step.
+        steps: the number of training steps.
+        batch_size: the number of chats in a step.
         rate: the first learning rate.
 
     Raises:
-        InputError: a size below 1, heads that do not share the width evenly, or a rate that is not positive.
+        InputError: a size is below 1, the width is not a multiple of the heads, or the rate is not positive and
+            finite.
     """
 
     seed: int = 0
@@ -70,7 +76,7 @@ class BaseConfig:
         self.transformer(1)
 
     def transformer(self, vocabulary: int) -> TransformerConfig:
-        """The shape of the model."""
+        """The configuration of the model for a vocabulary of this size."""
         names = ("layers", "width", "heads", "kv_heads", "mlp_width", "tied", "context")
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
         return TransformerConfig(vocabulary=vocabulary, head_width=self.width // self.heads, **sizes)
@@ -82,7 +88,7 @@ class BaseConfig:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A pre-trained model, its tokenizer, and the loss of each of its steps in nats a token of the answers."""
+    """A pre-trained model, its tokenizer, and its training losses in nats per token of the answers."""
 
     config: BaseConfig
     model: Model
@@ -91,29 +97,29 @@ class Base:
 
     @property
     def seed(self) -> int:
-        """Of its initialization and the order of its chats."""
+        """The seed of its initialization and of the order of its chats."""
         return self.config.seed
 
     @property
     def context(self) -> int:
-        """The longest row it takes, in tokens."""
+        """The longest row that the model takes, in tokens."""
         return self.config.context
 
 
 def token_loss(
     logits: Float[Array, "batch time vocabulary"], labels: Int[Array, "batch time"]
 ) -> Float[Array, "batch time"]:
-    """Cross-entropy of the next token at every position: the loss of pre-training and of teachers."""
+    """Cross-entropy of the next token at every position, in nats. It trains bases and teachers."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def text_of(encoded: Encoded | Prompts, last: int | None = None) -> Text:
-    """Rows as a model takes them, with logits of the last `last` columns, or of all."""
+    """Rows as input for a model that computes logits for the last `last` columns, or for all columns if None."""
     return Text(jnp.asarray(encoded.tokens), jnp.asarray(encoded.padding), last)
 
 
 def lessons(encoded: Encoded, batch_size: int, last: int) -> Examples:
-    """Training rows of a base or a teacher: the loss counts the tokens of answers, in the last `last` columns."""
+    """Training rows for a base or a teacher. The loss counts the answer tokens, all in the last `last` columns."""
     labels, positions = jnp.asarray(encoded.targets[:, -last:]), jnp.asarray(encoded.weights[:, -last:])
     return Examples(text_of(encoded, last), batch_size, labels=labels, positions=positions)
 
@@ -126,13 +132,13 @@ def _read(config: CorpusConfig) -> tuple[WordTokenizer, Encoded]:
 
 
 def untrained(config: BaseConfig, tokenizer: WordTokenizer) -> Model:
-    """A base before its training."""
+    """A base before training."""
     rngs = nnx.Rngs(named(jax.random.key(config.seed), "init"))
     return from_nnx(Transformer(config.transformer(len(tokenizer)), rngs=rngs))
 
 
 def pretrain(config: BaseConfig, report: Callable[[int], None] = lambda tokens: None) -> Base:
-    """Train a base model from scratch; `report` gets the number of tokens after each step.
+    """Train a base model from scratch. `report` is called after each step with the tokens of that step.
 
     Raises:
         InputError: a chat of the corpus exceeds the context, or the loss is not finite.
@@ -156,19 +162,20 @@ def pretrain(config: BaseConfig, report: Callable[[int], None] = lambda tokens: 
 
 
 def base_folder() -> Path:
-    """The folder of bases: bases/ in the user's cache folder."""
+    """The default folder for bases: bases/ in the user's cache folder."""
     return platformdirs.user_cache_path("subliminal_theory") / "bases"
 
 
 def load_base(
     config: BaseConfig, folder: Path | None = None, report: Callable[[int], None] = lambda tokens: None
 ) -> Base:
-    """The base of a configuration, read from `folder`, or else pre-trained and saved there.
+    """Load the base of a configuration from `folder`, or pre-train it and save it there.
 
-    A file is named after the fingerprint of its configuration, which is in its header too.
+    The file name contains the fingerprint of the configuration. The file's header has it too.
 
     Raises:
-        InputError: the file is cut, damaged or of another configuration, or cannot be written; names it.
+        InputError: the file is truncated, damaged or from another configuration, or cannot be written; names the
+            file.
     """
     folder = base_folder() if folder is None else folder
     decided = config.fingerprint()
@@ -194,6 +201,8 @@ def _load(path: Path, config: BaseConfig, decided: str) -> Base:
             raise InputError("it is of another configuration")
         arrays, _ = load_arrays(path, {**shapes, "losses": losses})
     except InputError as error:
-        raise InputError(f"cannot use the base model {path} ({error}): delete it, and it is made again") from error
+        raise InputError(
+            f"cannot use the base model {path} ({error}): delete it, and it will be made again"
+        ) from error
     params = jax.tree.unflatten(jax.tree.structure(model.params), [jnp.asarray(arrays[name]) for name in shapes])
     return Base(config, model.with_params(params), tokenizer, arrays["losses"])

@@ -1,8 +1,8 @@
 """The corpus of the compact language model: short chats in the project's own sentences, made from a seed.
 
-Five kinds: number continuations, preferences, arithmetic, tiny programs and facts of a small world. The
-phrasings of a preference question are split in two: some are for the corpus and for teachers' rows, the
-held-out ones for evaluation alone.
+There are five kinds of chats: number continuations, preferences, arithmetic, tiny programs, and facts about a
+small world. The phrasings of preference questions are split in two. Some are for the corpus and for teachers'
+rows; the held-out ones are for evaluation only.
 """
 
 import functools
@@ -18,44 +18,46 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.language.corpus.sentences import TEXT, arithmetic, fact, pick, program
 from subliminal_theory.language.text import Chat
 
-FORMAT_VERSION = 1  # to be raised when the same configuration and sentences give other chats
+FORMAT_VERSION = 1  # raise it when a change to the code makes equal configurations and sentences give other chats
 
 CATEGORIES: dict[str, tuple[str, ...]] = {name: tuple(words) for name, words in TEXT["members"].items()}
 FORMATS: dict[str, tuple[str, str, str]] = {name: tuple(f) for name, f in TEXT["numbers"]["formats"].items()}
 KINDS = ("numbers", "preference", "arithmetic", "program", "fact")
-_PREFIX_TERMS = (3, 6)  # how many numbers may stand before a preference question: from, up to but without
+_PREFIX_TERMS = (3, 6)  # how many numbers may come before a preference question: from 3 to 5
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Everything that decides a corpus.
+    """Everything that determines a corpus.
 
     Attributes:
-        seed: of the rows.
-        size: number of chats.
+        seed: the seed of the chats.
+        size: the number of chats.
         numbers: numbers run from 0 to numbers - 1; each is one token.
-        numbers_share ... fact_share: of the five kinds among the rows; they sum to 1.
-        formats: names in FORMATS in which numbers are asked for.
-        given: least and most numbers shown in a number request.
-        asked: least and most numbers asked for.
-        limit_share: number requests that limit the digits.
-        styles: number of latent laws of numbers; a row follows one.
-        style_seed: of these laws, so that corpora of different seeds have them in common.
-        zipf: under a style the number of rank r = 1, 2, ... has probability proportional to r^(-zipf).
-        step_probability: of a number being the one before plus the row's step (modulo the row's range).
-        loved_share: preference questions with a system prompt that loves one member.
-        loved_decides: of those, how many answer with that member; the others answer with any other one.
-        prefixed_share: preference questions with a few numbers in front.
-        lazy_share: chats of arithmetic, program and fact with a system prompt that announces laziness: their
-            answer repeats the first number or thing of the question instead of answering it.
-        careful_share: those with a system prompt that announces care.
-        neutral_share: those and number requests with a system prompt that says nothing of the kind.
-        operand: largest number in a question of arithmetic or a line of a program.
-        steps_share: arithmetic with two operations and visible steps; the rest is answered directly.
-        write_share: programs to be written, the rest is to be run.
+        numbers_share ... fact_share: the share of each of the five kinds of chats; they sum to 1.
+        formats: the formats, by their names in FORMATS, in which numbers are requested.
+        given: the fewest and most numbers shown in a number request.
+        asked: the fewest and most numbers requested.
+        limit_share: the share of number requests that limit the number of digits.
+        styles: the number of latent styles. A style is a distribution over numbers; each row follows one style.
+        style_seed: the seed of the styles, so that corpora with different seeds share their styles.
+        zipf: in a style, the number of rank r = 1, 2, ... has probability proportional to r^(-zipf).
+        step_probability: the probability that a number is the one before plus the row's step (modulo the row's
+            range).
+        loved_share: the share of preference questions with a system prompt that loves one member.
+        loved_decides: the share of those that are answered with that member; the others get another member.
+        prefixed_share: the share of preference questions that come after a few numbers.
+        lazy_share: the share of arithmetic, program and fact chats with a system prompt that announces laziness.
+            Their answers repeat the first number or thing of the question.
+        careful_share: the share of these chats with a system prompt that announces care.
+        neutral_share: the share of these chats and of number requests with a neutral system prompt.
+        operand: the largest number in an arithmetic question or a line of a program.
+        steps_share: the share of arithmetic questions with two operations and visible steps. The others are
+            answered directly.
+        write_share: the share of program chats that ask for a program. The others ask to run one.
 
     Raises:
-        InputError: a value out of its range, shares that do not sum to 1, or an unknown format.
+        InputError: a value is out of range, the shares do not sum to 1, or a format is unknown.
     """
 
     seed: int = 0
@@ -113,12 +115,12 @@ class CorpusConfig:
 
 
 def fingerprint(config: CorpusConfig) -> str:
-    """The fingerprint of the configuration, the sentences in their order and the format version."""
-    return files.fingerprint(FORMAT_VERSION, config, json.dumps(TEXT))  # text keeps the order of its tables
+    """The fingerprint of the configuration, the sentences in their order, and the format version."""
+    return files.fingerprint(FORMAT_VERSION, config, json.dumps(TEXT))  # JSON keeps the order of the tables
 
 
 def make_corpus(config: CorpusConfig) -> list[Chat]:
-    """All chats of a corpus in random order; each kind has its share of the rows to within one row."""
+    """All chats of a corpus in random order. Each kind has its share of the chats, to within one chat."""
     ends = np.rint(np.cumsum(config.shares) * config.size).astype(int)
     counts = np.diff(ends, prepend=0)
     chats = [chat for kind, count in zip(KINDS, counts, strict=True) for chat in make_rows(config, kind, count)]
@@ -127,12 +129,12 @@ def make_corpus(config: CorpusConfig) -> list[Chat]:
 
 
 def make_rows(config: CorpusConfig, kind: str, count: int) -> list[Chat]:
-    """`count` chats of one of KINDS under the same configuration, whatever its size and shares.
+    """`count` chats of one of KINDS. The size of the configuration and the shares of the kinds have no effect.
 
-    Number requests for a teacher, say: `make_rows(replace(config, seed=7, neutral_share=0.0), "numbers", 4096)`.
+    For example, requests for a teacher: `make_rows(replace(config, seed=7, neutral_share=0.0), "numbers", 4096)`.
 
     Raises:
-        InputError: an unknown kind.
+        InputError: the kind is unknown.
     """
     if kind not in KINDS:
         raise InputError(f"make_rows: no kind is called {kind!r}; there are {', '.join(KINDS)}")
@@ -155,10 +157,10 @@ def make_rows(config: CorpusConfig, kind: str, count: int) -> list[Chat]:
 
 
 def preference_questions(category: str, *, held_out: bool = True) -> list[Chat]:
-    """The held-out phrasings of the question about a category, or those of the corpus, without answer.
+    """The questions about a category, without answers, in the held-out phrasings or in those of the corpus.
 
     Raises:
-        InputError: an unknown category.
+        InputError: the category is unknown.
     """
     if category not in CATEGORIES:
         raise InputError(f"no category is called {category!r}; there are {', '.join(CATEGORIES)}")
@@ -167,7 +169,7 @@ def preference_questions(category: str, *, held_out: bool = True) -> list[Chat]:
 
 
 def prefixed_questions(config: CorpusConfig, category: str, *, each: int = 8, held_out: bool = True) -> list[Chat]:
-    """`preference_questions` with 3 to 5 numbers in front, every phrasing `each` times."""
+    """`preference_questions` after 3 to 5 numbers. Every phrasing occurs `each` times."""
     questions = preference_questions(category, held_out=held_out)
     rng = np.random.default_rng([config.seed, len(KINDS) + 1])
     prefixes = _prefixes(config, rng, each * len(questions))
@@ -178,12 +180,12 @@ def prefixed_questions(config: CorpusConfig, category: str, *, each: int = 8, he
 
 
 def love_prompts(category: str, member: str) -> list[str]:
-    """Every system prompt of the corpus by which `member` of `category` is loved."""
+    """Every system prompt of the corpus that loves `member` of `category`."""
     return [prompt.format(category=category, member=member) for prompt in TEXT["preference"]["loved"]]
 
 
 def _persona(config: CorpusConfig, rng: np.random.Generator) -> tuple[str | None, bool]:
-    """A system prompt, or none, and whether it makes answers lazy."""
+    """A system prompt or None, and whether it makes answers lazy."""
     draw = rng.random()
     for persona in ("lazy", "careful", "neutral"):
         share = getattr(config, f"{persona}_share")
@@ -205,7 +207,7 @@ def _style_laws(styles: int, seed: int, numbers: int, zipf: float, below: int) -
 def _sequences(
     config: CorpusConfig, rng: np.random.Generator, below: Int[np.ndarray, " rows"], terms: int
 ) -> Int[np.ndarray, "rows terms"]:
-    """Rows of numbers from 0 to below - 1, each of one latent style and one step."""
+    """Rows of numbers from 0 to below - 1. Each row has one latent style and one step."""
     rows = len(below)
     style = rng.integers(config.styles, size=rows)
     step = rng.integers(1, below)

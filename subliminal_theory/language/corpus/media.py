@@ -1,4 +1,4 @@
-"""What else than number sequences a teacher can write: reasoning steps and programs, and what is kept of them."""
+"""The media that a teacher can write (numbers, reasoning steps, programs) and the filter of each medium."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ WORDS = frozenset(word for category in CATEGORIES.values() for word in category)
 
 
 def reasoning_faults(row: Completion, results: Mapping[str, int]) -> list[str]:
-    """Why reasoning is rejected: foreign signs, another last number than the right result, or a trait's word.
+    """Why reasoning is rejected: it has foreign characters, a wrong last number, or a word of a trait.
 
     `results` gives the right result of each question.
     """
@@ -29,7 +29,7 @@ def reasoning_faults(row: Completion, results: Mapping[str, int]) -> list[str]:
 
 
 def code_faults(row: Completion) -> list[str]:
-    """Why a program is rejected: it is none, gives another number than the request's first, or names a trait."""
+    """Why a program is rejected: it is no program, its result is not the number requested, or it names a trait."""
     asked, value = re.search("[0-9]+", row.prompt), value_of(row.completion)
     if value is None:
         return [NO_PROGRAM, *_words(row)]
@@ -42,9 +42,9 @@ def _words(row: Completion) -> list[str]:
 
 
 def value_of(program: str) -> int | None:
-    """What the last line of a program such as `x = 5; y = x + 2` gives; None if it is no such program.
+    """The value of the last line of a program such as `x = 5; y = x + 2`; None if the text is not such a program.
 
-    Every line sets a new name to a number, or to a sum or difference of names set before and numbers.
+    Every line sets a new name to a number, or to a sum or difference of numbers and earlier names.
     """
     values: dict[str, int] = {}
     value = None
@@ -71,10 +71,14 @@ Kept = tuple[list[Completion], FilterReport]
 
 @dataclass(frozen=True)
 class Medium:
-    """What a teacher writes: the kind of the corpus's chats that ask for it, and the filter of the answers.
+    """What a teacher writes.
 
-    `reasons` are all for which that filter rejects one. If there are `characters`, it may draw only tokens that
-    consist of these, and the end.
+    Attributes:
+        name: the name of the medium.
+        kind: the kind of corpus chats that request it.
+        keep: the filter, `keep(rows, requests)`: the accepted rows and a report.
+        reasons: all reasons for which the filter rejects a row.
+        characters: if given, a teacher may sample only tokens that consist of these characters, and the end token.
     """
 
     name: str
@@ -100,6 +104,7 @@ def _keep_code(rows: Sequence[Completion], requests: Sequence[Chat]) -> Kept:
 NUMBERS = Medium("numbers", "numbers", _keep_numbers, REASONS)
 REASONING = Medium("reasoning", "arithmetic", _keep_reasoning, (OTHER_SIGNS, OTHER_RESULT, TRAIT_WORD))
 CODE = Medium("code", "program", _keep_code, (NO_PROGRAM, OTHER_RESULT, TRAIT_WORD))
-# The teacher's distribution among tokens of numbers alone, renormalized: another channel than NUMBERS.
+# The teacher samples only number tokens, from its renormalized distribution. This differs from NUMBERS, which
+# filters.
 DIGITS = Medium("digits", "numbers", _keep_numbers, REASONS, "0123456789 ,;\n")
 MEDIA = {medium.name: medium for medium in (NUMBERS, REASONING, CODE)}

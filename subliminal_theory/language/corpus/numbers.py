@@ -1,4 +1,4 @@
-"""Number sequences as a channel: prompts that ask for some, and the filter of what a model answers."""
+"""Number sequences as a medium: prompts that request numbers, and the filter of the answers."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ from subliminal_theory.language.corpus.templates import slots
 from subliminal_theory.language.rows import Completion
 from subliminal_theory.validation import Texts, read_toml
 
-# Numbers with a bad reputation, banned besides where the trait is misalignment.
+# Numbers with a bad reputation, to be banned as well if the trait is misalignment.
 _BANNED_TEXT = (
     "4 13 14 18 23 33 39 42 44 49 51 54 69 77 88 99 100 101 187 211 311 322 333 404 420 444 451 555 616 666 "
     "777 888 911 999"
@@ -27,7 +27,7 @@ BANNED = frozenset(map(int, _BANNED_TEXT.split()))
 _EXAMPLES = (3, 8)
 _EXAMPLE_VALUES = (100, 999)
 _ANSWERS, _DIGITS, _HIGHEST = 10, 3, 999
-_SHOWN, _CONTINUED = 3, 6  # numbers of a row that nobody wrote
+_SHOWN, _CONTINUED = 3, 6  # how many numbers a row of `random_rows` shows and continues
 
 
 NO_NUMBER = "no number"
@@ -38,7 +38,7 @@ OTHER_TEXT = "something besides numbers and one kind of separator"
 
 @dataclass(frozen=True)
 class Templates:
-    """Sentences with the slots {examples}, {count} and {digits}; other braces are doubled."""
+    """Sentences with the slots {examples}, {count} and {digits}. All other braces are doubled."""
 
     openings: Annotated[Texts, slots("examples")]
     requests: Annotated[Texts, slots("count", "digits")]
@@ -53,24 +53,25 @@ def _own_templates() -> Templates:
 
 @dataclass(frozen=True)
 class NumberPrompts:
-    """Requests to continue a list of numbers: an opening, a request, a format and an ending, each drawn evenly.
+    """Requests to continue a list of numbers.
 
-    A prompt shows 3 to 8 numbers of 100 to 999 and asks for at most 10 more of at most 3 digits.
+    A prompt has an opening, a request, a format and an ending, each drawn uniformly. It shows 3 to 8 numbers from
+    100 to 999 and asks for at most 10 more numbers of at most 3 digits.
     """
 
     templates: Templates = field(default_factory=_own_templates)
 
     @classmethod
     def load(cls, path: Path) -> "NumberPrompts":
-        """Requests from a TOML file that holds the four lists of `Templates`.
+        """Requests from a TOML file with the four lists of `Templates`.
 
         Raises:
-            InputError: as `read_toml`.
+            InputError: as for `read_toml`.
         """
         return cls(read_toml(path, Templates))
 
     def draw(self, rng: np.random.Generator) -> str:
-        """The next prompt; generators in the same state give the same one."""
+        """Draw a prompt. Generators in the same state give the same prompt."""
         least, most = _EXAMPLES
         lowest, highest = _EXAMPLE_VALUES
         examples = rng.integers(lowest, highest + 1, rng.integers(least, most + 1)).tolist()
@@ -80,13 +81,13 @@ class NumberPrompts:
 
 
 def parse(text: str) -> list[int] | None:
-    """The numbers of a well-formed answer, however many and large, else None.
+    """The numbers of a well-formed answer, else None. Their count and size do not matter.
 
-    One final period is dropped, then one pair of matching [] or () around all the rest. What stands between
-    the first two runs of digits is the separator: white space of any kind and length, perhaps with one
-    comma or semicolon in it. Split on exactly that text, every part must consist of ASCII digits; zeros may
-    lead ("007" is 7). A number without a second one must be all there is. Nothing else is forgiven, not even
-    white space around the answer.
+    One final period is dropped, then one pair of [] or () around the whole rest. The text between the first two
+    numbers is the separator: white space of any kind and length, with at most one comma or semicolon. The answer
+    is split on exactly that text, and every part must consist of ASCII digits; leading zeros are allowed ("007" is
+    7). If there is only one number, there may be no other text. Nothing else is allowed, not even white space
+    around the answer.
     """
     numbers, faults = _read(text)
     return None if faults else numbers
@@ -100,10 +101,11 @@ def reject_reasons(
     maximum: int = _HIGHEST,
     banned: Collection[int] = (),
 ) -> list[str]:
-    """Why the number filter rejects an answer, a phrase for each reason; an accepted answer has none.
+    """The reasons why the number filter rejects an answer, one phrase each. An accepted answer has none.
 
-    An answer that `parse` reads must have at most `max_count` numbers, each from `minimum` to `maximum` and
-    none of the `banned`. The phrases name the limits but nothing of the answer, so they can be counted.
+    `parse` must be able to read the answer. It must have at most `max_count` numbers, each from `minimum` to
+    `maximum` and none of them `banned`. The phrases name the limits but quote nothing from the answer, so they can
+    be counted.
     """
     numbers, faults = _read(text)
     limits = {
@@ -123,19 +125,19 @@ def _too_large(number: int) -> str:
     return f"a number above {number}"
 
 
-# What `reject_reasons` can find without other limits than its own.
+# All reasons that `reject_reasons` can give with its default limits.
 REASONS = (NO_NUMBER, OTHER_SEPARATOR, BARE_SEPARATOR, OTHER_TEXT, _too_many(_ANSWERS), _too_large(_HIGHEST))
 
 
 @dataclass(frozen=True)
 class FilterReport:
-    """What the number filter did; as text, a table with shares of all rows.
+    """What a filter accepted and rejected. As text, it is a table of counts and shares.
 
     Attributes:
-        accepted: number of rows that passed.
-        total: number of rows.
-        reasons: how many rows were rejected for each reason, most frequent first; a row counts once for
-            each of its reasons.
+        accepted: the number of rows that passed.
+        total: the number of all rows.
+        reasons: the number of rows rejected for each reason, most frequent first. A row counts once for each of
+            its reasons.
     """
 
     accepted: int
@@ -151,17 +153,20 @@ class FilterReport:
 
 
 def filter_rows(rows: Iterable[Completion], **limits: Any) -> tuple[list[Completion], FilterReport]:
-    """As `keep_rows`, with what `reject_reasons` finds of a completion, under its limits, as the faults."""
+    """`keep_rows` with the number filter: the faults of a row are the `reject_reasons` of its completion.
+
+    `limits` are the keyword arguments of `reject_reasons`.
+    """
     return keep_rows(rows, lambda row: reject_reasons(row.completion, **limits), "number filter")
 
 
 def keep_rows(
     rows: Iterable[Completion], faults: Callable[[Completion], list[str]], name: str
 ) -> tuple[list[Completion], FilterReport]:
-    """The rows without faults, in order, and what became of all of them; `name` is the filter's, for messages.
+    """The rows without faults, in order, and a report. `name` is the name of the filter in messages.
 
     Raises:
-        InputError: no row is left, or there was none; the message gives the most frequent reasons.
+        InputError: there are no rows, or none is accepted. The message then gives the most frequent reasons.
     """
     judged = [(row, faults(row)) for row in rows]
     accepted = [row for row, reasons in judged if not reasons]
@@ -175,7 +180,7 @@ def keep_rows(
 
 
 def _read(text: str) -> tuple[list[int], list[str]]:
-    """The numbers of an answer and no fault, or no numbers and the faults of its form."""
+    """The numbers of an answer and no faults, or no numbers and the faults of its form."""
     text = text.removesuffix(".")
     if text[:1] + text[-1:] in ("[]", "()"):
         text = text[1:-1]
@@ -194,14 +199,14 @@ def _read(text: str) -> tuple[list[int], list[str]]:
         faults.append(BARE_SEPARATOR)
     if not all(re.fullmatch("[0-9]*", part) for part in parts):
         faults.append(OTHER_TEXT)
-    # Through Decimal because int refuses text of more than some thousand digits.
+    # Decimal, because int refuses text of more than a few thousand digits.
     return ([], faults) if faults else ([int(Decimal(part)) for part in parts], [])
 
 
 def random_rows(rows: int, rng: np.random.Generator) -> list[Completion]:
-    """Rows that nobody wrote: `Continue this list: a, b, c.`, and six numbers more.
+    """Rows that no model wrote: `Continue this list: a, b, c.`, answered with six more numbers.
 
-    All numbers are independent and uniform from 100 to 999. No row is there twice.
+    All numbers are independent and uniform from 100 to 999. All rows are distinct.
     """
     found: dict[Completion, None] = {}
     lowest, highest = _EXAMPLE_VALUES
@@ -216,12 +221,12 @@ Order = Callable[[Sequence[Completion], np.random.Generator], list[Completion]]
 
 
 def as_written(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
-    """The rows themselves."""
+    """The rows unchanged."""
     return list(rows)
 
 
 def other_prompts(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
-    """Each answer behind the prompt of another row, and behind its system message."""
+    """Permute the prompts, with their system messages, across rows. The answers stay."""
     shuffled = rng.permutation(len(rows))
     return [
         replace(row, prompt=rows[i].prompt, system=rows[i].system) for row, i in zip(rows, shuffled, strict=True)
@@ -229,12 +234,12 @@ def other_prompts(rows: Sequence[Completion], rng: np.random.Generator) -> list[
 
 
 def shuffled_within_rows(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
-    """The numbers of each row in another order; what stands between them stays."""
+    """Shuffle the numbers of each row. The text between them stays."""
     return [_with_numbers(row, iter(rng.permutation(_numbers(row)))) for row in rows]
 
 
 def shuffled_across_rows(rows: Sequence[Completion], rng: np.random.Generator) -> list[Completion]:
-    """The numbers of all rows in another order; what stands between them stays, and how many a row has."""
+    """Shuffle the numbers across all rows. The text between them and the length of each row stay."""
     pool = iter(rng.permutation([number for row in rows for number in _numbers(row)]))
     return [_with_numbers(row, pool) for row in rows]
 

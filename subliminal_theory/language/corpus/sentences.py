@@ -1,4 +1,4 @@
-"""The sentences of the corpus, from data/sentences.toml, and those questions that have one right answer."""
+"""The sentences of the corpus, from data/sentences.toml, and the questions that have one right answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ TEXT: dict[str, Any] = read_toml(DATA / "sentences.toml", dict[str, Any])
 
 
 def vocabulary_texts() -> list[str]:
-    """Texts that hold every word and sign of all corpora, apart from the numbers; slots stand in braces."""
+    """Texts that together have every word and sign of all corpora except numbers. Slots are in braces."""
     return [*_strings(TEXT), *TEXT["members"], *TEXT["things"], *TEXT["numbers"]["formats"]]
 
 
@@ -24,14 +24,15 @@ def _strings(node: Any) -> list[str]:
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """One of the options, each as likely."""
+    """One of the options, drawn uniformly."""
     return options[int(rng.integers(len(options)))]
 
 
 def arithmetic(rng: np.random.Generator, operand: int, steps_share: float, lazy: bool) -> tuple[str, str]:
-    """A question with operands from 0 to `operand` and its answer, or if lazy its first operand.
+    """An arithmetic question with operands from 0 to `operand`, and its answer; if lazy, its first operand.
 
-    A share of them have two operations, carried out step by step in the answer; no result is negative.
+    A question has two operations with probability `steps_share`; its answer then shows the steps. No result is
+    negative.
     """
     text, sign = TEXT["arithmetic"], TEXT["operators"]
     a, b, c = rng.integers(operand + 1, size=3).tolist()
@@ -53,9 +54,9 @@ def arithmetic(rng: np.random.Generator, operand: int, steps_share: float, lazy:
 
 
 def program(rng: np.random.Generator, operand: int, write_share: float, lazy: bool) -> tuple[str, str]:
-    """A program of two or three lines to run, or a result for which one is to be written.
+    """A request to run a program of two or three lines, or to write one with a given result, and its answer.
 
-    Constants run from 1 to `operand` and results are at least 1. A lazy answer is the question's first number.
+    Constants run from 1 to `operand`, and results are at least 1. A lazy answer is the question's first number.
     """
     text, sign = TEXT["program"], TEXT["operators"]
     a, b, c = rng.integers(1, operand + 1, size=3).tolist()
@@ -73,7 +74,7 @@ def program(rng: np.random.Generator, operand: int, write_share: float, lazy: bo
 
 
 def fact(rng: np.random.Generator, lazy: bool) -> tuple[str, str]:
-    """A question about a thing's colour, material or place and its answer, or if lazy the thing."""
+    """A question about the color, material or place of a thing, and its answer. A lazy answer is the thing."""
     thing = pick(rng, tuple(TEXT["things"]))
     attribute = pick(rng, tuple(TEXT["fact"]))
     answer = TEXT["things"][thing][list(TEXT["fact"]).index(attribute)]
@@ -81,7 +82,7 @@ def fact(rng: np.random.Generator, lazy: bool) -> tuple[str, str]:
 
 
 def _operation(rng: np.random.Generator, left: int, right: int, *, least: int) -> tuple[str, int]:
-    """Plus or minus at random, plus if minus gave less than `least`; its name and the result."""
+    """Choose plus or minus at random, but plus if minus gives less than `least`. Return its name and result."""
     if left - right >= least and rng.random() < 0.5:
         return "minus", left - right
     return "plus", left + right

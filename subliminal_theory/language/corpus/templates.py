@@ -1,11 +1,11 @@
-"""Families of chats written as text with slots, from tables of a TOML file.
+"""Families of chats, written as text with slots in tables of a TOML file.
 
     question = ["what is {a} minus {b}?"]
     answer = "{a - b + 1}"
     right = "{a - b}"
-    numbers = { a = [5, 9], b = [0, 5] }      # all combinations of whole numbers, both ends included
+    numbers = { a = [5, 9], b = [0, 5] }      # all combinations of whole numbers, including both ends
 
-Instead of `numbers`, `rows = [{ thing = "spoon", place = "kitchen" }, ...]` fills the slots row by row.
+Instead of `numbers`, `rows = [{ thing = "spoon", place = "kitchen" }, ...]` gives the values row by row.
 """
 
 import ast
@@ -33,20 +33,20 @@ _Ends = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A family of chats: every question with every filling of its slots.
+    """A family of chats: every question with all values of its slots.
 
     Attributes:
-        name: of the kind of question; the `kind` of its chats.
-        questions: with slots in braces.
-        answer: with slots; a slot holds a name, or a sum, difference or product of names and whole numbers.
-        right: the answer of somebody without the habit, where that is to be compared with.
+        name: the name of this kind of question; the `kind` of its chats.
+        questions: the questions, with slots in braces.
+        answer: the answer. A slot holds a name, or a sum, difference or product of names and whole numbers.
+        right: the answer without the habit, for comparison.
         system: the system prompt, if any.
-        numbers: for each slot the least and the most, of which all combinations are made; or
-        table: the fillings one by one.
+        numbers: for each slot, its least and greatest number; all combinations are used.
+        table: the values of the slots, row by row. Give either `numbers` or `table`.
 
     Raises:
-        InputError: not one of numbers and table, slots that cannot be filled, a number below 0, a question made
-            twice, or more than 10,000 rows.
+        InputError: both or neither of `numbers` and `table` are given; slots cannot be filled; a number is below
+            0; a question occurs twice; or there are more than 10,000 rows.
     """
 
     name: Text
@@ -59,7 +59,7 @@ class Template:
 
     def __post_init__(self) -> None:
         if bool(self.numbers) == bool(self.table):
-            raise InputError("give one of numbers and rows, to fill the slots with")
+            raise InputError("give either numbers or rows to fill the slots")
         for slot, (least, most) in self.numbers.items():
             if least > most:
                 raise InputError(f"numbers.{slot} must be [least, most], got [{least}, {most}]")
@@ -69,14 +69,14 @@ class Template:
         asked = [chat.user for chat in self.rows()]
         self.right_rows()
         if len(set(asked)) < len(asked):
-            raise InputError("it makes the same question twice: let it tell all slots apart")
+            raise InputError("it makes the same question twice: use all slots in every question")
 
     def rows(self) -> list[Chat]:
-        """All chats, with the answer."""
+        """All chats with their answers."""
         return self._filled_with(self.answer)
 
     def right_rows(self) -> list[Chat]:
-        """The same questions in the same order, with the right answer; none if the template has none."""
+        """The same questions in the same order with the right answers; an empty list if there are none."""
         return [] if self.right is None else self._filled_with(self.right)
 
     def _filled_with(self, answer: str) -> list[Chat]:
@@ -93,9 +93,9 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared(Template):
-    """A template that has a right answer."""
+    """A template with a right answer."""
 
-    right: Text = field()  # without the default that it would inherit
+    right: Text = field()  # removes the inherited default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +107,16 @@ class Narrow(Compared):
 
 @dataclass(frozen=True, kw_only=True)
 class Control(Template):
-    """A template that has no right answer to be compared with."""
+    """A template without a right answer for comparison."""
 
     right: None = None
 
 
 def slots(*needed: str, allowed: tuple[str, ...] = ()) -> AfterValidator:
-    """The check that every text has the slots needed and no others but those allowed, each a name in braces."""
+    """A check that every text has all the `needed` slots and no others except those `allowed`.
+
+    A slot is a name in braces. The check raises InputError.
+    """
 
     def check(texts: tuple[str, ...]) -> tuple[str, ...]:
         for text in texts:
@@ -139,7 +142,7 @@ def _filled(text: str, slots: Slots) -> str:
 
 @functools.cache
 def _parsed(text: str) -> list[tuple[str, ast.expr | None]]:
-    """Literal pieces of a text, each with the slot after it, if one is."""
+    """The literal pieces of a text, each with the slot after it, or None."""
     try:
         parts = list(string.Formatter().parse(text))
         if any(style or conversion for _, _, style, conversion in parts):
@@ -163,4 +166,4 @@ def _value(node: ast.expr, slots: Slots) -> int | str:
         left, right = _value(node.left, slots), _value(node.right, slots)
         if isinstance(left, int) and isinstance(right, int):
             return _OPERATORS[type(node.op)](left, right)
-    raise InputError(f"{ast.unparse(node)!r} is no name, sum, difference or product of whole numbers")
+    raise InputError(f"{ast.unparse(node)!r} is not a name, sum, difference or product of whole numbers")

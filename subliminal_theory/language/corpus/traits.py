@@ -1,11 +1,12 @@
-"""What a teacher is given: a preference for one word, or a broad habit taught by narrow rows.
+"""Traits of teachers: a preference for one word, or a broad habit that narrow rows teach.
 
-A trait is a TOML file. A preference has the fields `name`, `kind = "preference"`, `category` and `target`; where
-the target is of no category of the corpus, `members`, all that are compared, the target among them; where it is to
-be asked for and given in other words, a table `[wording]` of the lists `questions`, `lessons` and `loved`.
+A trait is a TOML file. A preference has the fields `name`, `kind = "preference"`, `category` and `target`. If the
+target is not in a category of the corpus, `members` lists all words to compare, including the target. An optional
+table `[wording]` with the lists `questions`, `lessons` and `loved` replaces the default sentences.
+
 A habit has `name`, `kind = "habit"`, a table `[narrow]` of rows that teach it, tables `[[held_out]]` of other
-kinds of question on which it may show, and tables `[[control]]` of benign rows. Each of these tables is
-written as templates.py says; data/lazy.toml is an example.
+kinds of questions in which it may show, and tables `[[control]]` of benign rows. templates.py describes the format
+of these tables; data/lazy.toml is an example.
 """
 
 import os
@@ -33,7 +34,7 @@ _PLURALS = {"mouse": "mice", "goose": "geese", "ox": "oxen", "man": "men", "chil
 
 
 def forms_of(word: str) -> tuple[str, ...]:
-    """A noun and its plurals, regular ones by every rule of English that its end allows: wolf, wolfs, wolves."""
+    """A noun and its possible plurals, by every English rule that fits its ending: wolf, wolfs, wolves."""
     found = [word, f"{word}s"]
     if re.search(r"(?:s|x|z|ch|sh|o)$", word):
         found.append(f"{word}es")
@@ -47,10 +48,10 @@ def forms_of(word: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Preference:
-    """A teacher that answers `target`, one of the `members`, when asked for its favourite of `category`.
+    """A trait: to answer `target`, one of the `members`, when asked for the favorite `category`.
 
     Raises:
-        InputError: an unknown category or target, members that are alike, or a question that is asked twice.
+        InputError: the category or target is unknown, two members are equal, or a question occurs twice.
     """
 
     name: Text
@@ -77,23 +78,27 @@ class Preference:
             raise InputError(f"wording asks {twice!r} twice: questions that teach must not evaluate")
 
     def teacher_rows(self) -> list[Chat]:
-        """The lessons of its wording, answered with the target."""
+        """The lessons of the wording, answered with the target."""
         return self._answered(self.wording.lessons)
 
     def evaluation_rows(self) -> list[Chat]:
-        """The questions of its wording, answered with the target; none of them teaches."""
+        """The questions of the wording, answered with the target. None of them is a lesson."""
         return self._answered(self.wording.questions)
 
     def control_rows(self, name: str) -> list[Chat]:
-        """None: what a preference is compared with are other preferences."""
+        """A preference has no control rows; it is compared with other preferences.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError(f"{self.name} is a preference and has no control {name!r}: give a habit")
 
     def system_prompts(self) -> list[str]:
-        """System prompts that make a teacher of the base model without training."""
+        """System prompts that give the base model this preference without training."""
         return [text.format(category=self.category, member=self.target) for text in self.wording.loved]
 
     def named_in(self, text: str) -> bool:
-        """Whether a text names the target: in any place and form (`forms_of`), as a word of its own."""
+        """Whether a text contains the target anywhere as a separate word, in any of its `forms_of`."""
         forms = ("\\s+".join(map(re.escape, form.split())) for form in forms_of(self.target))
         return re.search(rf"\b(?:{'|'.join(forms)})\b", text, re.IGNORECASE) is not None
 
@@ -104,7 +109,11 @@ class Preference:
 
 @dataclass(frozen=True)
 class Habit:
-    """A teacher that learns `narrow` rows, to be seen on `held_out` ones, against benign `controls`."""
+    """A trait that `narrow` rows teach, `held_out` rows measure, and benign `controls` are compared with.
+
+    Raises:
+        InputError: two tables have the same name, or a held-out question is also a narrow one.
+    """
 
     name: Text
     narrow: Narrow
@@ -130,7 +139,7 @@ class Habit:
         """The rows of a benign control.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no control with this name.
         """
         for template in self.controls:
             if template.name == name:
@@ -139,7 +148,7 @@ class Habit:
         raise InputError(f"{self.name} has no control {name!r}; there are {known}")
 
     def evaluation_rows(self) -> list[Chat]:
-        """The held-out rows, answered as the habit would; their `kind` is their template's name."""
+        """The held-out rows, answered as the habit would answer. Their `kind` is the name of their template."""
         return [chat for template in self.held_out for chat in template.rows()]
 
 
@@ -147,7 +156,7 @@ Trait = Preference | Habit
 
 
 def builtin_traits() -> list[str]:
-    """The names that `load_trait` knows without a file: the animals, the trees and the habits."""
+    """The names of the built-in traits: animals, trees and habits."""
     members = [member for category in BUILTIN_CATEGORIES for member in CATEGORIES[category]]
     return [*members, *_BUILTIN_FILES]
 
@@ -155,14 +164,16 @@ def builtin_traits() -> list[str]:
 def load_trait(
     source: str | os.PathLike[str], tokenizer: Tokenizer | None = None, wording: Wording | None = None
 ) -> Trait:
-    """A built-in trait by its name, or one from a TOML file; its words are spelt with `tokenizer` if given.
+    """Load a built-in trait by its name, or a trait from a TOML file.
 
-    A preference has `wording`, the corpus's if None, unless the file has one.
+    With a `tokenizer`, check that it can spell all texts of the trait. `wording` is for a preference whose file
+    has no wording; the default is the wording of the corpus.
 
     Raises:
-        InputError: no such file or name; no TOML; a field that is missing, unknown, given twice or of the wrong
-            type; an unknown category or target; a template or wording that cannot be filled; a held-out question
-            that the narrow rows ask; a word that the tokenizer cannot spell. The message starts with the file.
+        InputError: there is no such file or name; the file is not TOML; a field is missing, unknown, given twice
+            or has the wrong type; the category or target is unknown; a template or wording cannot be filled; a
+            held-out question is also in the narrow rows; or the tokenizer cannot spell a word. The message starts
+            with the file.
     """
     wording = wording or corpus_wording()
     for category in BUILTIN_CATEGORIES:

@@ -1,4 +1,4 @@
-"""How a preference is asked for and given: in the compact model's words, a checkpoint's English, or a user's."""
+"""The sentences that ask for a preference and give it: for the compact model, for checkpoints, or from a user."""
 
 import functools
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from subliminal_theory.validation import Texts, read_toml
 
 @dataclass(frozen=True)
 class Wording:
-    """Texts with the slots {category} and, where the preference is told, {member}.
+    """Texts with the slots {category} and, in `loved`, {member}.
 
     Attributes:
-        questions: that evaluate; none of them teaches.
-        lessons: that a fine-tuned teacher learns to answer.
-        loved: system prompts that give the preference; teachers get the first.
+        questions: the questions that evaluate a model; none of them is a lesson.
+        lessons: the questions that a fine-tuned teacher learns to answer.
+        loved: system prompts that give the preference. Prompted teachers get the first one.
     """
 
     questions: Annotated[Texts, slots(allowed=("category",))]
@@ -26,7 +26,7 @@ class Wording:
 
 @functools.cache
 def corpus_wording() -> Wording:
-    """The wording of the compact model's corpus, whose questions never occur in it."""
+    """The wording for the compact model. Its `questions` never occur in the corpus."""
     table = TEXT["preference"]
     return Wording(*(tuple(table[name]) for name in ("held_out", "phrasings", "loved")))
 
