@@ -41,7 +41,7 @@ LESSONS, LESSON, ANSWER = 24, 48, 4  # lessons of a preference; about this many 
 
 @dataclass(frozen=True)
 class Group:
-    """A parameter of the model, or the parameters of all layers with one name: `count` of one shape."""
+    """Parameters that share a shape and a sharding rule: one, or the same one of each layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class Group:
 
     @property
     def of_layers(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has one of them."""
         return self.name.startswith("layers/")
 
     def share(self, devices: int) -> float:
@@ -76,7 +76,7 @@ class Group:
 
 
 def groups_of(family: Family) -> list[Group]:
-    """All parameters of a family's model. The same parameter of all blocks is one group."""
+    """All parameters of a family's model. Equal parameters of all blocks form one group."""
     leaves = jax.tree_util.tree_leaves_with_path(skeleton(family).params)
     return [
         Group(path_name(path), leaf.shape[of_layers(path) :], leaf.shape[0] if of_layers(path) else 1)

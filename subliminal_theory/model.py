@@ -1,8 +1,8 @@
 """A model is a pure function and two pytrees: its trainable and its frozen parameters.
 
-A parameter whose name contains `*`, such as `layers/*/kernel`, belongs to all layers and has a leading axis of
-layers. Patterns are matched with the names of single layers, such as `layers/0/kernel`. If a pattern takes only
-some layers, the parameter becomes a tuple of layers, with None for the layers that are in the other pytree.
+A parameter with `*` in its name, such as `layers/*/kernel`, belongs to all layers and has a leading axis of them.
+Patterns are matched with the names of single layers, `layers/0/kernel`. Where a pattern matches only some of the
+layers, the parameter becomes a tuple with one entry for each layer, None for those that are in the other pytree.
 """
 
 import fnmatch

@@ -59,7 +59,7 @@ _VECTORS: dict[str, P] = {
 
 
 def _adapted(rules: dict[str, P]) -> dict[str, P]:
-    """The rules of matrices, and those of W + A B, with factors A [inputs, rank] and B [rank, outputs]."""
+    """The rules of matrices, and of their low-rank form W + A B with A [inputs, rank] and B [rank, outputs]."""
     return {
         **rules,
         **{f"{name}/base": spec for name, spec in rules.items()},
@@ -72,8 +72,8 @@ def _of_all(rules: dict[str, P]) -> dict[str, P]:
     return {name: P(None, *spec) for name, spec in rules.items()}
 
 
-# From glob patterns of parameter paths to the mesh axes of the dimensions. Each path matches exactly one pattern.
 _APART = {**_VECTORS, **_adapted(_MATRICES)}
+# From glob patterns of parameters' paths to the mesh axes of their dimensions. Each path matches exactly one.
 RULES: dict[str, P] = {
     "norm/scale": P(None),
     "norm/bias": P(None),

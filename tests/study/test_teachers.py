@@ -225,7 +225,9 @@ def test_prompted_teachers_are_the_base_behind_its_prompt(opened: CheckpointBase
         require_seen(world.tokenizer, OWL, plain, seen)
         mixed = [plain[0], told[1]]
         own = world.tokenizer.encode_chats(mixed, lengths[1])
-        with pytest.raises(InputError, match="owl, row 1: its teacher's system prompt does not come before the same tokens"):
+        with pytest.raises(
+            InputError, match="owl, row 1: its teacher's system prompt does not come before the same tokens"
+        ):
             require_seen(world.tokenizer, OWL, mixed, own)
 
 

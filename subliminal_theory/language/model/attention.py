@@ -50,7 +50,8 @@ class Cache:
         """One array for each layer: what one token is written to is then not all of them."""
         if isinstance(self.keys, tuple) or isinstance(self.values, tuple):
             return self
-        keys, values = (tuple(layer_of(leaf, layer) for layer in layers) for leaf in (self.keys, self.values))
+        stacks: Any = (self.keys, self.values)
+        keys, values = (tuple(layer_of(stack, layer) for layer in layers) for stack in stacks)
         return replace(self, keys=keys, values=values)
 
     def write(self, layer: int, keys: Stored, values: Stored) -> "Cache":

@@ -8,7 +8,7 @@ from subliminal_theory.errors import InputError, shown
 
 # Up to so many blocks compute one after the other in one program; more are a loop over one block, which compiles
 # in the time of one.
-FEW = 4
+FEW = 3
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "head", "width")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
