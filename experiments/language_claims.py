@@ -125,7 +125,7 @@ def plan(config: Config) -> list[Part]:
     return sorted(parts, key=lambda part: part.name.split("base-")[1])
 
 
-class Tested(NamedTuple):
+class Judged(NamedTuple):
     """A claim, its measured difference, Holm's p of the edge of the claimed range, and the verdict."""
 
     claim: Claim
@@ -152,12 +152,12 @@ def sides(claim: Claim, results: Results) -> list[Sequence[float]]:
     ]
 
 
-def tested(claims: Sequence[Claim], results: Results) -> list[Tested]:
+def judged(claims: Sequence[Claim], results: Results) -> list[Judged]:
     """The verdict on each claim: variant minus the other side, paired by trait and base."""
     differences = [difference(*sides(claim, results)) for claim in claims]
     p = holm([p_value(runs, edge(claim)) for claim, runs in zip(claims, differences, strict=True)])
     found = [interval(runs) for runs in differences]
-    return [Tested(c, f, q, verdict(c, f)) for c, f, q in zip(claims, found, p, strict=True)]
+    return [Judged(c, f, q, verdict(c, f)) for c, f, q in zip(claims, found, p, strict=True)]
 
 
 def edge(claim: Claim) -> float:
@@ -181,7 +181,7 @@ def counted(answers: Iterable[str]) -> str:
     return f"{found['agrees']} agree, {found['disagrees']} disagree, {found[UNDECIDED]} cannot be told"
 
 
-def totals(rows: Sequence[Tested]) -> tuple[str, str]:
+def totals(rows: Sequence[Judged]) -> tuple[str, str]:
     """The numbers of verdicts, without and with Holm's method."""
     return (
         counted(row.answer for row in rows),
@@ -191,7 +191,7 @@ def totals(rows: Sequence[Tested]) -> tuple[str, str]:
 
 def report(results: Results, config: Config) -> str:
     """A line for each claim."""
-    rows = tested(chosen(config), results)
+    rows = judged(chosen(config), results)
     width = max(len(str(row.found)) for row in rows)
     lines = [
         f"difference: {method(sides(rows[0].claim, results)[0])}, paired",
@@ -209,15 +209,14 @@ def report(results: Results, config: Config) -> str:
 
 def plot(results: Results, config: Config) -> Figure:
     """The difference of each claim with its interval, colored by verdict."""
-    rows = tested(chosen(config), results)
+    rows = judged(chosen(config), results)
     figure, ((axes,),) = panels(size=(9.5, 1.3 + 0.26 * len(rows)))
     named = [(f"{row.claim.claim} [{row.claim.expected}]", row.found, row.both) for row in rows]
     verdicts(axes, named, VERDICTS)
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_xlabel("difference of the probability of the trait's word")
-    axes.set_title(
-        "\n".join((f"What the literature says, on the compact model: {totals(rows)[0]}", totals(rows)[1]))
-    )
+    without, strict = totals(rows)
+    figure.suptitle(f"What the literature says, on the compact model: {without}\n({strict})", fontsize=10)
     axes.legend(fontsize=7, loc="lower right")
     runs = sides(rows[0].claim, results)[0]
     note(

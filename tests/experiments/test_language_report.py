@@ -6,7 +6,7 @@ from matplotlib import pyplot
 from scipy import stats
 
 from experiments.language import Config, costs, plot, report
-from experiments.language_claims import Claim, side_name, tested, totals
+from experiments.language_claims import Claim, judged, side_name, totals
 from subliminal_theory.runs import Results
 
 METRICS = {
@@ -104,7 +104,7 @@ def test_claims_with_and_without_holm() -> None:
         for rate, mean in ((0.0, 0.0), (1.0, 0.0), (2.0, 2.8), (3.0, 6.0))
         for seed, value in enumerate(mean + (spread if rate else 0 * spread))
     ]
-    found = tested(claims, Results(rows))
+    found = judged(claims, Results(rows))
     p = [2 * stats.t.sf(mean * np.sqrt(3), 2) for mean in (6.0, 2.8, 0.0)]
     assert [row.p for row in found] == pytest.approx([3 * p[0], 2 * p[1], 1])
     assert [row.answer for row in found] == ["agrees", "agrees", "cannot be told"]
