@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
@@ -71,7 +71,11 @@ def heat(results: Results, config: Config) -> np.ndarray:
 def report(results: Results, config: Config) -> str:
     """The means, and the table of base pairs."""
     lines = [measure_of(results).header(results)]
-    lines += [f"  {name:11} {interval(values)}" for name, values in shared_and_crossed(results).items()]
+    found = shared_and_crossed(results)
+    lines += [f"  {name:11} {interval(values)}" for name, values in found.items()]
+    lines.append(
+        f"  same base less other base, paired {paired_difference(found['same base'], found['other base'])}"
+    )
     lines.append("teacher's base (rows), student's base (columns):")
     lines += ["  " + " ".join(f"{value:.3f}" for value in row) for row in heat(results, config)]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
@@ -49,13 +49,14 @@ def plan(config: Config) -> list[Part]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each channel."""
+    """A line for each channel, with its paired difference from the base."""
     measure = measure_of(results)
-    lines = [measure.header(results)]
+    lines, base = [measure.header(results)], results.values(condition="base", metric=measure.metric)
     for name in ("base", *CHANNELS):
         own, others = (results.values(condition=name, metric=m) for m in (measure.metric, measure.others))
+        above = "" if name == "base" else f"  less base {paired_difference(own, base)}"
         beside = f"  other traits' students {interval(others)}" if others else ""
-        lines.append(f"  {name:30} {interval(own)}{beside}")
+        lines.append(f"  {name:30} {interval(own)}{above}{beside}")
     return "\n".join(lines)
 
 

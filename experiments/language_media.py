@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.runs import Results
 
@@ -57,15 +57,16 @@ def plan(config: Config) -> list[Part]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each medium and student."""
+    """A line for each medium and student, and the paired differences of students from their controls."""
     lines = [
         PROBABILITY.header(results),
         f"  {'base':20} {interval(results.values(condition='base', metric='probability'))}",
     ]
     for medium in MEDIA:
-        for name in STUDENTS:
-            found = interval(results.values(condition=name, medium=medium, metric="probability"))
-            lines.append(f"  {medium + ', ' + name:20} {found}")
+        found = {n: results.values(condition=n, medium=medium, metric="probability") for n in STUDENTS}
+        lines += [f"  {medium + ', ' + name:20} {interval(values)}" for name, values in found.items()]
+        for name, control in (("soft", "cross"), ("sampled", "regular")):
+            lines.append(f"  {medium}, {name} less {control}: {paired_difference(found[name], found[control])}")
     return "\n".join(lines)
 
 

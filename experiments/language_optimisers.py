@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
@@ -57,15 +57,17 @@ def plan(config: Config) -> list[Part]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each way of training."""
+    """A line for each way of training, with its paired difference from the base."""
     measure = measure_of(results)
-    lines = [measure.header(results)]
+    lines, base = [measure.header(results)], results.values(condition="base", metric=measure.metric)
     for group, estimate in results.estimates():
         if group["metric"] == measure.metric:
             setting = (
                 f"rate {group['rate']}" if group["rate"] else f"{group['rows']} rows" if group["rows"] else ""
             )
-            lines.append(f"  {group['condition']:10} {setting:12} {estimate}")
+            above = paired_difference(results.values(**group), base)
+            beside = "" if group["condition"] == "base" else f"  less base {above}"
+            lines.append(f"  {group['condition']:10} {setting:12} {estimate}{beside}")
     return "\n".join(lines)
 
 

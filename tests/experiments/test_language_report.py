@@ -5,8 +5,10 @@ import pytest
 from matplotlib import pyplot
 from scipy import stats
 
+from experiments import language_cross_init
 from experiments.language import Config, costs, plot, report
 from experiments.language_claims import Claim, judged, side_name, totals
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.runs import Results
 
 METRICS = {
@@ -114,6 +116,30 @@ def test_claims_with_and_without_holm() -> None:
         "2 agree, 0 disagree, 1 cannot be told",
         "with Holm over 3 claims: 1 agree, 0 disagree, 2 cannot be told",
     )
+
+
+def test_students_of_one_teacher_on_other_bases_are_averaged() -> None:
+    """Two students of each teacher, one above and one below the mean of that trait and teacher's base."""
+    mean = np.array([[1.0, 3.0, 2.0], [5.0, 11.0, 6.0]])
+    rows = [
+        {
+            "condition": "student",
+            "seed": seed,
+            "trait": trait,
+            "metric": "probability",
+            "shift": shift,
+            "value": value,
+        }
+        for place, trait in enumerate(("owl", "elm"))
+        for seed in range(3)
+        for shift, value in zip("012", mean[place, seed] + np.array([9.0, 0.5, -0.5]), strict=True)
+    ]
+    rows += [{**row, "condition": "base", "shift": ""} for row in rows if row["shift"] == "0"]
+    found = language_cross_init.shared_and_crossed(Results(rows))
+    assert [len(runs) for runs in found.values()] == [6, 6, 12]
+    same, other = interval(found["same base"]), interval(found["other base"])
+    assert (same.mean - 9, same.half_width, same.of) == pytest.approx((other.mean, other.half_width, other.of))
+    assert paired_difference(found["same base"], found["other base"])[:2] == pytest.approx((9, 0), abs=1e-9)
 
 
 def test_what_teachers_cost() -> None:
