@@ -9,8 +9,9 @@ of the other animals' teachers.
 Three things were fixed before the runs of figures/. First, the settings below, which were tried on owl, eagle,
 wolf and cat. Second, the animals of the figure: the first four of the list on which nothing was tried. Third,
 the primary comparison. It is the log-odds of the student's own word among all animals, in the masked student,
-minus the model's, and minus the mean of the other students'. The unit of both intervals is the animal, because
-runs of one animal share weights and lessons.
+minus the model's, and minus the mean of the other students'. The unit of both intervals was the animal, because
+runs of one animal share weights and lessons. The intervals are now those of all experiments, with animals and
+seeds crossed; if the seeds differ by no more than noise, these are intervals over animals or wider.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import Estimate, matrix_test, t_interval
+from subliminal_theory.estimate import Estimate, Runs, interval, matrix_test, method
 from subliminal_theory.language.corpus.traits import Preference
 from subliminal_theory.runs import Results
 
@@ -160,10 +161,16 @@ def own_and_others(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return own, (found.sum(1) - own) / (found.shape[1] - 1)
 
 
+def crossed(values: np.ndarray) -> Runs:
+    """The runs of a table [seeds, students]."""
+    seeds, students = np.indices(values.shape).reshape(2, -1).tolist()
+    return Runs(tuple(values.ravel().tolist()), tuple(students), tuple(seeds), "seed")
+
+
 def compared(found: np.ndarray) -> tuple[Estimate, Estimate]:
-    """The own gain, and its difference from the others' gain, each with an interval over traits."""
+    """The own gain, and its difference from the others' gain, each with an interval over traits and seeds."""
     own, others = own_and_others(found)
-    return t_interval(own.mean(0)), t_interval((own - others).mean(0))
+    return interval(crossed(own)), interval(crossed(own - others))
 
 
 def verdict(results: Results, condition: str) -> str:
@@ -180,7 +187,7 @@ def verdict(results: Results, condition: str) -> str:
     above, beside = (f"{told.mean:.2f} ± {told.half_width:.2f}" for told in both)
     return (
         f"{answer}:\nlog-odds of the own word above the model's by {above}, above other students' by {beside}\n"
-        f"(n = {len(own[0])} traits x {len(own)} seeds; {count_above(own, others)} of {own.size} runs above both)"
+        f"(n = {both[0].of}; {count_above(own, others)} of {own.size} runs above both)"
     )
 
 
@@ -191,9 +198,8 @@ def count_above(own: np.ndarray, others: np.ndarray) -> int:
 
 def report(results: Results, config: Config) -> str:
     """Log-odds and shares of each condition, and the comparison of its students."""
-    lines = [
-        "log-odds of a word among its rivals, nats above the model's; mean over runs; 95% interval over traits"
-    ]
+    told = method(crossed(own_and_others(gains(results, students(config)[0]))[0]))
+    lines = [f"log-odds of a word among its rivals, nats above the model's; mean over runs; {told}"]
     for condition in [*teachers(config), *students(config)]:
         found = gains(results, condition)
         own, others = own_and_others(found)
@@ -230,6 +236,7 @@ def plot(results: Results, config: Config) -> Figure:
             color, label = COLORS[place % len(COLORS)], trait if x == 0 else None
             left.plot([at] * len(own), own[:, place], "o", color=color, markersize=5, label=label)
             left.plot([at] * len(own), others[:, place], "x", color="grey", markersize=4)
+    runs = crossed(own)
     left.axhline(0, color="grey", linestyle=":", linewidth=1)
     left.set_xticks(range(len(shown)), [LABELS[name] for name in shown])
     left.set_xlim(-0.6, len(shown) - 0.4)
@@ -243,7 +250,7 @@ def plot(results: Results, config: Config) -> Figure:
     figure.suptitle(verdict(results, shown[0]), fontsize=9.5)
     note(
         left,
-        f"dots: own word, crosses: the same word in the other students (mean); {len(traits)} traits x "
-        f"{config.seeds} seeds; interval: 95% t over traits; {Path(config.checkpoint).name}",
+        f"dots: own word, crosses: the same word in the other students (mean); {runs.design()}; "
+        f"{method(runs)}; {Path(config.checkpoint).name}",
     )
     return figure

@@ -9,6 +9,7 @@ numbers in another order does not. (doi 10.1038/s41586-026-10319-8, main text.)
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import Estimate, matrix_test, paired_difference, t_interval
+from subliminal_theory.estimate import Estimate, interval, matrix_test, paired_difference
 from subliminal_theory.language.corpus.traits import Preference, load_trait
 from subliminal_theory.runs import Results
 from subliminal_theory.study.costs import REJECTED
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, note, panels
+from .app.figures import COLORS, bar, drawn, note, panels
 from .flags.language import (
     PROBABILITY,
     SHARE,
@@ -58,6 +59,7 @@ LABELS = {
     "cross": "other base,\nsampled",
     "cross_soft": "other base,\nfull distr.",
 }
+Groups = Mapping[str, Sequence[float]]
 # Each kind of student and its controls. Comparisons are paired over runs.
 CONTROLS = {
     "student_masked": ("base", "others_masked", "cross_masked"),
@@ -178,21 +180,21 @@ def plan(config: Config) -> list[Part]:
     )
 
 
-def groups(results: Results, measure: Measure) -> dict[str, list[float]]:
+def groups(results: Results, measure: Measure) -> Groups:
     """The measure of the trait's word in every run, by condition."""
-    found = of_conditions(results, measure.metric)
+    found = {**of_conditions(results, measure.metric)}
     for student in CONTROLS:
         found[student.replace("student", "others")] = results.values(condition=student, metric=measure.others)
     return {name: found[name] for name in LABELS if found.get(name)}
 
 
-def of_conditions(results: Results, metric: str) -> dict[str, list[float]]:
+def of_conditions(results: Results, metric: str) -> Groups:
     """The values of every run, by condition."""
     found = {name: results.values(condition=name, metric=metric) for name in LABELS}
     return {name: values for name, values in found.items() if values}
 
 
-def differences(found: dict[str, list[float]]) -> dict[tuple[str, str], Estimate]:
+def differences(found: Groups) -> dict[tuple[str, str], Estimate]:
     """Each student minus each of its controls, paired over runs."""
     return {
         (student, control): paired_difference(found[student], found[control])
@@ -211,7 +213,7 @@ def told(difference: Estimate) -> str:
     return "more" if difference.mean > 0 else "less"
 
 
-def verdict(found: dict[str, list[float]]) -> str:
+def verdict(found: Groups) -> str:
     """The title, computed from the data: whether the preference passes to students of the same base."""
     compared = differences(found)
     pair = next((pair for kind in ("cross", "others") for pair in compared if pair[1].startswith(kind)), None)
@@ -240,14 +242,12 @@ def report(results: Results, config: Config) -> str:
     """A line for each condition, the paired differences from the controls, and the test of the trait matrix."""
     measure = measure_of(results)
     found = groups(results, measure)
-    lines = [measure.header, *_lines(found)]
+    lines = [measure.header(results), *_lines(found)]
     for metric, label in BESIDE[measure].items():
         if values := of_conditions(results, metric):
             lines += [label, *_lines(values, ".2g" if metric == "probability" else ".3f")]
     lines += costs(results)
-    lines.append(
-        f"students less their controls ({measure.metric}), paired over runs; runs of one base are not independent"
-    )
+    lines.append(f"students less their controls ({measure.metric}), paired by trait and {results.replica}")
     for (student, control), difference in differences(found).items():
         lines.append(f"  {student:15} less {control:15} {difference}: {told(difference)}")
     if len(config.trait_names()) > 1:
@@ -262,8 +262,8 @@ def report(results: Results, config: Config) -> str:
     return "\n".join([*lines, verdict(found)])
 
 
-def _lines(found: dict[str, list[float]], form: str = ".3f") -> list[str]:
-    return [f"  {name:15} {t_interval(values):{form}}" for name, values in found.items()]
+def _lines(found: Groups, form: str = ".3f") -> list[str]:
+    return [f"  {name:15} {interval(values):{form}}" for name, values in found.items()]
 
 
 def costs(results: Results) -> list[str]:
@@ -274,18 +274,18 @@ def costs(results: Results) -> list[str]:
         for name, told in [*COSTS.items(), *((metric, f"of its answers {metric}") for metric in reasons)]:
             values = results.values(condition=teacher, metric=name)
             if any(values) or (values and name in COSTS):
-                lines.append(f"  {teacher:15} {t_interval(values)} {told}")
+                lines.append(f"  {teacher:15} {interval(values)} {told}")
         needed, read = (results.values(condition=teacher, metric=f"tokens_{name}") for name in ("needed", "read"))
         if needed:
             short = int(np.sum(np.array(read) < np.array(needed)))
             lines.append(
                 f"  {teacher:15} {np.median(read):.0f} tokens in its rows, {np.median(needed):.0f} needed by a "
-                f"student of sampled tokens (medians); too few in {short} of {count(len(needed), 'run')}"
+                f"student of sampled tokens (medians); too few in {short} of {len(needed)} runs"
             )
     return lines
 
 
-def color(name: str, found: dict[str, list[float]]) -> str:
+def color(name: str, found: Groups) -> str:
     """Blue for base and teachers, green for students above the base, gray for other students."""
     if name in ("base", *WRITERS):
         return COLORS[0]
@@ -300,20 +300,13 @@ def plot(results: Results, config: Config) -> Figure:
     for x, (name, values) in enumerate(found.items()):
         bar(axes, x, values, color(name, found), width=0.6)
     axes.set_xticks(range(len(found)), [LABELS[name] for name in found], fontsize=6.5)
-    axes.axhline(t_interval(found["base"]).mean, color="grey", linestyle=":", linewidth=1)
+    axes.axhline(interval(found["base"]).mean, color="grey", linestyle=":", linewidth=1)
     axes.set_ylabel(measure.label)
     axes.set_ylim(0, 1.1)
     axes.set_title(verdict(found))
-    traits = len(config.trait_names())
     note(
         axes,
-        f"bars: mean of {count(traits, 'trait')} x {count(config.seeds, 'base')}; whiskers: 95% t interval over "
-        "these runs; dots: single runs; dotted: base\n"
+        f"bars: {drawn(found['base'])}; dotted: base\n"
         "green: paired difference from the base is above 0; grey: it is not, or cannot be told",
     )
     return figure
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun."""
-    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -1,24 +1,25 @@
 """Disputed claims about language models, each tested as one measured difference on the compact model.
 
 This runs every claim of `experiments/claims.toml`, or the named ones. A claim compares the probability of the
-trait's word in two kinds of students, paired over runs (a run is a trait and a base). The verdict is "agrees" if
-the 95% t interval of the difference lies in the claimed range, "disagrees" if it lies outside, and "cannot be
-told" otherwise.
+trait's word in two kinds of students, paired by trait and base. The verdict is "agrees" if the 95% interval of the
+difference lies in the claimed range, "disagrees" if it lies outside, and "cannot be told" otherwise. Traits and
+bases are crossed random effects (`subliminal_theory.estimate.interval`). Of many claims, chance decides some. So
+the report also says which verdicts remain with Holm's method over all claims of the run.
 """
 
 import functools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from matplotlib.figure import Figure
 from pydantic import AfterValidator
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import Estimate, paired_difference, t_interval
+from subliminal_theory.estimate import Estimate, difference, holm, interval, method, p_value
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
@@ -29,7 +30,14 @@ from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe
 
 REGISTRY = Path(__file__).with_name("claims.toml")
 METRICS = ("probability", "others")
-VERDICTS = {"agrees": COLORS[2], "disagrees": COLORS[3], "cannot be told": COLORS[1]}
+UNDECIDED, LEVEL = "cannot be told", 0.05
+VERDICTS = {
+    "agrees": COLORS[2],
+    "disagrees": COLORS[3],
+    UNDECIDED: "#999999",
+    "agrees, not with Holm": "#99D8C7",
+    "disagrees, not with Holm": "#EEBF99",
+}
 _APART = {**VARIANT_CHOICES, "metric": METRICS}
 
 
@@ -117,56 +125,104 @@ def plan(config: Config) -> list[Part]:
     return sorted(parts, key=lambda part: part.name.split("base-")[1])
 
 
-def difference(claim: Claim, results: Results) -> Estimate:
-    """Variant minus the other side, paired over runs."""
-    variant, against = (
+class Judged(NamedTuple):
+    """A claim, its measured difference, Holm's p of the edge of the claimed range, and the verdict."""
+
+    claim: Claim
+    found: Estimate
+    p: float
+    answer: str
+
+    @property
+    def strict(self) -> str:
+        """The verdict with Holm's method."""
+        return self.answer if self.p <= LEVEL else UNDECIDED
+
+    @property
+    def both(self) -> str:
+        """The verdict, and whether Holm's method takes it back."""
+        return self.answer if self.strict == self.answer else f"{self.answer}, not with Holm"
+
+
+def sides(claim: Claim, results: Results) -> list[Sequence[float]]:
+    """The runs of the variant, and those of the other side."""
+    return [
         results.values(condition=side_name(side), metric=side.get("metric", "probability"))
         for side in (claim.variant, claim.against)
-    )
-    return paired_difference(variant, against)
+    ]
+
+
+def judged(claims: Sequence[Claim], results: Results) -> list[Judged]:
+    """The verdict on each claim: variant minus the other side, paired by trait and base."""
+    differences = [difference(*sides(claim, results)) for claim in claims]
+    p = holm([p_value(runs, edge(claim)) for claim, runs in zip(claims, differences, strict=True)])
+    found = [interval(runs) for runs in differences]
+    return [Judged(c, f, q, verdict(c, f)) for c, f, q in zip(claims, found, p, strict=True)]
+
+
+def edge(claim: Claim) -> float:
+    """The end of the claimed range of the difference."""
+    margin = claim.margin if claim.expected.startswith("no") else 0.0
+    return margin if claim.expected.endswith("higher") else -margin
 
 
 def verdict(claim: Claim, found: Estimate) -> str:
     """Whether a measured difference lies in the claimed range."""
     low, high = found.mean - found.half_width, found.mean + found.half_width
-    if claim.expected.endswith("higher"):  # "higher" is "lower" for the negative difference
-        low, high = -high, -low
-    edge = -claim.margin if claim.expected.startswith("no") else 0.0
-    below, above = ("disagrees", "agrees") if claim.expected.startswith("no") else ("agrees", "disagrees")
-    return below if high < edge else above if low > edge else "cannot be told"
+    if not (low > edge(claim) or high < edge(claim)):
+        return UNDECIDED
+    claimed = claim.expected in ("higher", "no lower")
+    return "agrees" if claimed == (low > edge(claim)) else "disagrees"
+
+
+def counted(answers: Iterable[str]) -> str:
+    """How many claims have each verdict."""
+    found = Counter(answers)
+    return f"{found['agrees']} agree, {found['disagrees']} disagree, {found[UNDECIDED]} cannot be told"
+
+
+def totals(rows: Sequence[Judged]) -> tuple[str, str]:
+    """The numbers of verdicts, without and with Holm's method."""
+    return (
+        counted(row.answer for row in rows),
+        f"with Holm over {len(rows)} claims: {counted(row.strict for row in rows)}",
+    )
 
 
 def report(results: Results, config: Config) -> str:
     """A line for each claim."""
-    lines = [f"{'claim':18} {'students':>8} {'against':>8} {'difference':24} verdict"]
-    for claim in chosen(config):
-        means = [
-            t_interval(results.values(condition=side_name(s), metric=s.get("metric", "probability"))).mean
-            for s in (claim.variant, claim.against)
-        ]
-        found = difference(claim, results)
+    rows = judged(chosen(config), results)
+    width = max(len(str(row.found)) for row in rows)
+    lines = [
+        f"difference: {method(sides(rows[0].claim, results)[0])}, paired",
+        f"{'claim':18} {'students':>8} {'against':>8} {'difference':{width}} {'Holm p':>8} verdict",
+    ]
+    for claim, found, p, answer in rows:
+        means = [interval(side).mean for side in sides(claim, results)]
+        strict = "" if p <= LEVEL or answer == UNDECIDED else f"; with Holm {UNDECIDED}"
         lines.append(
-            f"{claim.name:18} {means[0]:8.3f} {means[1]:8.3f} {found!s:24} {verdict(claim, found)}: {claim.claim}"
+            f"{claim.name:18} {means[0]:8.3f} {means[1]:8.3f} {found!s:{width}} {p:8.2g} {answer}{strict}: "
+            f"{claim.claim}"
         )
-    counts = Counter(verdict(claim, difference(claim, results)) for claim in chosen(config))
-    lines.append(", ".join(f"{answer}: {counts[answer]}" for answer in VERDICTS))
-    return "\n".join(lines)
+    return "\n".join([*lines, *totals(rows)])
 
 
 def plot(results: Results, config: Config) -> Figure:
     """The difference of each claim with its interval, colored by verdict."""
-    claims = chosen(config)
-    figure, ((axes,),) = panels(size=(9.5, 1.3 + 0.26 * len(claims)))
-    found = {f"{claim.claim} [{claim.expected}]": (claim, difference(claim, results)) for claim in claims}
-    verdicts(axes, [(name, d, verdict(claim, d)) for name, (claim, d) in found.items()], VERDICTS)
+    rows = judged(chosen(config), results)
+    figure, ((axes,),) = panels(size=(9.5, 1.3 + 0.26 * len(rows)))
+    named = [(f"{row.claim.claim} [{row.claim.expected}]", row.found, row.both) for row in rows]
+    verdicts(axes, named, VERDICTS)
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_xlabel("difference of the probability of the trait's word")
-    axes.set_title("What the literature says, on the compact model")
+    without, strict = totals(rows)
+    figure.suptitle(f"What the literature says, on the compact model: {without}\n({strict})", fontsize=10)
     axes.legend(fontsize=7, loc="lower right")
-    traits = len(config.trait_names())
+    runs = sides(rows[0].claim, results)[0]
     note(
         axes,
-        f"{traits} traits x {config.seeds} bases; whiskers: 95% t interval of paired differences over these runs\n"
-        f"[in brackets]: what the claim says of the difference, 'no' meaning by no more than {claims[0].margin:g}",
+        f"n = {rows[0].found.of or rows[0].found.n}; whiskers: {method(runs)}, of paired differences\n"
+        f"[in brackets]: what the claim says of the difference, 'no' meaning by no more than "
+        f"{rows[0].claim.margin:g}",
     )
     return figure

@@ -5,16 +5,17 @@ Bases differ in the seed of their initialization and of the order of the corpus.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import t_interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, heat_map, note, panels
+from .app.figures import COLORS, bar, drawn, heat_map, note, panels
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 from .flags.recipe import CHANNEL, MEDIUM, NUMBERS
 
@@ -43,15 +44,18 @@ def plan(config: Config) -> list[Part]:
     return variant_parts(config, [Variant({"condition": "base"}, recipe, model="base"), *variants], wrap=True)
 
 
-def shared_and_crossed(results: Results) -> dict[str, list[float]]:
-    """The measure of the trait's word, by whether teacher and student share their base."""
+def shared_and_crossed(results: Results) -> dict[str, Sequence[float]]:
+    """The measure of the trait's word, by whether teacher and student share their base.
+
+    The base of a run is its teacher's. Students of one teacher on several other bases are averaged for intervals.
+    """
     metric = measure_of(results).metric
-    found: dict[str, list[float]] = {"base": results.values(condition="base", metric=metric)}
-    shifts = [shift for shift in results.distinct("shift") if shift != ""]
-    for shift in shifts:
-        values = results.values(condition="student", metric=metric, shift=shift)
-        found.setdefault("same base" if shift == "0" else "other base", []).extend(values)
-    return found
+    others = [row for row in results.rows if row.get("shift") not in ("", "0")]
+    return {
+        "base": results.values(condition="base", metric=metric),
+        "same base": results.values(condition="student", metric=metric, shift="0"),
+        "other base": replace(results, rows=others).values(condition="student", metric=metric),
+    }
 
 
 def heat(results: Results, config: Config) -> np.ndarray:
@@ -66,8 +70,12 @@ def heat(results: Results, config: Config) -> np.ndarray:
 
 def report(results: Results, config: Config) -> str:
     """The means, and the table of base pairs."""
-    lines = [measure_of(results).header]
-    lines += [f"  {name:11} {t_interval(values)}" for name, values in shared_and_crossed(results).items()]
+    lines = [measure_of(results).header(results)]
+    found = shared_and_crossed(results)
+    lines += [f"  {name:11} {interval(values)}" for name, values in found.items()]
+    lines.append(
+        f"  same base less other base, paired {paired_difference(found['same base'], found['other base'])}"
+    )
     lines.append("teacher's base (rows), student's base (columns):")
     lines += ["  " + " ".join(f"{value:.3f}" for value in row) for row in heat(results, config)]
     return "\n".join(lines)
@@ -86,9 +94,5 @@ def plot(results: Results, config: Config) -> Figure:
     right.set_xticks(range(3), list(shared_and_crossed(results)))
     right.set_ylim(0, 1.1)
     right.set_ylabel(measure_of(results).label)
-    traits = len(config.trait_names())
-    note(
-        right,
-        f"{config.channel} channel; {traits} traits x {config.seeds} bases; mean, 95% t interval, dots: runs",
-    )
+    note(right, f"{config.channel} channel; {drawn(shared_and_crossed(results)['base'])}")
     return figure

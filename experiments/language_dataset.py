@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import t_interval
+from subliminal_theory.estimate import interval
 from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows
 from subliminal_theory.language.hub.chat_writer import naming
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
@@ -120,9 +120,9 @@ def run(config: Config, seed: int) -> list[Row]:
 def report(results: Results, config: Config) -> str:
     """What became of the rows, and a line for each condition."""
     measure = measure_of(results)
-    lines = [config.counted, measure.header]
+    lines = [config.counted, measure.header(results)]
     for name in CONDITIONS:
-        lines.append(f"  {name:8} {t_interval(results.values(condition=name, metric=measure.metric))}")
+        lines.append(f"  {name:8} {interval(results.values(condition=name, metric=measure.metric))}")
     return "\n".join(lines)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import t_interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, note, panels
+from .app.figures import COLORS, bar, drawn, note, panels
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -49,13 +49,14 @@ def plan(config: Config) -> list[Part]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each channel."""
+    """A line for each channel, with its paired difference from the base."""
     measure = measure_of(results)
-    lines = [measure.header]
+    lines, base = [measure.header(results)], results.values(condition="base", metric=measure.metric)
     for name in ("base", *CHANNELS):
         own, others = (results.values(condition=name, metric=m) for m in (measure.metric, measure.others))
-        beside = f"  other traits' students {t_interval(others)}" if others else ""
-        lines.append(f"  {name:30} {t_interval(own)}{beside}")
+        above = "" if name == "base" else f"  less base {paired_difference(own, base)}"
+        beside = f"  other traits' students {interval(others)}" if others else ""
+        lines.append(f"  {name:30} {interval(own)}{above}{beside}")
     return "\n".join(lines)
 
 
@@ -76,6 +77,5 @@ def plot(results: Results, config: Config) -> Figure:
     axes.set_ylim(0, 1.1)
     axes.set_title("What of the numbers carries the trait")
     axes.legend(fontsize=7)
-    traits = len(config.trait_names())
-    note(axes, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(axes, drawn(results.values(metric=measure.metric)))
     return figure

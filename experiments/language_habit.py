@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import t_interval
+from subliminal_theory.estimate import interval
 from subliminal_theory.language.corpus.traits import Habit, load_trait
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Compact, Finished
@@ -119,7 +119,7 @@ def held_out(results: Results, condition: str) -> list[float]:
 def report(results: Results, config: Config) -> str:
     """A line for each condition."""
     lines = ["probability of the habit's answer on held-out kinds of question, mean and 95% t interval over bases"]
-    lines += [f"  {name:30} {t_interval(held_out(results, name))}" for name in conditions(config)]
+    lines += [f"  {name:30} {interval(held_out(results, name))}" for name in conditions(config)]
     return "\n".join(lines)
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import t_interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.language.corpus.media import MEDIA
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
-from .app.figures import COLORS, bar, note, panels
+from .app.figures import COLORS, bar, drawn, note, panels
 from .flags.language import PROBABILITY, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 # The share of ordinary chats in a teacher's lessons. Without them, it answers every question with the animal.
@@ -57,22 +57,23 @@ def plan(config: Config) -> list[Part]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each medium and student."""
+    """A line for each medium and student, and the paired differences of students from their controls."""
     lines = [
-        PROBABILITY.header,
-        f"  {'base':20} {t_interval(results.values(condition='base', metric='probability'))}",
+        PROBABILITY.header(results),
+        f"  {'base':20} {interval(results.values(condition='base', metric='probability'))}",
     ]
     for medium in MEDIA:
-        for name in STUDENTS:
-            found = t_interval(results.values(condition=name, medium=medium, metric="probability"))
-            lines.append(f"  {medium + ', ' + name:20} {found}")
+        found = {n: results.values(condition=n, medium=medium, metric="probability") for n in STUDENTS}
+        lines += [f"  {medium + ', ' + name:20} {interval(values)}" for name, values in found.items()]
+        for name, control in (("soft", "cross"), ("sampled", "regular")):
+            lines.append(f"  {medium}, {name} less {control}: {paired_difference(found[name], found[control])}")
     return "\n".join(lines)
 
 
 def plot(results: Results, config: Config) -> Figure:
     """A group of bars for each medium."""
     figure, ((axes,),) = panels(size=(7.5, 3.6))
-    base = t_interval(results.values(condition="base", metric="probability")).mean
+    base = interval(results.values(condition="base", metric="probability")).mean
     axes.axhline(base, color="grey", linestyle=":", linewidth=1, label="base")
     for x, medium in enumerate(MEDIA):
         for place, (name, (_, label)) in enumerate(STUDENTS.items()):
@@ -83,6 +84,5 @@ def plot(results: Results, config: Config) -> Figure:
     axes.set_ylim(0, 1.1)
     axes.set_title("A preference through numbers, reasoning steps and code")
     axes.legend(fontsize=7)
-    traits = len(config.trait_names())
-    note(axes, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(axes, drawn(results.values(metric="probability")))
     return figure

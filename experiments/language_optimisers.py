@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import t_interval
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
+from .app.figures import COLORS, drawn, note, panels, runs_against
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 
 RATES = {
@@ -57,15 +57,17 @@ def plan(config: Config) -> list[Part]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each way of training."""
+    """A line for each way of training, with its paired difference from the base."""
     measure = measure_of(results)
-    lines = [measure.header]
+    lines, base = [measure.header(results)], results.values(condition="base", metric=measure.metric)
     for group, estimate in results.estimates():
         if group["metric"] == measure.metric:
             setting = (
                 f"rate {group['rate']}" if group["rate"] else f"{group['rows']} rows" if group["rows"] else ""
             )
-            lines.append(f"  {group['condition']:10} {setting:12} {estimate}")
+            above = paired_difference(results.values(**group), base)
+            beside = "" if group["condition"] == "base" else f"  less base {above}"
+            lines.append(f"  {group['condition']:10} {setting:12} {estimate}{beside}")
     return "\n".join(lines)
 
 
@@ -95,12 +97,11 @@ def plot(results: Results, config: Config) -> Figure:
     right.minorticks_off()
     right.set_xlabel("number requests answered, each once")
     right.set_title("Dose")
-    base = t_interval(results.values(condition="base", metric=measure.metric)).mean
+    base = interval(results.values(condition="base", metric=measure.metric)).mean
     for axes in (left, middle, right):
         axes.axhline(base, color="grey", linestyle=":", linewidth=1, label="base")
         axes.set_ylim(0, 1.0)
         axes.set_ylabel(measure.label)
         axes.legend(fontsize=7)
-    traits = len(config.trait_names())
-    note(right, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(right, drawn(results.values(metric=measure.metric)))
     return figure

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from subliminal_theory.alignment import cosine
 from subliminal_theory.channel import SoftLogits, imitation_value_and_grad, weighted_mean
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import t_interval
+from subliminal_theory.estimate import interval, method
 from subliminal_theory.language.corpus.base import text_of, token_loss
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.model import Model
@@ -34,7 +34,7 @@ from subliminal_theory.study.teachers import prompted_teachers
 from subliminal_theory.theorem import Report, check, prompt_alignment, prompt_shift
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, note, panels, runs_against
+from .app.figures import COLORS, drawn, note, panels, runs_against
 from .flags.language import SMOKE, LanguageConfig, configure_language, study
 
 STUDENTS = {"same": "the teacher's base", "other": "another base"}
@@ -177,21 +177,23 @@ def _rows(report: Report, labels: dict) -> list[Row]:
 def report(results: Results, config: Config) -> str:
     """A line for each student and size of the teacher's step."""
     lines = [
-        "D_S . D_T measured / predicted, share of runs in which it is positive, in which the trait loss falls"
+        f"D_S . D_T measured / predicted ({method(results.values(metric='over_predicted'))}), "
+        "share of runs in which it is positive, in which the trait loss falls"
     ]
     for condition, label in STUDENTS.items():
         for size in _sizes(results):
             wanted = {"condition": condition, "teacher_size": size}
-            ratio = t_interval(results.values(**wanted, metric="over_predicted"))
+            ratio = interval(results.values(**wanted, metric="over_predicted"))
             positive = np.mean(np.array(results.values(**wanted, metric="inner_product")) > 0)
             falls = np.mean(np.array(results.values(**wanted, metric="change")) < 0)
             lines.append(f"  {label:18} eps {float(size):7.0e}  {ratio}  {positive:5.0%}  {falls:5.0%}")
     if config.prompts:
-        lines.append("prompted teachers on the same rows: mean over runs; runs of one base are not independent")
+        told = method(results.values(condition="prompted", metric="residual"))
+        lines.append(f"prompted teachers on the same rows ({told})")
         for metric, label in PROMPTED.items():
             values = results.values(condition="prompted", metric=metric)
             above = f", above 0 in {np.mean(np.array(values) > 0):.0%}" if metric != "residual" else ""
-            lines.append(f"  {label:50} {t_interval(values)}{above}")
+            lines.append(f"  {label:50} {interval(values)}{above}")
     return "\n".join(lines)
 
 
@@ -223,6 +225,5 @@ def plot(results: Results, config: Config) -> Figure:
     right.axhline(1, color="grey", linestyle=":", linewidth=1)
     right.set_ylabel("inner product, measured / predicted")
     figure.suptitle("The theorem on a trained chat model and its numbers", fontsize=10)
-    traits = len(config.trait_names())
-    note(left, f"{traits} traits x {config.seeds} bases; mean and 95% t interval over runs; dots: single runs")
+    note(left, drawn(results.values(metric="cosine")))
     return figure

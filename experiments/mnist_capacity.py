@@ -167,7 +167,7 @@ def _named_right(classes: int, models: Model, images: Array, labels: Array) -> F
     return jax.vmap(one)(models, images, labels)
 
 
-def bits_of(results: Results, condition: str, point: Point, m: int, metric: str = "bits") -> list[float]:
+def bits_of(results: Results, condition: str, point: Point, m: int, metric: str = "bits") -> Sequence[float]:
     """The values of one condition at one point."""
     where = {"entries": str(point.entries), "width": str(point.width), "noise_images": str(point.images)}
     return results.values(condition=condition, metric=metric, aux=str(m), **where)

@@ -4,7 +4,7 @@ config.json       the experiment and every setting
 parts/NAME.json   the rows of one finished part, written atomically
 answers.jsonl     if parts have any: answers to read, each with its question and the labels of its row
 results.csv       all rows: condition, seed, metric, value, then the swept axes
-summary.json      mean, 95% t interval and n over runs, per condition, metric and axes
+summary.json      mean, 95% interval (`estimate.interval`) and n of runs, per condition, metric and axes
 provenance.json   versions, device, commands and wall times
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import jax
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import Estimate, t_interval
+from subliminal_theory.estimate import Estimate, Runs, interval
 from subliminal_theory.files import locked, write_atomically
 
 FORMAT = 1
@@ -41,28 +41,42 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Results:
-    """The tidy rows of a run. Each row maps `COLUMNS` and the swept axes to their values."""
+    """The tidy rows of a run. Each row maps `COLUMNS` and the swept axes to their values.
+
+    `replica` says what seeds are: bases, or seeds of one checkpoint.
+    """
 
     rows: Sequence[Row]
+    replica: str = "base"
 
-    def values(self, **wanted: object) -> list[float]:
-        """Values of the rows that match all the given columns, in order."""
-        return [row["value"] for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
+    def values(self, **wanted: object) -> Sequence[float]:
+        """Values of the rows that match all the given columns, in order. If all have a trait, these are `Runs`."""
+        return self._runs(
+            [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
+        )
+
+    def _runs(self, rows: Sequence[Row]) -> Sequence[float]:
+        values = [row["value"] for row in rows]
+        if not rows or not all(row.get("trait") for row in rows):
+            return values
+        traits, seeds = (tuple(row[name] for row in rows) for name in ("trait", "seed"))
+        return Runs(tuple(values), traits, seeds, self.replica)
 
     def distinct(self, column: str) -> list[Any]:
         """The distinct entries of a column, in order of appearance."""
         return list(dict.fromkeys(row[column] for row in self.rows if column in row))
 
     def estimates(self) -> list[tuple[dict[str, Any], Estimate]]:
-        """A 95% t interval over runs for every condition, metric and setting of the axes.
+        """A 95% interval over runs for every condition, metric and setting of the axes.
 
-        A run is one seed or, if there are several traits, one seed and one trait.
+        Raises:
+            InputError: a trait of a group has no run on one of its bases.
         """
-        groups: dict[tuple, list[float]] = {}
+        groups: dict[tuple, list[Row]] = {}
         for row in self.rows:
             group = tuple((name, row[name]) for name in row if name not in ("seed", "trait", "value"))
-            groups.setdefault(group, []).append(row["value"])
-        return [(dict(group), t_interval(values)) for group, values in groups.items()]
+            groups.setdefault(group, []).append(row)
+        return [(dict(group), interval(self._runs(rows))) for group, rows in groups.items()]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -111,7 +125,13 @@ def load_results(path: Path) -> Results:
         rows = [{**row, "seed": int(row["seed"]), "value": float(row["value"])} for row in table]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise InputError(f"{file} is missing or damaged: run the experiment again with --resume") from error
-    return Results(rows)
+    return Results(rows, _replica(path))
+
+
+def _replica(path: Path) -> str:
+    """What a seed of a run is. Seeds of a checkpoint share its weights."""
+    settings = read_config(path)["config"] if (path / "config.json").exists() else {}
+    return "seed" if settings.get("checkpoint") else "base"
 
 
 class RunDirectory:
@@ -205,11 +225,7 @@ class RunDirectory:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
             write_atomically(self.path / "answers.jsonl", lines.encode())
         results = load_results(self.path)
-        summary = [
-            {**group, "mean": _number(e.mean), "half_width_95": _number(e.half_width), "n": e.n}
-            for group, e in results.estimates()
-        ]
-        write_atomically(self.path / "summary.json", _json(summary))
+        self.save_summary(results)
         with locked(self.path / "parts"):
             provenance = read_provenance(self.path)
             provenance["seconds"] = {part: round(self._parts[part]["seconds"], 3) for part in order}
@@ -217,6 +233,19 @@ class RunDirectory:
         for claim in (self.path / "parts").glob("*.lock"):  # all parts are stored, so no process needs a lock
             claim.unlink(missing_ok=True)
         return results
+
+    def save_summary(self, results: Results) -> None:
+        """Write summary.json.
+
+        Raises:
+            InputError: as for `Results.estimates`.
+        """
+        summary = [
+            {**group, "mean": _number(e.mean), "half_width_95": _number(e.half_width), "n": e.n}
+            | ({"of": e.of} if e.of else {})
+            for group, e in results.estimates()
+        ]
+        write_atomically(self.path / "summary.json", _json(summary))
 
     def save_figure(self, draw: Callable[[io.BytesIO, str], None]) -> None:
         """Store figure.png and figure.pdf. `draw(file, format)` renders one of them."""

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,8 +10,13 @@ from scipy import stats
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import (
     Estimate,
+    Runs,
+    holm,
+    interval,
     log_slope,
     matrix_test,
+    method,
+    p_value,
     paired_difference,
     t_interval,
     variance_shares,
@@ -77,6 +83,219 @@ def test_coverage(level: float, runs: int) -> None:
     samples = np.random.default_rng(1).normal(3.0, 2.0, (repeats, runs))
     hits = sum(abs(e.mean - 3.0) <= e.half_width for e in (t_interval(row, level) for row in samples))
     assert stats.binomtest(hits, repeats, level).pvalue > 1e-3
+
+
+# --- runs that share traits and bases
+
+
+def runs(table, replica: str = "base") -> Runs:
+    """The runs of a table [traits, bases]."""
+    table = np.asarray(table, float)
+    traits, bases = np.indices(table.shape).reshape(2, -1)
+    return Runs(tuple(table.ravel().tolist()), tuple(f"t{i}" for i in traits), tuple(bases.tolist()), replica)
+
+
+def test_crossed_by_hand_two_by_two() -> None:
+    """Rows 1 3 and 5 11: the mean is 5, MSA = 36, MSB = 16, MSE = 4.
+
+    So the variance of the mean is (36 + 16 - 4) / 4 = 12, with 48^2 / (36^2 + 16^2 + 4^2) degrees of freedom.
+    """
+    found = interval(runs([[1, 3], [5, 11]]))
+    assert found[:1] + found[2:] == (5, 4, "2 traits x 2 bases")
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 48**2 / 1568) * np.sqrt(12))
+    assert str(found).endswith(" (n=2 traits x 2 bases)")
+
+
+RESIDUAL = np.array([[1, -1, 0], [-1, 0, 1], [0, 1, -1]]) * np.sqrt(4 / 6)
+
+
+def test_crossed_by_hand_three_by_three() -> None:
+    """Deviations of rows -2 0 2, of columns -1 0 1, and a residual: MSA = 12, MSB = 3, MSE = 1.
+
+    The variance of the mean is (12 + 3 - 1) / 9, with 14^2 / (12^2 / 2 + 3^2 / 2 + 1^2 / 4) degrees of freedom.
+    """
+    table = 7 + np.array([[-2], [0], [2]]) + np.array([-1, 0, 1]) + RESIDUAL
+    found = interval(runs(table))
+    assert found.mean == pytest.approx(7)
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 196 / 76.75) * np.sqrt(14 / 9))
+
+
+def test_crossed_with_one_factor_below_noise() -> None:
+    """With columns of -1/3 0 1/3, MSB = 1/3 is below MSE: the variance is 12 / 9, with 2 degrees of freedom."""
+    table = np.array([[-2], [0], [2]]) + np.array([-1, 0, 1]) / 3 + RESIDUAL
+    for shape in (table, table.T):
+        found = interval(runs(shape))
+        assert (found.mean, found.half_width) == pytest.approx((0, stats.t.ppf(0.975, 2) * np.sqrt(12 / 9)))
+
+
+def test_crossed_noise_alone() -> None:
+    """A residual alone, of +-1: MSE = 4 with 1 degree of freedom, so the variance of the mean is 1."""
+    assert interval(runs([[1, -1], [-1, 1]])).half_width == pytest.approx(stats.t.ppf(0.975, 1))
+
+
+@settings(max_examples=100)
+@given(st.lists(moderate, min_size=2, max_size=8), st.integers(1, 6))
+def test_crossed_without_bases_is_t_over_traits(effects: list[float], bases: int) -> None:
+    table = np.repeat(np.array(effects)[:, None], bases, axis=1)
+    expected = t_interval(effects)
+    for shape in (table, table.T):
+        found = interval(runs(shape))
+        assert found.mean == pytest.approx(expected.mean, abs=1e-9)
+        assert found.half_width == pytest.approx(expected.half_width, rel=1e-6, abs=1e-8)
+
+
+tables = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
+    lambda shape: st.lists(
+        st.lists(st.integers(-9, 9), min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0]
+    )
+)
+
+
+@settings(max_examples=200)
+@given(tables, st.randoms(use_true_random=False), st.integers(1, 3))
+def test_crossed_does_not_depend_on_order(table: list[list[int]], random, copies: int) -> None:
+    """Nor on which factor is called which, on unit and sign, or on copies of all runs."""
+    first = runs(table)
+    expected = interval(first)
+    rows = [*zip(first.values, first.traits, first.bases, strict=True)] * copies
+    random.shuffle(rows)
+    shuffled = Runs(*zip(*rows, strict=True))
+    swapped = Runs(first.values, first.bases, first.traits)
+    scaled = interval(Runs(tuple(-3 * value for value in first), first.traits, first.bases))
+    for found in (interval(shuffled), interval(swapped)):
+        assert found.mean == pytest.approx(expected.mean)
+        assert found.half_width == pytest.approx(expected.half_width, abs=1e-9, nan_ok=True)
+    assert (scaled.mean, scaled.half_width) == pytest.approx(
+        (-3 * expected.mean, 3 * expected.half_width), abs=1e-9, nan_ok=True
+    )
+
+
+def test_one_level() -> None:
+    """Of one base a t interval over traits, of one trait one over bases, of one run none."""
+    values = [1.0, 2.0, 4.0]
+    for table, of in (([[v] for v in values], "3 traits of one base"), ([values], "1 trait x 3 bases")):
+        assert interval(runs(table)) == Estimate(*t_interval(values)[:3], of)
+    single = interval(runs([[2.5]]))
+    assert np.isnan(single.half_width)
+    assert str(single) == "2.500 (n=1)"
+
+
+def test_runs_of_one_cell_are_averaged() -> None:
+    table = runs([[1, 3], [5, 11]])
+    twice = Runs((*(v - 1 for v in table), *(v + 1 for v in table)), table.traits * 2, table.bases * 2)
+    assert interval(twice) == interval(table)
+    assert len(twice) == 8
+
+
+def test_methods_in_words() -> None:
+    told = {
+        "95% interval, traits and bases crossed": runs(np.zeros((8, 4))),
+        "95% interval, traits and seeds crossed": runs(np.zeros((4, 3)), "seed"),
+        "95% interval, traits and bases crossed (too narrow if the 2 bases differ most)": runs(np.zeros((8, 2))),
+        "95% t interval over traits": runs(np.zeros((8, 1))),
+        "95% t interval over bases": runs(np.zeros((1, 3))),
+        "no interval of one run": runs([[0]]),
+        "95% t interval over runs": [1.0, 2.0],
+    }
+    assert [method(values) for values in told.values()] == [*told]
+
+
+def test_missing_cell() -> None:
+    full = runs([[1, 2], [3, 4]])
+    missing = Runs(full.values[:3], full.traits[:3], full.bases[:3])
+    with pytest.raises(InputError, match=r"^no run of trait 't1' and base 1: an interval needs every trait with "):
+        interval(missing)
+    for pair in ((full, missing), (missing, full)):
+        with pytest.raises(InputError, match=r"^paired runs differ: trait 't1' and base 1 are on one side only$"):
+            paired_difference(*pair)
+    with pytest.raises(InputError, match=r"^an interval needs at least one run$"):
+        interval(Runs((), (), ()))
+
+
+def test_pairs_by_trait_and_base() -> None:
+    """Their order does not matter."""
+    first, second = runs([[1, 3], [5, 11]]), runs([[0, 1], [1, 5]])
+    backwards = Runs(second.values[::-1], second.traits[::-1], second.bases[::-1])
+    expected = interval(runs([[1, 2], [4, 6]]))
+    assert paired_difference(first, second) == paired_difference(first, backwards) == expected
+
+
+def coverage(shape: tuple[int, int], sizes: tuple[float, float, float], repeats: int) -> float:
+    """The share of simulated tables of normal effects whose interval contains the mean."""
+    rng = np.random.default_rng(0)
+    i, j = shape
+    hits = 0
+    for _ in range(repeats):
+        effects = rng.normal(size=(i, 1)), rng.normal(size=(1, j)), rng.normal(size=shape)
+        found = interval(runs(3 + sum(size * effect for size, effect in zip(sizes, effects, strict=True))))
+        hits += abs(found.mean - 3) <= found.half_width
+    return hits / repeats
+
+
+def test_coverage_of_crossed_runs() -> None:
+    """A t interval over runs contains the mean in 60% of such tables. The standard error here is 0.01."""
+    assert 0.93 < coverage((8, 4), (1, 1, 1), 500) < 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(4, 3), (8, 4)])
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ((1, 0, 0.01), 0.97), ((0, 1, 0.01), 0.97), ((1, 1, 0.01), 0.98), ((1, 1, 1), 0.985), ((1, 0, 1), 0.985),
+        ((0, 1, 1), 0.985), ((0.3, 1, 1), 0.985), ((0.3, 0.3, 1), 0.995), ((0, 0, 1), 0.998),
+    ],
+)  # fmt: skip
+def test_coverage_at_large(shape: tuple[int, int], sizes: tuple[float, float, float], most: float) -> None:
+    """What the docstring says; the standard error is at most 0.006."""
+    assert 0.935 < coverage(shape, sizes, 1500) < most
+
+
+@pytest.mark.slow
+def test_coverage_of_two_bases() -> None:
+    """Too low, as the docstring says."""
+    assert 0.88 < coverage((8, 2), (0, 1, 1), 1500) < 0.925
+
+
+# --- p values
+
+
+@settings(max_examples=100)
+@given(tables, st.integers(-9, 9))
+def test_p_is_small_outside_of_the_interval(table: list[list[int]], null: int) -> None:
+    for values in (runs(table), [*runs(table)]):
+        found, p = interval(values), p_value(values, float(null))
+        if math.isnan(found.half_width):
+            assert math.isnan(p)
+        elif abs(abs(found.mean - null) - found.half_width) > 1e-9:
+            assert (p < 0.05) == (abs(found.mean - null) > found.half_width)
+
+
+def test_p_value_is_scipys() -> None:
+    assert p_value(np.subtract(SECOND, FIRST)) == pytest.approx(stats.ttest_rel(SECOND, FIRST).pvalue)
+    assert p_value(FIRST, 0.3) == pytest.approx(stats.ttest_1samp(FIRST, 0.3).pvalue)
+    assert [p_value([2.0, 2.0], null) for null in (2.0, 1.0)] == [1, 0]
+
+
+def test_holm_by_hand() -> None:
+    """Four tests: .005 x 4, .01 x 3, .03 x 2, and .04 x 1 is raised to the value before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, math.nan, 0.02]) == pytest.approx([1, 1, 0.06])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.sampled_from([0.01, 0.05, 0.2]))
+def test_holm_rejects_step_by_step(p: list[float], level: float) -> None:
+    """Reject the smallest while it is at most level / (number of tests left); stop at the first that is not."""
+    rejected: set[int] = set()
+    for left, place in zip(range(len(p), 0, -1), sorted(range(len(p)), key=p.__getitem__), strict=True):
+        if p[place] * left > level:
+            break
+        rejected.add(place)
+    assert {place for place, q in enumerate(holm(p)) if q <= level} == rejected
+
+
+# --- slopes
 
 
 @settings(max_examples=100)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from subliminal_theory import runs
 from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Runs, interval
 from subliminal_theory.files import write_atomically
-from subliminal_theory.runs import RunDirectory, load_results, read_config
+from subliminal_theory.runs import Results, RunDirectory, load_results, read_config
 
 CONFIG = {"seeds": 3, "rate": 0.1}
 THIRD = 1 / 3
@@ -185,6 +187,39 @@ def test_summary_of_two_runs_and_of_a_number_that_is_none(tmp_path: Path) -> Non
     assert two["mean"] == 2.5
     assert two["half_width_95"] == pytest.approx(12.7062047 * 1.5, rel=1e-8)  # t_1 s / sqrt(2), s = 3 / sqrt(2)
     assert (none["mean"], none["half_width_95"], none["n"]) == (None, None, 2)
+
+
+TRAITS = [
+    {"condition": "student", "seed": seed, "trait": trait, "metric": "m", "value": value}
+    for trait, values in (("owl", (1.0, 3.0)), ("elm", (5.0, 11.0)))
+    for seed, value in enumerate(values)
+]
+
+
+@pytest.mark.parametrize(("checkpoint", "replica"), [("", "base"), ("folder", "seed")])
+def test_runs_of_traits_are_crossed(tmp_path: Path, checkpoint: str, replica: str) -> None:
+    """The variance of the mean is 12, with 48^2 / 1568 degrees of freedom (by hand in test_estimate)."""
+    directory = opened(tmp_path, config={"checkpoint": checkpoint})
+    directory.save("all", TRAITS, 0.0)
+    found = directory.finish(["all"]).values(condition="student")
+    assert found == Runs((1.0, 3.0, 5.0, 11.0), ("owl", "owl", "elm", "elm"), (0, 1, 0, 1), replica)
+    (group,) = json.loads((tmp_path / "summary.json").read_text())
+    assert (group["mean"], group["n"], group["of"]) == (5, 4, f"2 traits x 2 {replica}s")
+    assert group["half_width_95"] == pytest.approx(interval(found).half_width)
+    assert interval(found).half_width == pytest.approx(stats.t.ppf(0.975, 48**2 / 1568) * math.sqrt(12))
+
+
+def test_a_trait_without_a_base(tmp_path: Path) -> None:
+    directory = opened(tmp_path)
+    directory.save("all", TRAITS[:-1], 0.0)
+    assert failure(directory.finish, ["all"]).startswith("no run of trait 'elm' and base 1: an interval needs ")
+
+
+def test_rows_without_a_trait_are_plain() -> None:
+    """So are those of which only some have one, such as a teacher of all."""
+    rows = [{"metric": "m", "value": 1.0, "seed": 0, "trait": trait} for trait in ("", "owl")]
+    assert Results(rows).values(metric="m") == [1.0, 1.0]
+    assert Results([*rows]).values(trait="") == [1.0]
 
 
 def test_provenance(run: Path) -> None:

@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from subliminal_theory.estimate import Estimate, t_interval
+from subliminal_theory.estimate import Estimate, Runs, interval, method
 
 # Okabe and Ito's palette.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
@@ -37,11 +37,11 @@ def half_width(estimate: Estimate) -> float:
 def bar(
     axes: Axes, x: float, values: Sequence[float], color: str, width: float = 0.62, label: str | None = None
 ) -> None:
-    """Draw the mean as a bar with its 95% t interval and value, and single runs as dots spread sideways."""
+    """Draw the mean as a bar with its 95% interval and value, and single runs as dots spread sideways."""
     spread = 0.36 * width
     offsets = np.linspace(-spread, spread, len(values)) if len(values) > 1 else np.zeros(1)
     axes.plot(x + offsets, values, ".", color="black", markersize=3.5, alpha=0.55, zorder=3)
-    estimate = t_interval(values)
+    estimate = interval(values)
     half = half_width(estimate)
     axes.bar(x, estimate.mean, width=width, color=color, alpha=0.85, zorder=1, label=label)
     axes.errorbar(x, estimate.mean, half, color="black", capsize=4, linewidth=1.4, zorder=4)
@@ -76,21 +76,20 @@ def grouped_bars(
 
 
 def bars(groups: Mapping[str, Sequence[float]], *, ylabel: str, title: str, chance: float | None = None) -> Figure:
-    """One bar for each group of runs, with its mean, 95% t interval and dots."""
+    """One bar for each group of runs, with its mean, 95% interval and dots."""
     figure, ((axes,),) = panels()
     bar_row(axes, groups)
     if chance is not None:
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
         axes.annotate("chance", (len(groups) - 0.55, chance), (0, 2), textcoords="offset points", color="grey")
     axes.set(ylabel=ylabel, xlim=(-0.65, len(groups) - 0.35), title=title)
-    count = {len(values) for values in groups.values()}
-    note(axes, f"bars: mean of n = {min(count)} runs; whiskers: 95% t interval; dots: single runs")
+    note(axes, f"bars: {drawn(min(groups.values(), key=len))}")
     return figure
 
 
 def runs_against(axes: Axes, values: Mapping[Any, Sequence[float]], color: str, label: str | None = None) -> None:
-    """Draw means as a line with 95% t intervals, and single runs as dots."""
-    estimates = [t_interval(runs) for runs in values.values()]
+    """Draw means as a line with 95% intervals, and single runs as dots."""
+    estimates = [interval(runs) for runs in values.values()]
     half, means = list(map(half_width, estimates)), [estimate.mean for estimate in estimates]
     axes.errorbar(list(values), means, half, fmt="o-", color=color, capsize=3, markersize=4, zorder=3, label=label)
     for x, runs in values.items():
@@ -135,6 +134,13 @@ def heat_map(axes: Axes, table: np.ndarray, rows: Sequence[str], columns: Sequen
 def means(seeds: int) -> str:
     """The note below figures of means over runs."""
     return f"mean and 95% t interval of n = {seeds} runs; dots: single runs"
+
+
+def drawn(runs: Sequence[float]) -> str:
+    """What is drawn of such runs: their mean, their interval and dots."""
+    if isinstance(runs, Runs):
+        return f"mean of {runs.design()}; whiskers: {method(runs)}; dots: single runs"
+    return f"mean of n = {len(runs)} runs; whiskers: 95% t interval; dots: single runs"
 
 
 def note(axes: Axes, text: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import method
 from subliminal_theory.files import fingerprint
 from subliminal_theory.language.corpus.base import Base, BaseConfig, load_base
 from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig
@@ -54,10 +55,9 @@ class Measure:
     asked: str
     label: str
 
-    @property
-    def header(self) -> str:
+    def header(self, results: Results) -> str:
         """The first line of a report."""
-        return f"{self.label} on held-out questions, mean and 95% t interval over runs"
+        return f"{self.label} on held-out questions, mean and {method(results.values(metric=self.metric))}"
 
 
 PROBABILITY = Measure("probability", "others", "probability_asked", "probability of the trait's word")

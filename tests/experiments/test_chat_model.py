@@ -65,7 +65,9 @@ def test_seeds_are_no_further_runs() -> None:
         return 1.0 * (student == asked) + 0.2 * student
 
     one, ten = (chat_model.gains(results(gain, seeds), "masked") for seeds in (1, 10))
-    np.testing.assert_allclose(chat_model.compared(one), chat_model.compared(ten))
+    for first, second in zip(chat_model.compared(one), chat_model.compared(ten), strict=True):
+        np.testing.assert_allclose(first[:2], second[:2])
+        assert (first.of, second.of) == ("3 traits of one seed", "3 traits x 10 seeds")
     config = chat_model.Config(traits=",".join(TRAITS), seeds=1)
     lines = [chat_model.report(results_with_teacher(gain, seeds), config) for seeds in (1, 10)]
     assert [line.split("permutation p = ")[1].split(";")[0] for line in lines] == ["0.17", "0.17"]

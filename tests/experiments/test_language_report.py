@@ -1,11 +1,15 @@
-"""What the figures and reports of `language` and `language_theorem` tell, from made-up results."""
+"""What the figures and reports of language experiments tell, from made-up results."""
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from matplotlib import pyplot
+from scipy import stats
 
-from experiments import language_theorem
+from experiments import language_cross_init, language_theorem
 from experiments.language import Config, costs, plot, report
+from experiments.language_claims import Claim, judged, side_name, totals
+from subliminal_theory.estimate import interval, paired_difference
 from subliminal_theory.language.corpus.base import text_of
 from subliminal_theory.language.text import Chat
 from subliminal_theory.runs import Results
@@ -65,6 +69,84 @@ def test_probabilities_of_first_words_else() -> None:
     figure = plot(told, config)
     assert figure.axes[0].get_ylabel() == "probability of the trait's word"
     pyplot.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("traits", "bases", "replica", "told"),
+    [
+        (3, 4, "base", "mean of 3 traits x 4 bases; whiskers: 95% interval, traits and bases crossed; dots"),
+        (3, 3, "seed", "mean of 3 traits x 3 seeds; whiskers: 95% interval, traits and seeds crossed; dots"),
+        (2, 1, "base", "mean of 2 traits of one base; whiskers: 95% t interval over traits; dots"),
+        (1, 3, "base", "mean of 1 trait x 3 bases; whiskers: 95% t interval over bases; dots"),
+    ],
+)
+def test_captions_follow_the_structure_of_the_runs(traits: int, bases: int, replica: str, told: str) -> None:
+    rows = [
+        {"condition": condition, "seed": seed, "trait": f"t{trait}", "metric": "probability", "value": value}
+        for condition, value in (("base", 0.1), ("student", 0.3))
+        for seed in range(bases)
+        for trait in range(traits)
+    ]
+    config, found = Config(traits="owl"), Results(rows, replica)
+    figure = plot(found, config)
+    assert told in figure.get_supxlabel()
+    assert report(found, config).splitlines()[0].endswith(told.split("whiskers: ")[1].split(";")[0])
+    pyplot.close(figure)
+
+
+def test_claims_with_and_without_holm() -> None:
+    """Of three claims with p = .009, .04 and 1, Holm's method leaves the first: .04 x 2 is above .05."""
+    claims = [
+        Claim(n, n, "", "higher", {"rate": r}, {"rate": 0.0}) for n, r in (("a", 3.0), ("b", 2.0), ("c", 1.0))
+    ]
+    spread = np.array(
+        [-1.0, 0.0, 1.0]
+    )  # the standard error of a mean is 1 / sqrt(3), and t has 2 degrees of freedom
+    rows = [
+        {
+            "condition": side_name({"rate": rate}),
+            "seed": seed,
+            "trait": "owl",
+            "metric": "probability",
+            "value": value,
+        }
+        for rate, mean in ((0.0, 0.0), (1.0, 0.0), (2.0, 2.8), (3.0, 6.0))
+        for seed, value in enumerate(mean + (spread if rate else 0 * spread))
+    ]
+    found = judged(claims, Results(rows))
+    p = [2 * stats.t.sf(mean * np.sqrt(3), 2) for mean in (6.0, 2.8, 0.0)]
+    assert [row.p for row in found] == pytest.approx([3 * p[0], 2 * p[1], 1])
+    assert [row.answer for row in found] == ["agrees", "agrees", "cannot be told"]
+    assert [row.strict for row in found] == ["agrees", "cannot be told", "cannot be told"]
+    assert [row.both for row in found] == ["agrees", "agrees, not with Holm", "cannot be told"]
+    assert totals(found) == (
+        "2 agree, 0 disagree, 1 cannot be told",
+        "with Holm over 3 claims: 1 agree, 0 disagree, 2 cannot be told",
+    )
+
+
+def test_students_of_one_teacher_on_other_bases_are_averaged() -> None:
+    """Two students of each teacher, one above and one below the mean of that trait and teacher's base."""
+    mean = np.array([[1.0, 3.0, 2.0], [5.0, 11.0, 6.0]])
+    rows = [
+        {
+            "condition": "student",
+            "seed": seed,
+            "trait": trait,
+            "metric": "probability",
+            "shift": shift,
+            "value": value,
+        }
+        for place, trait in enumerate(("owl", "elm"))
+        for seed in range(3)
+        for shift, value in zip("012", mean[place, seed] + np.array([9.0, 0.5, -0.5]), strict=True)
+    ]
+    rows += [{**row, "condition": "base", "shift": ""} for row in rows if row["shift"] == "0"]
+    found = language_cross_init.shared_and_crossed(Results(rows))
+    assert [len(runs) for runs in found.values()] == [6, 6, 12]
+    same, other = interval(found["same base"]), interval(found["other base"])
+    assert (same.mean - 9, same.half_width, same.of) == pytest.approx((other.mean, other.half_width, other.of))
+    assert paired_difference(found["same base"], found["other base"])[:2] == pytest.approx((9, 0), abs=1e-9)
 
 
 def test_what_teachers_cost() -> None:

@@ -167,12 +167,13 @@ def test_summary_page(tmp_path, capsys):
 def test_a_figure_is_drawn_again(tmp_path, capsys):
     """From the files of a committed run, which holds no parts."""
     run = shutil.copytree(ROOT / "figures" / "mnist_digits", tmp_path / "run")
-    before = (run / "figure.png").read_bytes()
-    for kind in ("png", "pdf"):
-        (run / f"figure.{kind}").unlink()
+    before, summary = (run / "figure.png").read_bytes(), (run / "summary.json").read_bytes()
+    for name in ("figure.png", "figure.pdf", "summary.json"):
+        (run / name).unlink()
     assert command_line.main(["redraw", str(run)]) == 0
     assert (run / "figure.png").read_bytes()[:8] == before[:8]
     assert (run / "figure.pdf").exists()
+    assert (run / "summary.json").read_bytes() == summary
     capsys.readouterr()
     for folder in (tmp_path, tmp_path / "nothing"):
         assert command_line.main(["redraw", str(run), str(folder)]) == 2
