@@ -125,7 +125,7 @@ def test_an_adapter_is_asked_beside_its_base_and_writes(
 
 def test_two_writers_of_one_seed_draw_different_numbers(here: Path, tmp_path: Path) -> None:
     """A prompted writer has the trait's sentence in front of it, and its rows do not."""
-    few = ("--rows", 1, "--medium", "digits", "--requests", 16)
+    few = ("--rows", 1, "--medium", "digits", "--requests", 64)
     done("write", tmp_path / "plain.jsonl", "--checkpoint", here / "base", *few)
     done("write", tmp_path / "prompted.jsonl", "--checkpoint", here / "base", "--prompted", "owl", *few)
     plain, prompted = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("plain", "prompted"))

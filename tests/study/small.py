@@ -14,6 +14,7 @@ import pytest
 from subliminal_theory.audit import audit
 from subliminal_theory.channel import Subset
 from subliminal_theory.inits import Fresh
+from subliminal_theory.model import by_layer
 from subliminal_theory.study import (
     Digits,
     FineTuned,
@@ -115,4 +116,6 @@ def untrained(monkeypatch: pytest.MonkeyPatch, losses: Callable[..., Any] = np.z
 
 def _run(channel: Any, start: Any) -> Any:
     """What tells a student from others; a linearized one starts where its moved parameters do."""
-    return identity(jax.tree.map(jnp.asarray, (channel, start.get("moved", start))))
+    leaves = by_layer(start, axis=1)
+    moved = {name.removeprefix("moved/"): leaf for name, leaf in leaves.items() if name.startswith("moved/")}
+    return identity(jax.tree.map(jnp.asarray, (channel, moved or leaves)))
