@@ -1,7 +1,10 @@
 """The experiments about the theorem at a small setting, and the summary page over their runs."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -79,9 +82,22 @@ def test_zero_cases_and_violations_are_counted_apart(measured):
     assert "in the other 48, 30 of 336 steps contradict" in text
 
 
-def test_many_steps_rise_beyond_the_limit_alone(x64):
-    config = theorem_many_steps.Config(seeds=4, steps=30)
-    rows = Results(theorem_many_steps.measure(config, "all images", 16, [(1.9, 1e-7), (2.3, 1e-7)]))
+COMPILED_FOR_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+MANY_STEPS = """
+import json
+from experiments.theorem_many_steps import Config, measure
+print(json.dumps(measure(Config(seeds=4, steps=30), "all images", 16, [(1.9, 1e-7), (2.3, 1e-7)])))
+"""
+
+
+def test_many_steps_rise_beyond_the_limit_alone():
+    """In a process that compiles as users do: as tests compile, it is exact to 1e-7 only (JAX 0.10.2)."""
+    environment = {name: value for name, value in os.environ.items() if name not in COMPILED_FOR_TESTS}
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_STEPS], env=environment, capture_output=True, text=True, check=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    rows = Results(json.loads(done.stdout))
     change, predicted, product = (
         {rate: np.array(rows.values(rate=rate, metric=metric)) for rate in (1.9, 2.3)}
         for metric in theorem_many_steps.METRICS
