@@ -233,7 +233,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     """The fingerprint should have said so."""
     begun(tmp_path)
     student, teacher = models(48)
-    with pytest.raises(InputError, match=r"does not hold .*params/hidden/b is \[8, 64\], not \[8, 48\]"):
+    with pytest.raises(InputError, match=r"does not have .*params/hidden/b is \[8, 64\], not \[8, 48\]"):
         run_resumably(student, advances(student, teacher, STEPS), STEPS, EVERY, tmp_path, "m")
 
 
