@@ -327,7 +327,8 @@ def test_full_disk(tmp_path: Path) -> None:
 
 def child(what: str, folder: Path, devices: int = 1) -> "subprocess.Popen[str]":
     """This file as a program, with a number of devices, in the environment of the tests."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # With the flags of this process: other compilation rounds otherwise.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     root = Path(__file__).parents[1]
     return subprocess.Popen(
         [sys.executable, "-m", "tests.test_resumable", what, str(folder)],
