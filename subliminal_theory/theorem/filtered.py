@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from subliminal_theory.channel import SampledToken, weighted_mean
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import Apply, join, split_trainable
+from subliminal_theory.model import Apply, split_trainable
 from subliminal_theory.pytree import register_dataclass
+from subliminal_theory.theorem.setting import of_trainable, teacher_direction
 
 LogLaw = Callable[[PyTree], Float[Array, "*prompts answers"]]
 
@@ -103,16 +104,17 @@ def drawn_answers(
     evaluation of `drawn` at the teacher. Pure.
 
     Raises:
-        InputError: the two laws differ in shape.
+        InputError: the two laws differ in shape; the direction is unlike the parameters.
     """
-    trained, rest = split_trainable(params)
-    direction, _ = split_trainable(direction)
-    own, score = jax.jvp(lambda p: log_law(join(p, rest)), (trained,), (direction,))
-    before, moves = jax.jvp(lambda p: drawn(join(p, rest)), (trained,), (direction,))
+    trained, _ = split_trainable(params)
+    _, direction = teacher_direction(None, direction, trained)
+    law, drawn = of_trainable(params, log_law), of_trainable(params, drawn)
+    own, score = jax.jvp(law, (trained,), (direction,))
+    before, moves = jax.jvp(drawn, (trained,), (direction,))
     if before.shape != own.shape:
         raise InputError(f"drawn gives log probabilities of shape {before.shape}, log_law {own.shape}")
     teacher = optax.tree.add_scale(trained, teacher_step, direction)
-    after = drawn(join(teacher, rest))
+    after = drawn(teacher)
     weights = jnp.ones(own.shape[:-1], own.dtype) if weights is None else weights
     lengths = jnp.ones_like(own) if lengths is None else lengths
 
@@ -153,14 +155,14 @@ def answer_scores(
 
     `apply(params, inputs)` gives logits [rows, positions, n], each position's from the tokens before it; `targets`
     are the tokens there, and `weights` 1 on an answer and its end, 0 elsewhere. Exact. Pure.
+
+    Raises:
+        InputError: the direction is unlike the parameters.
     """
-    trained, rest = split_trainable(params)
-    direction, _ = split_trainable(direction)
-
-    def log_law(p: PyTree) -> Float[Array, " rows"]:
-        return answer_log_law(apply, join(p, rest), inputs, targets, weights)
-
-    _, score = jax.jvp(log_law, (trained,), (direction,))
+    trained, _ = split_trainable(params)
+    _, direction = teacher_direction(None, direction, trained)
+    law = of_trainable(params, lambda p: answer_log_law(apply, p, inputs, targets, weights))
+    _, score = jax.jvp(law, (trained,), (direction,))
     return AnswerScores(score, jnp.sum(weights, axis=-1))
 
 

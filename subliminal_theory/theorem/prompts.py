@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Key, PyTree
 from subliminal_theory.audit import refuse_wrong_channel
 from subliminal_theory.channel import Channel, imitation_loss, weighted_mean
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import Apply, join, split_trainable
+from subliminal_theory.model import Apply, split_trainable
 from subliminal_theory.pytree import register_dataclass
+from subliminal_theory.theorem.setting import of_trainable, teacher_direction
 
 
 @register_dataclass
@@ -70,9 +71,9 @@ def prompt_alignment(
     Raises:
         InputError: unlike shapes, a channel whose logits do not exist or that has no output metric.
     """
-    trained, rest = split_trainable(params)
-    direction, _ = split_trainable(direction)
-    logits, tangent = jax.jvp(lambda p: apply(join(p, rest), inputs), (trained,), (direction,))
+    trained, _ = split_trainable(params)
+    _, direction = teacher_direction(None, direction, trained)
+    logits, tangent = jax.jvp(of_trainable(params, lambda p: apply(p, inputs)), (trained,), (direction,))
     weights = _accepted(logits, teacher_logits, channel, weights)
     delta = teacher_logits - logits
     targets = channel.targets(key, teacher_logits)
@@ -124,8 +125,8 @@ def prompt_shift(
             f"prompt_shift: damping must be at least 0, steps at least 1 and tolerance above 0, got {damping}, "
             f"{steps} and {tolerance}"
         )
-    trained, rest = split_trainable(params)
-    logits, forward = jax.linearize(lambda p: apply(join(p, rest), inputs), trained)
+    trained, _ = split_trainable(params)
+    logits, forward = jax.linearize(of_trainable(params, lambda p: apply(p, inputs)), trained)
     backward = jax.linear_transpose(forward, trained)
     weights = _accepted(logits, teacher_logits, channel, weights)
     delta = teacher_logits - logits

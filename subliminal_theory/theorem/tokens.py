@@ -22,8 +22,9 @@ from jaxtyping import Array, ArrayLike, Float, Num, PyTree
 
 from subliminal_theory.channel import SoftLogits, Subset, weighted_mean
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import Apply, join, split_trainable
+from subliminal_theory.model import Apply, split_trainable
 from subliminal_theory.pytree import register_dataclass
+from subliminal_theory.theorem.setting import of_trainable, teacher_direction
 
 Z = 1.96  # the sign is right with probability .975
 
@@ -133,14 +134,11 @@ def step_tokens(
     Jacobian-vector product and one forward pass. Pure.
 
     Raises:
-        InputError: as `compare_tokens`.
+        InputError: as `compare_tokens`; the direction is unlike the parameters.
     """
-    trained, rest = split_trainable(params)
-    direction, _ = split_trainable(direction)
-
-    def logits_of(p: PyTree) -> Float[Array, "*batch n"]:
-        return apply(join(p, rest), inputs)
-
+    trained, _ = split_trainable(params)
+    logits_of = of_trainable(params, lambda p: apply(p, inputs))
+    _, direction = teacher_direction(None, direction, trained)
     logits, tangent = jax.jvp(logits_of, (trained,), (direction,))
     taught = logits_of(optax.tree.add_scale(trained, teacher_step, direction))
     measured = compare_tokens(taught, logits, weights=weights, temperature=temperature, where=where)

@@ -11,6 +11,7 @@ from subliminal_theory.channel import SampledToken, SoftLogits, SquaredError, Su
 from subliminal_theory.divergence import JensenShannon, ReverseKL
 from subliminal_theory.errors import InputError
 from subliminal_theory.theorem import check, covers
+from tests.test_audit import Maximum
 
 N = 7
 
@@ -52,15 +53,6 @@ class Saddle(SquaredError):
     def metric(self, logits, tangent):
         down = 3 * jnp.exp(-logits[..., 1]) * tangent[..., 0]
         return 2 * tangent - jnp.zeros_like(tangent).at[..., 0].set(down)
-
-
-@dataclass(frozen=True)
-class Maximum(SquaredError):
-    def loss(self, student_logits, targets):
-        return -super().loss(student_logits, targets)
-
-    def metric(self, logits, tangent):
-        return -super().metric(logits, tangent)
 
 
 @dataclass(frozen=True)

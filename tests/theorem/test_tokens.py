@@ -254,3 +254,8 @@ def test_bad_logits_are_refused():
     ):
         with pytest.raises(InputError, match=cause):
             compare_tokens(teacher, logits, **settings_of)
+
+
+def test_a_direction_of_another_tree_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^direction must have the structure and shapes of params"):
+        step_tokens(lambda p, x: x * p, jnp.ones(3), jnp.ones(2), jnp.ones((4, 3)), teacher_step=0.1)
