@@ -146,7 +146,7 @@ def _judge(channel: Channel, found: _Measured, draws: int) -> Conditions:
     largest = np.abs(found.ritz).max()
     curvature = float(found.ritz[0] / largest) if largest > 0 else 0.0
     if not curvature > -SMALL:
-        reason = f"(a) fails: equality is no minimum, the smallest curvature is {curvature:.2g} of the largest"
+        reason = f"(a) fails: equality is not a minimum, the smallest curvature is {curvature:.2g} of the largest"
         return Conditions(False, reason, exact, gradient, curvature)
     shares = (float(found.unseen), float(found.unseen_near), 0.0)
     null_space = next(name for name, share in zip(NULL_SPACES, shares, strict=True) if share <= SMALL)

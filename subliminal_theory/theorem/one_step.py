@@ -115,7 +115,7 @@ class Report:
         if broken := [name for name in self._numbers if not math.isfinite(float(getattr(self, name)))]:
             return f"not finite: {', '.join(broken)}; use smaller steps"
         if not self.same_initialisation:
-            return "different initialisation"
+            return "different initialization"
         if self.zero_case:
             return "orthogonal"
         for name in ("teacher", "student") if self.has_trait else ("teacher",):

@@ -301,5 +301,5 @@ def test_refusals(changes, message: str) -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^the model is no plain Transformer"):
+    with pytest.raises(InputError, match=r"^the model is not a plain Transformer"):
         sample(Model(lambda params, inputs: inputs, None), prompts(), steps=2, key=KEY)
