@@ -211,7 +211,7 @@ def test_what_cannot_be_steered(tmp_path: Path) -> None:
         Model(lambda params, inputs: inputs, None),
         add_lora(base(), ["layers/*/mlp/up/kernel"], 1, 1.0, jax.random.key(0)),
     ):
-        with pytest.raises(InputError, match="no plain Transformer"):
+        with pytest.raises(InputError, match="not a plain Transformer"):
             steered(model, VECTOR, 1)
 
 
