@@ -1,4 +1,4 @@
-"""The gradient-step theorem on a trained chat model: one step towards a trait, one step of imitation on numbers.
+"""The gradient-step theorem on a trained chat model: one step toward a trait, one step of imitation on numbers.
 
 The trait loss is that of a teacher's lessons, the channel the full distribution on answers to number requests. For
 each size of the teacher's step: the inner product of the two steps against its prediction, the share of runs whose

@@ -396,7 +396,7 @@ def test_special_tokens_cannot_be_typed(before: str, special: str, after: str, f
 
 
 def test_special_tokens_in_disguise(tmp_path: Path) -> None:
-    """A token that is recognised in any case, and one that only the configuration calls special."""
+    """A token that is recognized in any case, and one that only the configuration calls special."""
     backend = trained()
     backend.normalizer = tokenizers.normalizers.Lowercase()
     backend.add_special_tokens([AddedToken("<stop>", normalized=True)])
@@ -411,7 +411,7 @@ def test_special_tokens_in_disguise(tmp_path: Path) -> None:
 
 
 def test_a_word_that_ends_answers(tmp_path: Path) -> None:
-    """A checkpoint can stop at an ordinary token; text that holds it cannot be learnt whole."""
+    """A checkpoint can stop at an ordinary token; text that holds it cannot be learned whole."""
     (stop,) = ids(".")
     tokenizer = CheckpointTokenizer.load(write(tmp_path, BARE, generation={"eos_token_id": [stop]}))
     assert tokenizer.stop == (ID[END], stop)

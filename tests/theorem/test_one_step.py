@@ -222,7 +222,7 @@ def test_other_initialisation_imitates_the_teacher_before_its_step(toy):
     gaps = [float(r.inner_product - r.unupdated_inner_product) for r in reports]
     assert log_slope(steps, gaps) == pytest.approx(1, abs=0.05)
     assert log_slope(steps, [1 - float(r.unupdated_cosine) for r in reports]) == pytest.approx(2, abs=0.1)
-    # Independently: the direction that imitates the teacher at its initialisation.
+    # Independently: the direction that imitates the teacher at its initialization.
     targets = jax.nn.softmax(apply(params, inputs))
     old = jax.grad(lambda p: -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(apply(p, inputs)), -1)))(other)
     trait = jax.grad(trait_loss)(params)
