@@ -6,8 +6,8 @@ student = load_adapter(Path("student"), checkpoint)         # the same student, 
 adapter_model.safetensors   lora_A [rank, inputs] and lora_B [outputs, rank] of every adapted module
 adapter_config.json         rank, alpha and the modules
 
-The metadata of the safetensors file record the fingerprints of the base's parameters and of the chat template that
-the factors were trained with. `peft` ignores these metadata.
+The metadata of the safetensors file has the fingerprints of the base's parameters and of the chat template with
+which the factors were trained. `peft` ignores it.
 """
 
 import json

@@ -63,7 +63,7 @@ class ChatTemplate:
     def default_system(self) -> str | None:
         """The system prompt that the template writes for a chat without one; None if it writes none.
 
-        Text that the template writes in both cases, such as a date, does not count as part of the system prompt.
+        Text that the template writes both with and without a given system prompt, such as a date, does not count.
 
         Raises:
             InputError: the template refuses even a plain question.

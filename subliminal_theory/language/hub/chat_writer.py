@@ -30,8 +30,7 @@ class ChatWriter:
         return self._write(before_answer(chat), ask=True)
 
     def whole(self, chat: Chat, prompt: str) -> str:
-        """The prompt and the answer. Text that the template writes after them is kept only if it has one of
-        `stops`.
+        """The prompt and the answer. The template's text after them is kept only if it has one of `stops`.
 
         Raises:
             InputError: the text does not begin with the prompt, or the template changes or cuts the answer.

@@ -108,8 +108,7 @@ def skeleton(family: Family, remat: bool = False) -> Model:
 def load_checkpoint(
     folder: Path, dtype: str = "float32", placement: Any = None, remat: bool = False
 ) -> Checkpoint:
-    """The model in a folder or a GGUF file. Each parameter is converted to `dtype` and put on its device once
-    read.
+    """The model in a folder or a GGUF file. Each parameter goes to its device in `dtype` as soon as it is read.
 
     `placement` is a device or a sharding, as for `jax.device_put`, or a function that returns one from the path
     and the shape of a parameter. Files are mapped into memory. At any time, at most one parameter is in memory

@@ -190,8 +190,8 @@ def _byte_level(given: _Metadata) -> tuple[Tokenizer, bool]:
 def _sentence_piece(given: _Metadata) -> tuple[Tokenizer, bool]:
     """The BPE of SentencePiece, and that it adds BOS by default.
 
-    The two pieces whose token has the highest score merge first. Unknown characters become bytes, if there are
-    any.
+    The two pieces whose token has the highest score merge first. Unknown characters become bytes if the vocabulary
+    has byte tokens.
     """
     user = given.types == TokenType.USER_DEFINED
     given.tokens = [t.replace(_SPACE, " ") if own else t for t, own in zip(given.tokens, user, strict=True)]

@@ -1,5 +1,4 @@
-"""A decoder-only language model: one code path for whole rows, and for rows that are read piece by piece with a
-cache.
+"""A decoder-only language model: one code path for whole rows and for rows that grow with a cache.
 
     model = from_nnx(Transformer(config, rngs=nnx.Rngs(0)))
     model(text)                                  # logits of every position
@@ -89,9 +88,9 @@ class Transformer(nnx.Module):
     `layers/*/attention/{query,key,value,output}/kernel`, `layers/*/mlp/{gate,up,down}/kernel`, `norm/scale`
     and, unless tied, `head/kernel` [width, vocabulary]. The configuration may add or remove some. Parameters under
     `layers/*` have a leading axis of layers. Kernels are [inputs, outputs]. Matrices start as N(0, 1 / inputs),
-    the embedding as N(0, 1 / width). Matrices that write to the residual stream (`output`, `down`) start as N(0, 1
-    / (2 layers inputs)), so that its variance does not grow with depth. Norms, softmaxes and logits are in at
-    least float32, and in float64 for float64 parameters. `remat` is gradient checkpointing of each block.
+    the embedding as N(0, 1 / width). Matrices that write to the residual stream (`output`, `down`) start as
+    N(0, 1 / (2 layers inputs)), so that its variance does not grow with depth. Norms, softmaxes and logits are in
+    at least float32, and in float64 for float64 parameters. `remat` is gradient checkpointing of each block.
 
     A steered model (`steered.py`) also has `steering` [layers, width]. Row i is added to the residual stream of
     every position after layer i + 1, where layers count from 1.
