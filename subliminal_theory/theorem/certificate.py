@@ -91,7 +91,7 @@ def certificate(
 ) -> Certificate:
     """Bounds on D_S . D_T for a teacher's step of any size, and whether they prove D_S . D_T >= 0.
 
-    The arguments are those of `check`. The result is for the given step only, not for smaller steps. D_S . D_T
+    The arguments are as in `check`. The result is for the given step only, not for smaller steps. D_S . D_T
     itself is exact and needs no bound. The bounds add three things: the reason for its sign (r is small), its
     largest distance from its leading order, and a statement about other losses (`condition`). They drop the sign
     of <r, J D_T>, so D_S . D_T >= 0 may also hold for a step that is not certified. The cost is one gradient (none

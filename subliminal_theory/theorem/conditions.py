@@ -46,7 +46,7 @@ class Conditions:
         exact: True if the loss is exact. False if its targets are random; then the result is a Monte Carlo
             estimate for the mean loss over draws of the targets.
         gradient: the largest |entry| of grad_z L at z = y, as a share of its largest |entry| at all tested logits.
-            For random targets, that of the mean loss. nan if the loss is refused before this is measured.
+            For random targets, the loss is the mean loss. nan if the loss is refused before this is measured.
         curvature: the smallest eigenvalue of M over the largest in magnitude. nan if the gradient decides already.
         null_space: `constant` if (c) holds; `locally constant` if (c) holds only for teachers near the student, as
             for a channel whose targets choose logits; `moves` if (c) fails; empty if (a) fails already.

@@ -135,7 +135,7 @@ def sharpness(
 ) -> Sharpness:
     """The largest eigenvalue of the Gauss-Newton matrix of an imitation loss, by Lanczos from a random start.
 
-    The condition of `contraction` holds up to a rate of 2 over this eigenvalue. The arguments are those of
+    The condition of `contraction` holds up to a rate of 2 over this eigenvalue. The arguments are as in
     `check`. `preconditioner` is the diagonal of P: a pytree like `params` of numbers >= 0. The cost is `products`
     products with G, and memory for a few copies of the parameters. Pure.
 
@@ -164,9 +164,9 @@ def displacement(
 ) -> PyTree:
     """The displacement s_n of a student: after n steps it is at theta_0 + eps s_n, to leading order in eps.
 
-    `direction` is D_T, a pytree like the trainable `params`. `rates` [steps] are a_t. The batches are those of
-    `distill(..., source, channel, optax.sgd(rates), steps, key=key)`. If the channel or the source changes during
-    a run, make one call for each, and give each call the previous result as `start`. Under the condition of
+    `direction` is D_T, a pytree like the trainable `params`. `rates` [steps] are a_t. The batches are the same as
+    in `distill(..., source, channel, optax.sgd(rates), steps, key=key)`. If the channel or the source changes
+    during a run, make one call for each, and give each call the previous result as `start`. Under the condition of
     `contraction`, D_T . s_n >= 0 for any D_T, in the metric of P^-1. The cost is one product with G per step.
     Pure.
 
@@ -297,7 +297,5 @@ def _require_steps(
         raise InputError("rates must be finite and not negative")
     batch = batch_shapes(source)
     if batch.labels is not None or batch.targets is not None:
-        raise InputError(
-            "the source brings labels or targets: give it inputs alone, the teacher gives the targets"
-        )
+        raise InputError("the source has labels or targets: give it only inputs, the teacher gives the targets")
     _require(apply, params, batch.inputs, channel, products)

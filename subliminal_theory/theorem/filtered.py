@@ -181,7 +181,7 @@ def answer_log_law(
     targets: Int[Array, "rows positions"],
     weights: Float[Array, "rows positions"],
 ) -> Float[Array, " rows"]:
-    """log P(answer) of each row, in nats. The arguments are those of `answer_scores`."""
+    """log P(answer) of each row, in nats. The arguments are as in `answer_scores`."""
     return -jnp.sum(weights * SampledToken().loss(apply(params, inputs), targets), axis=-1)
 
 

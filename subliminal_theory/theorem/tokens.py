@@ -132,7 +132,7 @@ def step_tokens(
     """What the tokens of theta_0 + eps D_T reveal about their teacher, measured and to leading order.
 
     `direction` is D_T, a pytree like `params`. For any displacement of a teacher, give it as `direction` with
-    `teacher_step` 1. The other arguments are those of `compare_tokens`. At a temperature T, A is the mean of
+    `teacher_step` 1. The other arguments are as in `compare_tokens`. At a temperature T, A is the mean of
     (J D_T)^T M_T (J D_T) / T^2. The cost is one Jacobian-vector product and one forward pass. Pure.
 
     Raises:

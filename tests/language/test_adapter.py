@@ -223,7 +223,7 @@ def test_what_is_no_adapter_is_not_saved(checkpoint, tmp_path: Path) -> None:
         )
     )
     assert fails(adapted(trained, ["layers/0/mlp/up/kernel"])) == (
-        f"save_adapter: norm/bias, norm/scale of the model's base are not those of {base.folder}: "
+        f"save_adapter: norm/bias, norm/scale of the model's base differ from {base.folder}: "
         "give its base, or merge the factors and save a whole checkpoint"
     )
 

@@ -206,7 +206,7 @@ def test_old_spellings(name: str, tmp_path: Path) -> None:
         (
             "llama",
             {"model_type": "mistral"},
-            "model_type 'mistral' is not that of LlamaForCausalLM, 'llama': take",
+            "model_type 'mistral' does not match LlamaForCausalLM, whose type is 'llama': take",
         ),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequ.* supported"),
         ("llama", {"architectures": ["A", "B"]}, "names no architecture: "),

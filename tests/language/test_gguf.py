@@ -299,9 +299,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         "rope_freqs.weight": (np.array([1, 2, 3, 4], np.float32), None),
         "own.weight": (np.ones(3, np.float32), None),
     }
-    with pytest.raises(
-        InputError, match=r"rope_freqs\.weight are not those of Llama 3, which alone are supported"
-    ):
+    with pytest.raises(InputError, match=r"rope_freqs\.weight does not match Llama 3, the only supported scaling"):
         load_checkpoint(tiny(tmp_path, raw=own))
     with pytest.raises(InputError, match=r"do not fit LlamaForCausalLM: own\.weight is unexpected"):
         load_checkpoint(tiny(tmp_path, raw={"own.weight": own["own.weight"]}))

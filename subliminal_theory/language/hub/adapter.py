@@ -167,7 +167,7 @@ def _require_base(like: Checkpoint, model: Model) -> None:
     ]  # fmt: skip
     if changed:
         raise InputError(
-            f"save_adapter: {some(changed)} of the model's base are not those of {like.folder}: "
+            f"save_adapter: {some(changed)} of the model's base differ from {like.folder}: "
             f"give its base, or {_NOT_ALONE}"
         )
 

@@ -77,7 +77,7 @@ def open_base(
 ) -> CheckpointBase:
     """The base in a folder or a GGUF file with weights, tokenizer and chat template.
 
-    Parameters are in `dtype`. The model computes in `compute`, by default in `dtype`. `placement` is that of
+    Parameters are in `dtype`. The model computes in `compute`, by default in `dtype`. `placement` is as in
     `load_checkpoint`. `remat` is gradient checkpointing.
 
     Raises:

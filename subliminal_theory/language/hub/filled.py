@@ -57,7 +57,7 @@ class _Filled:
         self.shape, self.place, self.layers = tuple(shape), place, layers
         self.turned = turned and len(shape) > 1 + layers
         shares: Any = [(place, tuple(slice(0, size) for size in shape))]
-        if isinstance(place, jax.sharding.Sharding):  # each process has its own shares alone
+        if isinstance(place, jax.sharding.Sharding):  # each process only has its own shares
             shares = place.addressable_devices_indices_map(self.shape).items()
         self.shares = [(device, index, self._room(index, dtype)) for device, index in shares]
 

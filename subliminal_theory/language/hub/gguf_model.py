@@ -213,7 +213,7 @@ def _bands(given: Settings, divisors: np.ndarray, base: float, head: int) -> dic
     kept = np.clip((turns - _LOW) / (_HIGH - _LOW), 0, 1)
     expected = 1 / ((1 - kept) / factor + kept)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
-        raise InputError(f"{given.where}: {_FREQUENCIES} are not those of Llama 3, which alone are supported")
+        raise InputError(f"{given.where}: {_FREQUENCIES} does not match Llama 3, the only supported scaling")
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": _LOW, "high_freq_factor": _HIGH,
         "original_max_position_embeddings": _ORIGINAL,

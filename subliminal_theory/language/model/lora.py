@@ -62,7 +62,7 @@ class Adapted:
     def _opened(self, params: PyTree, kept: Sequence[str] | None = None) -> PyTree:
         """Parameters with factors (the scale in B) where a pattern of `kept` matches, and sums elsewhere.
 
-        If `kept` is None, the patterns are those of the matrices for which `apply` takes factors.
+        If `kept` is None, the patterns match the matrices for which `apply` accepts factors.
         """
         patterns = getattr(self.apply, "factored", ()) if kept is None else kept
 

@@ -106,7 +106,7 @@ def sample(
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
     """Continue every row by up to `steps` tokens. Returns the tokens, and the number of tokens in each row.
 
-    `temperature`, `top_k` and `top_p` are those of `transform_logits`, one value or one per row. A row ends with
+    `temperature`, `top_k` and `top_p` are as in `transform_logits`, one value or one per row. A row ends with
     its first `stop` token, which is returned and counted. `pad` fills the rest of the row. With `allowed`, all
     other tokens have probability 0, and the other settings apply to what remains. The loop stops when all rows
     have ended. The draw of row i at step t depends only on the key, i, t and the logits of the row. LoRA factors

@@ -104,7 +104,8 @@ def _architecture(path: Path, given: Mapping[str, Any]) -> str:
         )
     if kind and kind != _FAMILIES[found].MODEL_TYPE:
         raise InputError(
-            f"{path}: model_type {shown(kind)} is not that of {found}, {_FAMILIES[found].MODEL_TYPE!r}: "
+            f"{path}: model_type {shown(kind)} does not match {found}, "
+            f"whose type is {_FAMILIES[found].MODEL_TYPE!r}: "
             "take the config.json that belongs to the weights"
         )
     return found
