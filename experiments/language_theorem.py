@@ -149,7 +149,7 @@ def _measure(
 def _prompted(
     base: Model, prompt: Model, taught: tuple[Text, Array, Array], read: tuple[Text, Array]
 ) -> dict[str, Array]:
-    """cos_M(delta, J D_T), the cosine of the student's step and D_T, and cos_M(delta, J v) for the best shift v."""
+    """cos_M(delta, J D_T), the cosine of the student's step and D_T, and cos_M(delta, J v) of the best shift v."""
     text, weights = read
     seen, channel = prompt(text), SoftLogits()
     gradient = jax.grad(functools.partial(_taught_loss, base, taught))(base.params)
