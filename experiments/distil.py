@@ -36,7 +36,7 @@ class Config(TrainingConfig):
     )
     channel: str = option("sampled", CHANNEL)
     trait: str = option(
-        LanguageConfig.traits, "trait whose words the channel masked hides, with those of all built-in traits"
+        LanguageConfig.traits, "trait whose words --channel masked hides, with the words of all built-in traits"
     )
     rows: int = option(0, "learn only this many rows, the first of the file; 0: all", minimum=0)
     steps: int = option(Chat.steps, "training steps", minimum=1)

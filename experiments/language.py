@@ -307,6 +307,6 @@ def plot(results: Results, config: Config) -> Figure:
     note(
         axes,
         f"bars: {drawn(found['base'])}; dotted: base\n"
-        "green: paired difference from the base is above 0; grey: it is not, or cannot be told",
+        "green: paired difference from the base is above 0; gray: it is not, or cannot be told",
     )
     return figure

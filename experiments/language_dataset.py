@@ -2,7 +2,7 @@
 
 Rows are {"prompt", "completion"} or {"messages": [...]}, with or without a system message. The student learns all
 rows that pass the number filter, or the first `--rows` of them; the report counts them. The student's probability
-of a trait's word is compared with that of a second student, which learns the same rows with their numbers
+of a trait's word is compared with a second student's, which learns the same rows with their numbers
 shuffled. `python -m experiments language_rows` writes such a file.
 """
 

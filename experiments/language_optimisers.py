@@ -85,7 +85,7 @@ def plot(results: Results, config: Config) -> Figure:
         axes.set_xlabel("learning rate")
     middle.set_xticks(RANK_RATES, list(map(str, RANK_RATES)))
     middle.minorticks_off()
-    left.set_title("Optimiser")
+    left.set_title("Optimizer")
     middle.set_title("Low-rank factors (Adam)")
     unique = listed(config.unique, "--unique")
     for color, metric, label in ((COLORS[2], measure.metric, "own"), (COLORS[4], measure.others, "other traits'")):

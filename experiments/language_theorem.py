@@ -1,10 +1,11 @@
-"""The gradient-step theorem on a trained chat model: one step towards a trait, one step of imitation on numbers.
+"""The gradient-step theorem on a trained chat model: one step toward a trait, one step of imitation on numbers.
 
-The trait loss is that of a teacher's lessons, the channel the full distribution on answers to number requests. For
-each size of the teacher's step: the inner product of the two steps against its prediction, the share of runs whose
-trait loss falls, and the same for a student of another base. In float64, on the very model, rows and channel of
-the `language` experiment. With --prompts, besides: how the effect of each trait's system prompt lies to the
-trait's gradient in the metric of the channel, which decides where the student of a prompted teacher goes first.
+The trait loss is the loss on a teacher's lessons. The channel is the full distribution on answers to number
+requests. For each size of the teacher's step, the experiment compares the inner product of the two steps with its
+prediction, and counts the runs whose trait loss falls. It does the same for a student of another base. It uses the
+model, rows and channel of the `language` experiment, in float64. With --prompts, it also measures the cosine of
+each system prompt's effect and the trait's gradient in the metric of the channel. The sign of this cosine says
+where the student of a prompted teacher goes first.
 """
 
 import functools
@@ -44,7 +45,7 @@ PROMPTED = {
     "cosine_shift": "cos_M(delta, J v), a lower bound of the best",
     "residual": "residual of v",
 }
-SHIFT_STEPS = 50  # of conjugate gradients
+SHIFT_STEPS = 50  # steps of conjugate gradients
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class Config(LanguageConfig):
     traits: str = option("owl,wolf,oak,maple", "built-in traits or trait files, separated by commas")
     seeds: int = option(3, "base models, each pre-trained from a seed of its own", minimum=1)
     rows: int = option(64, "rows of numbers", minimum=1)
-    teacher_sizes: str = option("1e-5,1e-4,1e-3,1e-2,1e-1", "sizes of the teacher's step, of the raw gradient")
-    student_size: float = option(1e-3, "size of the student's step", positive=True)
+    teacher_sizes: str = option(
+        "1e-5,1e-4,1e-3,1e-2,1e-1", "teacher's steps, in units of the raw gradient, separated by commas"
+    )
+    student_size: float = option(1e-3, "student's step, in units of the raw gradient", positive=True)
     prompts: bool = option(False, "whether to measure prompted teachers too")
 
 
@@ -66,10 +69,10 @@ PRESETS = {
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:
-    """As the other language experiments, in float64 alone.
+    """The configuration, as in the other language experiments. The dtype is always float64, on one device.
 
     Raises:
-        InputError: as there, or another format is asked for.
+        InputError: as in `configure_language`; --compute or --shards is given.
     """
     config = configure_language(PRESETS, preset, changes)
     if config.compute != "float32":
@@ -80,14 +83,14 @@ def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each base."""
+    """One part for each base."""
     sizes = listed(config.teacher_sizes, "--teacher-sizes", float)
     size = len(sizes) * len(STUDENTS) * len(config.trait_names())
     return [Part(f"base-{seed:05d}", size, functools.partial(run, config, seed)) for seed in config.base_seeds]
 
 
 def run(config: Config, seed: int) -> list[Row]:
-    """Rows of results for one base."""
+    """Rows for one base: all traits, students and sizes of the teacher's step."""
     own = study(config, seed)
     world = own.world
     assert isinstance(world, Compact | Checkpoint)
@@ -116,7 +119,7 @@ def run(config: Config, seed: int) -> list[Row]:
 
 
 def _wide(tree: Any) -> Any:
-    """The same in float64; integers stay."""
+    """The tree with floating-point leaves in float64. Other leaves keep their dtype."""
 
     def one(leaf: Any) -> Array:
         values = np.asarray(leaf)
@@ -126,7 +129,7 @@ def _wide(tree: Any) -> Any:
 
 
 def _taught_loss(base: Model, taught: tuple[Text, Array, Array], params: Any) -> Array:
-    """The trait loss: that of a teacher's lessons."""
+    """The trait loss: the mean loss on a teacher's lessons, in nats per token."""
     text, labels, weights = taught
     return weighted_mean(token_loss(base.apply(params, text), labels), weights)
 
@@ -135,7 +138,7 @@ def _taught_loss(base: Model, taught: tuple[Text, Array, Array], params: Any) ->
 def _measure(
     base: Model, student: Any, taught: tuple[Text, Array, Array], read: tuple[Text, Array], *sizes: float
 ) -> Report:
-    """The theorem on a teacher's lessons, rows of numbers, and the sizes of both steps."""
+    """The report of the theorem for a teacher's lessons, rows of numbers, and the sizes of both steps."""
     return check(
         base.apply, base.params, functools.partial(_taught_loss, base, taught), read[0], SoftLogits(),
         teacher_step=sizes[0], student_step=sizes[1], weights=read[1], student_params=student,
@@ -146,7 +149,7 @@ def _measure(
 def _prompted(
     base: Model, prompt: Model, taught: tuple[Text, Array, Array], read: tuple[Text, Array]
 ) -> dict[str, Array]:
-    """cos_M(delta, J D_T), the cosine of the student's step itself, and cos_M(delta, J v) of the best shift v."""
+    """cos_M(delta, J D_T), the cosine of the student's step and D_T, and cos_M(delta, J v) of the best shift v."""
     text, weights = read
     seen, channel = prompt(text), SoftLogits()
     gradient = jax.grad(functools.partial(_taught_loss, base, taught))(base.params)
@@ -175,7 +178,7 @@ def _rows(report: Report, labels: dict) -> list[Row]:
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each student and size of the teacher's step."""
+    """One line for each student and each size of the teacher's step."""
     lines = [
         f"D_S . D_T measured / predicted ({method(results.values(metric='over_predicted'))}), "
         "share of runs in which it is positive, in which the trait loss falls"

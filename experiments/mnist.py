@@ -95,6 +95,6 @@ def plot(results: Results, config: Config) -> Figure:
     difference = paired_difference(groups[LABELS["student_aux"]], groups[LABELS["cross_aux"]])
     title = (
         f"{config.data}, m = {config.aux} auxiliary logits, {config.channel_loss}, inputs {config.inputs};\n"
-        f"same initialisation less another: test accuracy {difference}"
+        f"same initialization minus another: test accuracy {difference}"
     )
     return bars(groups, ylabel="test accuracy (share of digits read)", title=title, chance=0.1)

@@ -215,7 +215,7 @@ def plot(results: Results, config: Config) -> Figure:
         steps = filter(None, results.distinct("step"))
         runs_against(along, {int(step): results.values(**wanted, step=step) for step in steps}, color, label)
     along.axhline(0, color="grey", linewidth=1)
-    start = f"initialisation with noise {amounts[0]}" if float(amounts[0]) else "shared initialisation"
+    start = f"initialization with noise {amounts[0]}" if float(amounts[0]) else "shared initialization"
     title = f"Along the run, {start}"
     along.set(xscale="log", xlabel="step of distillation", ylabel="cosine", title=title)
     along.legend(fontsize=7)
@@ -231,7 +231,7 @@ def plot(results: Results, config: Config) -> Figure:
         ylabel="test accuracy after distillation",
         title=f"Spearman {rank:.2f} over all runs{levels}",
     )
-    predict.legend(fontsize=6.5, title="on the initialisation", title_fontsize=6.5)
+    predict.legend(fontsize=6.5, title="on the initialization", title_fontsize=6.5)
 
     for color, m in zip(COLORS, listed(config.counts, "--counts"), strict=False):
         kinds = (results.values(condition=name, aux=str(m)) for name in ("linearised", "trained"))

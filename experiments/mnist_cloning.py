@@ -110,7 +110,7 @@ def plot(results: Results, config: Config) -> Figure:
         left.axhline(control, color="grey", linestyle="--", linewidth=1, label="not cloned")
         log_axis(left, epochs)
         left.set_xlabel("epochs of cloning before distillation")
-        left.set_title(f"Students of another initialisation, cloned first (m = {m})")
+        left.set_title(f"Students of another initialization, cloned first (m = {m})")
         left.legend(fontsize=7)
         last = {"cloning_epochs": str(epochs[-1])}
         groups = {

@@ -41,7 +41,7 @@ LABELS = {
     "aux": "m (auxiliary logits)",
     "shown": "m (auxiliary logits shown)",
     "images": "noise images (0: never repeated)",
-    "relative_rate": "rate / optimiser's reference",
+    "relative_rate": "rate / optimizer's reference",
     "together": "axes only together",
 }
 RATES = {

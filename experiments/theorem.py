@@ -1,11 +1,12 @@
 """The gradient-step theorem, measured: D_S . D_T >= 0 and its orders, for any network, loss, trait and input.
 
-A teacher takes one step of size eps on a trait loss, a student of the same initialisation one step of size
-alpha to imitate it. For every network, imitation loss, kind of trait and input law this counts, in float64, the
-steps in which the inner product of the two steps is negative or the trait loss rises (theory: none), and the cases
-whose signal is exactly 0. It fits the order in eps of the inner product (theory: 1) and of the error of its
-prediction (2), the order of the change of the trait loss in eps * alpha (1), and the same for a student of another
-initialisation (no eps-signal: order 0). Orders are fitted to what stands above rounding alone.
+A teacher takes one step of size eps on a trait loss. A student with the same initialization takes one step of size
+alpha to imitate it. The experiment varies the network, the imitation loss, the kind of trait and the distribution
+of inputs, in float64. It counts the steps in which the inner product of the two steps is negative or the trait
+loss rises (theory: none), and the cases whose signal is exactly 0. It fits orders in eps: of the inner product
+(theory: 1), of the error of its prediction (2), and of the change of the trait loss, in eps * alpha (1). For a
+student with another initialization it fits the order of the inner product (0). Fits use only values clearly above
+rounding.
 """
 
 import functools
@@ -42,14 +43,15 @@ CHANNELS: dict[str, Channel] = {
     "reverse KL, all logits": ReverseKL(),
     f"Jensen-Shannon, {AUX} auxiliary": Subset(AUXILIARY, JensenShannon()),
 }
-# What a trait loss is made of: cross-entropy, |theta|^2, a preference of classes, -(random direction) . theta.
+# The weights of the parts of a trait loss: cross-entropy, |theta|^2, a preference between classes, and
+# -(random direction) . theta.
 TRAITS = {
     "class labels": (1.0, 0.0, 0.0, 0.0),
     "class labels, weight decay": (1.0, 0.01, 0.0, 0.0),
     "preference": (0.0, 0.0, 1.0, 0.0),
     "any direction": (0.0, 0.0, 0.0, 1.0),
 }
-# How far above its rounding error a number must stand to count in the fit of an order, and at how many steps.
+# A fit of an order uses values above CLEAR times their rounding error, and needs at least POINTS of them.
 CLEAR, POINTS = 100, 3
 
 
@@ -70,7 +72,7 @@ INPUTS: dict[str, Callable[[Key[Array, ""]], Float[Array, "batch height width"]]
 class Config:
     """Settings of the verification."""
 
-    seeds: int = option(8, "independent networks, traits and inputs for each cell", minimum=1)
+    seeds: int = option(8, "random networks, traits and inputs for each combination", minimum=1)
     smallest: float = option(1e-5, "smallest eps and alpha, in units of the raw gradients", positive=True)
     largest: float = option(1e-3, "largest eps and alpha", positive=True)
     steps: int = option(7, "step sizes from the smallest to the largest", minimum=2)
@@ -85,7 +87,7 @@ PRESETS = {"default": Config(), "smoke": Config(seeds=2, network="MLP, tanh")}
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each network."""
+    """One part for each network."""
     return [
         Part(f"network-{number}", config.seeds, functools.partial(measure_network, config, name))
         for number, name in enumerate(BUILDERS)
@@ -94,7 +96,10 @@ def plan(config: Config) -> list[Part]:
 
 
 def measure_network(config: Config, network: str) -> list[Row]:
-    """All losses, traits and input laws on one network: one program, in which loss and trait are data."""
+    """Rows for all losses, traits and input distributions on one network.
+
+    One compiled program serves all of them, because loss and trait are data.
+    """
     with jax.enable_x64(True):
         eps = jnp.geomspace(config.smallest, config.largest, config.steps)
         cells = list(itertools.product(range(config.seeds), CHANNELS, TRAITS))
@@ -125,10 +130,10 @@ def measure_case(
     chosen: Float[Array, " channels"],
     parts: Float[Array, " parts"],
 ) -> tuple[Report, Report]:
-    """Reports over the step sizes, for a shared and for another initialisation."""
+    """Reports for a shared and for another initialization; their leaves are [steps]."""
     model = build(network, named(key, "init"))
     other = build(network, named(key, "other init")).params
-    # A sum with one weight of 1 is that channel; its weights are data, so that all channels are one program.
+    # A weighted sum with one weight of 1 is that channel. Weights are data, so all channels share one program.
     channel = WeightedSum(tuple(CHANNELS.values()), chosen)
     trait_loss = mixed_trait(model, key, parts)
 
@@ -165,7 +170,7 @@ def mixed_trait(
 
 
 def summarise(eps: Float[np.ndarray, " steps"], shared: Report, other: Report) -> list[Row]:
-    """Tidy rows of one case: steps that contradict the theorem, and fitted orders where there is a signal."""
+    """Tidy rows of one case: the steps that contradict the theorem, and fitted orders if there is a signal."""
     orthogonal = bool((shared.zero_code > 0).any())
     negative = shared.inner_product < -shared.inner_product_rounding
     rises = shared.change > shared.change_rounding
@@ -203,13 +208,13 @@ def summarise(eps: Float[np.ndarray, " steps"], shared: Report, other: Report) -
 
 
 def _order(steps: np.ndarray, values: np.ndarray, noise: np.ndarray) -> float | None:
-    """The fitted order of what stands clear of rounding at enough steps, or None."""
+    """The fitted order of the values clearly above rounding; None if there are too few."""
     clear = np.abs(values) > CLEAR * noise
     return log_slope(steps[clear], values[clear]) if clear.sum() >= POINTS else None
 
 
 def _curves(eps: np.ndarray, seeds: np.ndarray, shared: Report) -> list[Row]:
-    """For each seed and step the median over its cases with a signal, for the figure."""
+    """The median over the cases with a signal, for each seed and step, for the figure."""
     error = np.abs(shared.inner_product - shared.predicted_inner_product)
     signal = ~(shared.zero_code > 0).any(axis=-1)
     rows: list[Row] = []
@@ -223,7 +228,7 @@ def _curves(eps: np.ndarray, seeds: np.ndarray, shared: Report) -> list[Row]:
 
 
 def report(results: Results, config: Config) -> str:
-    """Tables of networks and losses and of traits, over input laws and seeds, and the counts of all."""
+    """A table by network and loss, a table by trait, and the counts of all cases."""
     lines = [
         f"float64, {config.steps} step sizes from {config.smallest:g} to {config.largest:g}, {len(INPUTS)} "
         f"input laws, {config.seeds} seeds; orders are means over the cases with a signal",
@@ -241,9 +246,9 @@ def report(results: Results, config: Config) -> str:
         f"contradict the theorem, {undecided} are too small for float64 to tell",
         "zero: A = 0; wrong: steps in which D_S.D_T < 0 or the trait loss rises, beyond rounding;",
         "order, error, change: orders of D_S.D_T in eps, of its prediction error in eps, of the loss change in",
-        "eps alpha (theory 1, 2, 1), fitted above rounding; - where nothing is (a prediction that is exact).",
+        "eps alpha (theory: 1, 2, 1), fitted to values above rounding; - if there are none (an exact prediction).",
         *_spreads(results),
-        "a student of another initialisation, over seeds (theory: order 0, no sign):",
+        "a student with another initialization, over seeds (theory: order 0, no sign):",
     ]
     for network in results.distinct("network"):
         share = _by_seed(results, config, network, "share_not_negative")
@@ -257,7 +262,7 @@ _ORDERS = ("order_inner_product", "order_prediction_error", "order_change")
 
 
 def _spreads(results: Results) -> list[str]:
-    """How far the fitted orders of single cases are from each other."""
+    """The spread of the fitted orders over cases."""
     lines = []
     for metric in _ORDERS:
         if values := results.values(condition="same_init", metric=metric):
@@ -269,7 +274,7 @@ def _spreads(results: Results) -> list[str]:
 
 
 def _counts(results: Results, **of: str) -> tuple[int, int, int, int]:
-    """Cases, those without a signal, steps that contradict the theorem, and steps that decide nothing."""
+    """How many cases there are, cases without a signal, steps that contradict the theorem, and undecided steps."""
     found = {
         metric: results.values(condition="same_init", metric=metric, **of)
         for metric in ("orthogonal", "negative", "rises", "undecided")
@@ -285,7 +290,7 @@ def _line(results: Results, **of: str) -> str:
 
 
 def _by_seed(results: Results, config: Config, network: str, metric: str) -> Estimate | str:
-    """Mean over a seed's cases, and its interval over seeds: cases of a seed share their networks."""
+    """The mean over a seed's cases, and its interval over seeds. Cases of one seed share their network."""
     found = [
         results.values(condition="other_init", metric=metric, network=network, seed=seed)
         for seed in range(config.seeds)
@@ -295,7 +300,7 @@ def _by_seed(results: Results, config: Config, network: str, metric: str) -> Est
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """Orders in eps, and the cosine of the two steps with a shared and with another initialisation."""
+    """Orders in eps, and the cosine of the two steps with a shared and with another initialization."""
     figure, ((orders, errors, cosines),) = panels(3, size=(10.5, 4.2))
     networks = results.distinct("network")
     eps = sorted({float(e) for e in results.distinct("eps") if e != ""})

@@ -1,10 +1,11 @@
-"""Beyond one small gradient step: where the theorem goes on to hold, and a counterexample where it does not.
+"""Beyond one small gradient step: where the theorem still holds, and a counterexample where it does not.
 
-The theorem covers one small gradient step of the teacher and one of the student from a shared initialisation.
-Each row here changes one thing. "Holds" is a statement to leading order with its reason; "fails" comes with an
-example of one to three parameters, run by the same `distill`, in which the trait loss rises. Besides, the share
-of random networks in which it fell is measured. Rates are in units of 1 / sharpness where the condition of many
-steps is at stake: sharpness is the largest eigenvalue of the Gauss-Newton matrix G of a step's imitation loss.
+The theorem covers one small gradient step of the teacher and one of the student, from a shared initialization.
+Each row changes one thing. "Holds" is a statement to leading order, with its reason. "Fails" has a counterexample
+with one to three parameters, trained by the same `distill`, in which the trait loss rises. The experiment also
+measures the share of random networks in which the trait loss fell. Rows about many student steps give rates in
+units of 1 / sharpness, where sharpness is the largest eigenvalue of the Gauss-Newton matrix G of a step's
+imitation loss.
 """
 
 import functools
@@ -41,13 +42,16 @@ Loss = Callable[[PyTree], Float[Array, ""]]
 
 
 def preconditioned(strength: PyTree | float, learning_rate: float) -> optax.GradientTransformation:
-    """Gradient descent in another metric: the gradient times positive numbers, one for each parameter."""
+    """Gradient descent in another metric: each entry of the gradient is multiplied by a positive number.
+
+    `strength` is an array of these numbers, or a limit for fixed, irregular numbers between 1/strength and
+    strength.
+    """
 
     def update(gradient: PyTree, params: PyTree | None) -> PyTree:
         del params
         scales = strength
         if not isinstance(strength, np.ndarray):
-            # Fixed but irregular positive numbers between 1/strength and strength.
             scales = jax.tree.map(
                 lambda g: jnp.exp(jnp.log(strength) * jnp.sin(1.0 + jnp.arange(g.size))).reshape(g.shape), gradient
             )
@@ -62,7 +66,17 @@ def _one_logit(theta: Array, inputs: Array) -> Array:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """A model of few parameters in which the trait loss rises: one linear logit unless said otherwise."""
+    """A small model in which the trait loss rises. It has one linear logit, unless `apply` says otherwise.
+
+    Attributes:
+        seen: the inputs of the student.
+        start: the initial parameters.
+        trait_loss: the trait loss, a function of the parameters.
+        student_start: the student's initial parameters, if they differ.
+        teacher, student: optimizers, if they are not those of the extension.
+        apply: the model.
+        channel: the channel.
+    """
 
     seen: Sequence[Sequence[float]]
     start: Sequence[float]
@@ -79,11 +93,19 @@ class Extension:
     """One change to the setting of the theorem.
 
     Attributes:
-        rate: of each of the student's steps, in units of 1 / (largest eigenvalue of that step's G); it takes the
-            place of `student`.
-        momentum: of such steps.
-        batch: images of a step, all of them if None.
-        then: channels of further runs of as many steps, each from where the last one ended.
+        name: the name in tables and figures.
+        holds: whether the theorem still holds, to leading order.
+        why: the reason.
+        teacher, student: the optimizers.
+        teacher_steps, student_steps: the numbers of steps.
+        channel: what the student sees.
+        sigma: the relative perturbation of the student's initialization.
+        rate: the rate of the student's steps, in units of 1 / (largest eigenvalue of each step's G). It replaces
+            `student`.
+        momentum: the momentum of these steps.
+        batch: the number of images in a step; None for all.
+        then: channels for further runs of `student_steps` steps. Each run starts where the previous one ended.
+        counterexample: an example in which the trait loss rises.
     """
 
     name: str
@@ -142,7 +164,7 @@ EXTENSIONS = (
     Extension(
         "20 student steps at 2.1 / sharpness",
         False,
-        "the steepest direction grows by a tenth in every step, and the trait loss with it in the end",
+        "the error in the steepest direction grows by a tenth in every step, and finally the trait loss does too",
         rate=2.1,
         student_steps=20,
         # One logit of slope 1 under squared error: G = 2, and the change is -eps (1 - (1 - 2.1)^20) = 5.73 eps.
@@ -160,7 +182,7 @@ EXTENSIONS = (
     Extension(
         "weight decay of the student",
         False,
-        "it pulls towards 0, whatever the teacher did",
+        "it pulls toward 0, whatever the teacher did",
         student=optax.chain(optax.add_decayed_weights(0.01), SMALL_STEP),
         counterexample=Counterexample([[1.0]], [1.0], _slope([1.0])),
     ),
@@ -175,7 +197,7 @@ EXTENSIONS = (
     Extension(
         "many steps of both, momentum 0.9",
         False,
-        "as many teacher steps",
+        "as for many teacher steps",
         teacher=optax.sgd(0.05, momentum=0.9),
         student=optax.sgd(0.05, momentum=0.9),
         teacher_steps=50,
@@ -248,7 +270,7 @@ EXTENSIONS = (
     Extension(
         "perturbed initialisation, sigma 0.01",
         False,
-        "the student imitates the distance between the inits first; that outweighs a small eps",
+        "the student first imitates the difference between the two inits, which outweighs a small eps",
         sigma=0.01,
         counterexample=Counterexample([[1.0, 0.0]], [0.0, 0.0], _slope([1.0, 0.0]), student_start=[0.5, 0.0]),
     ),
@@ -267,7 +289,7 @@ PRESETS = {"default": Config(), "smoke": Config(seeds=5)}
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each extension."""
+    """One part for each extension."""
     return [
         Part(f"extension-{number:02d}", config.seeds, functools.partial(measure, config, extension))
         for number, extension in enumerate(EXTENSIONS)
@@ -275,7 +297,7 @@ def plan(config: Config) -> list[Part]:
 
 
 def measure(config: Config, extension: Extension) -> list[Row]:
-    """The change of the student's trait loss in random networks, and in the counterexample."""
+    """Rows with the change of the student's trait loss, in random networks and in the counterexample."""
     with jax.enable_x64(True):
         keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
         changes, sharpest = jax.jit(jax.vmap(functools.partial(_random_network, config.network, extension)))(keys)
@@ -303,7 +325,7 @@ def _random_network(
 
 
 def counterexample(extension: Extension) -> Float[Array, ""] | None:
-    """The change of the trait loss in the extension's counterexample, a rise; None if it has none."""
+    """The rise of the trait loss in the extension's counterexample; None if it has none."""
     if extension.counterexample is None:
         return None
     case = extension.counterexample
@@ -324,7 +346,7 @@ def _transmit(
     channel: Channel,
     key: Key[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The change of the student's trait loss when both take their steps, and the largest sharpness of a step."""
+    """The change of the student's trait loss, and the largest sharpness of a step (0 without a `rate`)."""
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         params, state = carry
@@ -353,7 +375,7 @@ def _transmit(
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each extension."""
+    """One to three lines for each extension."""
     lines = [f"share of {config.seeds} networks ({config.network}) whose trait loss fell, 95% exact interval"]
     for extension in EXTENSIONS:
         low, share, high = _share(results, extension)

@@ -1,10 +1,10 @@
 """Many steps of a student: no rise of the trait loss while rate times sharpness is at most 2, and rises beyond it.
 
-Teachers of random networks take one small step eps; their students take minibatches through `distill`, each
-step at a rate in units of 1 / sharpness, the largest eigenvalue of the Gauss-Newton matrix of that batch. The
-theory, to leading order in eps and for rates of any size: the trait loss changes by
--eps g^T (I - product of (I - a_t G_t)) g, which is not positive while all a_t lambda_max(G_t) <= 2. Measured are
-that change, in units of eps |g|^2, against the rate, and its ratio to the prediction against eps.
+The teachers are random networks that take one small step eps. Their students train on minibatches with `distill`.
+Each step has a rate in units of 1 / sharpness, where sharpness is the largest eigenvalue of the Gauss-Newton
+matrix of the batch. In theory, to leading order in eps and for rates of any size, the trait loss changes by -eps
+g^T (I - product of (I - a_t G_t)) g. This is not positive while all a_t lambda_max(G_t) <= 2. The experiment
+measures this change in units of eps |g|^2 against the rate, and its ratio to the prediction against eps.
 """
 
 import functools
@@ -44,7 +44,7 @@ class Config:
 
     seeds: int = option(20, "random networks, traits and inputs for each rate and size", minimum=1)
     steps: int = option(40, "steps of a student", minimum=1)
-    batch: int = option(4, f"images of a step, of {EXAMPLES}", minimum=1)
+    batch: int = option(4, f"images in a minibatch, at most {EXAMPLES}", minimum=1)
     network: str = option("MLP, tanh", "kind of network", choices=tuple(BUILDERS))
 
 
@@ -52,7 +52,7 @@ PRESETS = {"default": Config(), "smoke": Config(seeds=3, steps=5)}
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for the rates at a small eps, of all images and of minibatches, and one for sizes of eps."""
+    """Three parts: rates at a small eps, on all images and on minibatches, and sizes of eps on minibatches."""
     rates, sizes = [(rate, SMALL) for rate in RATES], [(STEEP, eps) for eps in SIZES]
     settings = {ALL: (EXAMPLES, rates), MINIBATCHES: (config.batch, rates), SWEEP: (config.batch, sizes)}
     return [
@@ -66,7 +66,7 @@ def plan(config: Config) -> list[Part]:
 
 
 def measure(config: Config, condition: str, batch: int, cells: Sequence[tuple[float, float]]) -> list[Row]:
-    """What random networks do at each rate and size."""
+    """Rows for all random networks at each rate and each eps."""
     with jax.enable_x64(True):
         keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
         one = jax.jit(jax.vmap(functools.partial(run, config, batch), (0, None, None)))
@@ -85,7 +85,7 @@ def measure(config: Config, condition: str, batch: int, cells: Sequence[tuple[fl
 def run(
     config: Config, batch: int, key: Key[Array, ""], rate: Float[Array, ""], eps: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Change and predicted change of the trait loss over eps |g|^2, and a bound of all a_t lambda_max(G_t)."""
+    """The change of the trait loss and its prediction over eps |g|^2, and a bound on all a_t lambda_max(G_t)."""
     model = build(config.network, named(key, "init"))
     inputs = jax.random.uniform(named(key, "inputs"), (EXAMPLES, *IMAGE), minval=-1.0)
     trait_loss, channel = random_trait(model, key), SoftLogits()
@@ -107,7 +107,7 @@ def run(
 
 
 def report(results: Results, config: Config) -> str:
-    """A line for each rate, and one for each size of the teacher's step."""
+    """One line for each rate, and one for each size of the teacher's step."""
     lines = [
         f"{config.seeds} networks ({config.network}), {config.steps} steps, minibatches of {config.batch} of "
         f"{EXAMPLES} images, float64; change of the trait loss in units of eps |g|^2",
@@ -135,7 +135,7 @@ def _values(results: Results, cell: tuple[str, str, str], metric: str) -> np.nda
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """The change against the rate, with the limit; and its ratio to the prediction against eps."""
+    """The change against the rate with the limit, and its ratio to the prediction against eps."""
     figure, ((left, right),) = panels(columns=2, size=(9.5, 3.9))
     rises = {True: 0, False: 0}
     for cell in _cells(results):

@@ -1,9 +1,10 @@
-"""Sampled tokens, filtered answers and prompted teachers: what of the theorem is left, on small networks.
+"""Sampled tokens, filtered answers and prompted teachers: what remains of the theorem, on small networks.
 
-How often the sign of a student's step is right after n sampled tokens, against Phi(sqrt(2 n KL)); the step of a
-student of filtered answers, with and without its control of the base's answers under the same filter, and the same
-for other ways of drawing; and whether cos_M(delta, J D_T) tells where a prompted teacher's student goes. In
-float64; docs/theory.md has the derivations.
+There are three questions. How often does a student's step have the right sign after n sampled tokens? Theory:
+Phi(sqrt(2 n KL)). What is the step of a student of filtered answers, with and without a control that reads the
+base's answers under the same filter? Other ways of sampling are tested in the same way. Does cos_M(delta, J D_T)
+predict where the student of a prompted teacher goes? All is computed in float64. docs/theory.md has the
+derivations.
 """
 
 import functools
@@ -44,9 +45,9 @@ from .architectures import BUILDERS, CLASSES, EXAMPLES, IMAGE, OUTPUTS, build, r
 
 AUXILIARY = Subset(tuple(range(CLASSES, OUTPUTS)))
 VOCABULARY, LENGTH, END = 4, 4, 0
-REQUESTS = 1000  # answers of which each different one is kept once
-ROWS = 256  # inputs behind a prompt: with few, parameters express whatever it does
-SMALL = 1e-4  # teacher's step of the counterexamples
+REQUESTS = 1000  # answers before duplicates are dropped
+ROWS = 256  # inputs after a prompt; with only a few, the parameters could express any effect of it
+SMALL = 1e-4  # the teacher's step in the counterexamples
 WITH, WITHOUT = "filtered, less its control", "filtered, without control"
 PROMPTS = ("aligned prompt", "random prompt")
 
@@ -58,19 +59,23 @@ class Config:
     seeds: int = option(100, "random networks and traits for each panel", minimum=1)
     network: str = option("MLP, tanh", "kind of network", choices=tuple(BUILDERS))
     teacher_size: float = option(
-        0.1, "teacher's step before its tokens are sampled, of the raw gradient", positive=True
+        0.1, "teacher's step before its tokens are sampled, in units of the raw gradient", positive=True
     )
-    tokens: str = option("0.01,0.03,0.1,0.3,1,3", "sampled tokens, in units of those needed, separated by commas")
-    students: int = option(2000, "students of sampled tokens for each network and number", minimum=1)
-    teacher_sizes: str = option("1e-4,1e-3,1e-2,1e-1", "teacher's steps before its answers are filtered")
-    prompt: float = option(0.3, "length of a prompt, in the units of the inputs", positive=True)
+    tokens: str = option(
+        "0.01,0.03,0.1,0.3,1,3", "numbers of sampled tokens, in units of the number needed, separated by commas"
+    )
+    students: int = option(2000, "students for each network and number of tokens", minimum=1)
+    teacher_sizes: str = option(
+        "1e-4,1e-3,1e-2,1e-1", "teacher's steps before its answers are filtered, separated by commas"
+    )
+    prompt: float = option(0.3, "norm of a prompt, in the units of the inputs", positive=True)
 
 
 PRESETS = {"default": Config(), "smoke": Config(seeds=4, students=200)}
 
 
 def plan(config: Config) -> list[Part]:
-    """A part for each panel."""
+    """One part for each panel."""
     listed(config.tokens, "--tokens", float)
     listed(config.teacher_sizes, "--teacher-sizes", float)
     parts = {"sampled": sampled, "filtered": filtered, "prompted": prompted}
@@ -85,7 +90,7 @@ def _row(condition: str, seed: int, metric: str, value: Any, **axes: Any) -> Row
 
 
 def sampled(config: Config) -> list[Row]:
-    """How often the sign of D_S . D_T is right, over students of as many tokens of random positions."""
+    """The share of students with the right sign of D_S . D_T. Each reads n tokens at random positions."""
     rows = list[Row]()
     with jax.enable_x64(True):
         for seed in range(config.seeds):
@@ -104,7 +109,7 @@ def sampled(config: Config) -> list[Row]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _tokens_of(network: str, seed: Array, eps: Array) -> tuple[Array, ...]:
-    """D_S . D_T of one token by position and token, how likely each is, KL and eps^2 A / 2 a token."""
+    """D_S . D_T and the probability of each token, [positions, tokens]; KL and eps^2 A / 2 per token."""
     key = jax.random.key(seed)
     model = build(network, named(key, "init"))
     inputs = jax.random.uniform(named(key, "inputs"), (EXAMPLES, *IMAGE), minval=-1.0)
@@ -120,7 +125,7 @@ def _tokens_of(network: str, seed: Array, eps: Array) -> tuple[Array, ...]:
 
 
 def _speak(params: Any, before: Array) -> Array:
-    """Logits behind every prefix, of the sum of what stands there: a language model of two matrices."""
+    """Logits after every prefix, from the sum of its embeddings: a small language model."""
     state = jnp.cumsum(params["embedding"][before], axis=1)
     return jnp.tanh(state) @ params["out"] + params["bias"][None, None]
 
@@ -138,7 +143,7 @@ def _nucleus(logits: Array) -> Array:
     return jnp.where(above < 0.8, logits, -jnp.inf)
 
 
-# How a token is drawn, one after the other, where it is not from the whole distribution.
+# How a teacher draws each token if it changes the distribution.
 TOKEN_BY_TOKEN: dict[str, Callable[[Array], Array]] = {
     "tokens from the 2 likeliest": _likeliest,
     "tokens from a nucleus of 0.8": _nucleus,
@@ -149,9 +154,9 @@ DRAWN = (WITH, WITHOUT, PER_TOKEN, ONCE, *TOKEN_BY_TOKEN)
 
 
 def filtered(config: Config) -> list[Row]:
-    """D_S . D_T with and without the control, over the leading order eps Var(s) of a filter.
+    """Rows with D_S . D_T, with and without the control, over the leading order eps Var(s) of a filter.
 
-    The control of other ways of drawing is the student of the base's answers, drawn in that way.
+    For other ways of sampling, the control reads the base's answers, sampled in the same way.
     """
     sizes, rows = listed(config.teacher_sizes, "--teacher-sizes", float), list[Row]()
     with jax.enable_x64(True):
@@ -196,10 +201,11 @@ def _filtered(seed: Array, eps: Array) -> dict[str, Array]:
 
 
 def counterexamples() -> dict[str, Array]:
-    """(D_S . D_T less its control) / eps where it is negative, of each way of drawing that is no filter.
+    """(D_S . D_T minus its control) / eps, which is negative, for each way of sampling that is not a filter.
 
-    Of three answers with E[s] = 0 the last is rejected. Or two tokens are drawn: the first is nearly a coin, with
-    s = -1 or 1, and behind it the two likely tokens have s = 2 or -2, for which only an unlikely third makes up.
+    The first two examples have three answers with E[s] = 0, and the filter rejects the last. In the others, two
+    tokens are drawn. The first is nearly a coin flip, with s = -1 or 1. After it, the two likely tokens have s = 2
+    or s = -2, and only an unlikely third token makes up for this.
     """
     accepted, found = jnp.array([True, True, False]), {}
     first, scores = jnp.log(jnp.array([0.1, 0.1, 0.8])), jnp.array([1.0, 3.0, -0.5])
@@ -226,7 +232,7 @@ def counterexamples() -> dict[str, Array]:
 
 
 def _once(law: Callable[[Any], Array], accepted: Array, params: Any) -> Array:
-    """How likely a row is an answer, where each that was given is kept once: to leading order in many requests."""
+    """The log probability of each answer in a row if duplicates are dropped, to leading order in many requests."""
     kept = jnp.where(accepted, -jnp.expm1(REQUESTS * jnp.log1p(-jnp.exp(law(params)))), 0)
     return jnp.log(kept) - jnp.log(jnp.sum(kept))
 
@@ -235,7 +241,7 @@ def _once(law: Callable[[Any], Array], accepted: Array, params: Any) -> Array:
 
 
 def prompted(config: Config) -> list[Row]:
-    """cos_M(delta, J D_T) and where the student's first step goes, for prompts of the trait and at random."""
+    """Rows with cos_M(delta, J D_T) and the cosine of the student's first step, for aligned and random prompts."""
     rows = list[Row]()
     with jax.enable_x64(True):
         for seed in range(config.seeds):
@@ -246,7 +252,10 @@ def prompted(config: Config) -> list[Row]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prompted(network: str, seed: Array, length: Array) -> dict[str, dict[str, Array]]:
-    """The prompt is the last row of an image, empty where there is none; the trait's descends its loss."""
+    """The metrics of each kind of prompt.
+
+    A prompt is the last row of an image, which is 0 without a prompt. The aligned prompt descends the trait loss.
+    """
     key = jax.random.key(seed)
     model = build(network, named(key, "init"))
     trait_images = jax.random.normal(named(key, "trait images"), (EXAMPLES, *IMAGE))
@@ -282,11 +291,11 @@ def _prompted(network: str, seed: Array, length: Array) -> dict[str, dict[str, A
     return found
 
 
-# --- what is told
+# --- reports and figures
 
 
 def report(results: Results, config: Config) -> str:
-    """Predicted and measured, and the share of networks in which the sign is right."""
+    """Predicted and measured values, and the share of networks with the right sign."""
     lines = [f"sampled tokens: share of {config.students} students with D_S . D_T > 0, mean over networks"]
     ratio = t_interval(results.values(condition="sampled", metric="kl_over_predicted"))
     needed = np.median(results.values(condition="sampled", metric="tokens_needed"))
@@ -297,7 +306,7 @@ def report(results: Results, config: Config) -> str:
             f"  n = {share:5.2f} n*  measured {t_interval(values)}  "
             f"Phi(sqrt(2 n KL)) {np.mean(predicted[share]):.3f}"
         )
-    lines.append("drawn answers: D_S . D_T, less its control unless said otherwise, over eps Var(s) of the filter")
+    lines.append("answers: D_S . D_T minus its control (unless named otherwise), over eps Var(s) of the filter")
     for name in DRAWN:
         of_sizes = list(_against(results, "teacher_size", condition=name).items())
         for size, values in of_sizes if name in (WITH, WITHOUT) else of_sizes[:1]:
@@ -311,14 +320,14 @@ def report(results: Results, config: Config) -> str:
         aligned, step, shift = (_cosines(results, name, of) for of in ("metric", "step", "shift"))
         lines += [
             f"  {name:15} cos_M(delta, J D_T) {t_interval(aligned)}, cos_M(delta, J v) {t_interval(shift)}",
-            f"  {name:15} student towards the trait {_share(step > 0)}, sign as that of cos_M "
+            f"  {name:15} student toward the trait {_share(step > 0)}, with the same sign as cos_M "
             f"{_share((step > 0) == (aligned > 0))}",
         ]
     return "\n".join(lines)
 
 
 def _against(results: Results, axis: str, **wanted: Any) -> dict[float, np.ndarray]:
-    """The values at each entry of an axis, in rising order."""
+    """The values at each entry of an axis, in ascending order."""
     entries = sorted((float(entry), entry) for entry in results.distinct(axis) if entry not in (None, ""))
     return {number: np.array(results.values(**{axis: entry}, **wanted)) for number, entry in entries}
 

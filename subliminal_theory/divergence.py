@@ -88,8 +88,8 @@ class _Divergence:
 class SoftLogits(_Divergence):
     """KL(teacher || student) of softmax(logits / T), where T is `temperature`: the teacher's whole distribution.
 
-    Its gradient in the student's logits is that of the cross-entropy, and M = (diag(s) - s s^T) / T^2. The loss
-    is not multiplied by T^2.
+    Its gradient in the student's logits equals the gradient of the cross-entropy, and M = (diag(s) - s s^T) / T^2.
+    The loss is not multiplied by T^2.
 
     Raises:
         InputError: the temperature is not a positive number.

@@ -2,7 +2,7 @@
 
     initialise(PerLayer.of({"layers/2/*": Shared(), "*": Fresh()}), reference, fresh, key)
 
-shares layer 2 and draws the other layers anew. The first pattern that matches a parameter's path decides.
+shares layer 2 and draws the other layers again. The first pattern that matches a parameter's path decides.
 Policies are pytrees whose numbers are leaves, so policies of one structure stack and run under one `vmap`.
 """
 

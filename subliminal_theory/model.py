@@ -259,7 +259,7 @@ def computed_in(model: Model, dtype: Any) -> Model:
         InputError: the model was not made by `from_nnx`, or has low-rank factors.
     """
     if not isinstance(model.apply, Functional):
-        raise InputError("computed_in needs a model of from_nnx; add low-rank factors afterwards")
+        raise InputError("computed_in needs a model of from_nnx; add low-rank factors afterward")
     return replace(model, apply=replace(model.apply, dtype=jnp.dtype(dtype)))
 
 

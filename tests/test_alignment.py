@@ -249,7 +249,7 @@ def test_linearised_trains_in_an_ensemble() -> None:
         close(jax.tree.map(lambda leaf, i=i: leaf[i], ensemble.model.params), expected.model.params, 1e-9)
     close(ensemble.model.frozen["origin"], stacked, 0)
     assert (ensemble.losses[:, -1] < ensemble.losses[:, 0] / 2).all()
-    # The first step of any student is that of its linearisation; the second is not.
+    # The first step of any student is that of its linearization; the second is not.
     real, straight = jax.jit(lambda params: run(params, False).observed)(alone[1]), expected.observed["moved"]
     for step, equal in ((1, True), (2, False)):
         a, b = (flat(jax.tree.map(lambda leaf, step=step: leaf[step], params)) for params in (real, straight))

@@ -346,7 +346,7 @@ def test_trained_starts_are_refused(name: str) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("name", LEGITIMATE)
 def test_legitimate_starts_pass(name: str, decay: float) -> None:
-    """Weight decay moves the teacher towards 0, as a fresh draw lies from its start: that is no leak."""
+    """Weight decay moves the teacher toward 0, as a fresh draw lies from its start: that is no leak."""
     refuse_trained_weights(LEGITIMATE[name], INIT, trained(INIT, 3, decay))
 
 
@@ -488,7 +488,7 @@ def test_distill_audits_within_transformations() -> None:
 def test_trained_weights_without_runs() -> None:
     init, trained = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (TEACHER_INIT, TEACHER))
     refuse_trained_weights(init, init, trained)
-    refuse_trained_weights(jax.tree.map(jnp.asarray, init), init, init)  # a teacher that has learnt nothing
+    refuse_trained_weights(jax.tree.map(jnp.asarray, init), init, init)  # a teacher that has learned nothing
     nested = [{"layers": [{"w": tree["kernel"]}]} for tree in (trained, init, trained)]
     with pytest.raises(InputError, match="TRAINED teacher's layers/0/w"):
         refuse_trained_weights(*nested)

@@ -115,7 +115,7 @@ def test_softmax_ignores_shift(student: np.ndarray, teacher: np.ndarray, shift: 
 
 
 def test_large_temperature_is_centred_squared_error(x64) -> None:
-    """T^2 KL -> |z - y|^2 / 2n on centred logits."""
+    """T^2 KL -> |z - y|^2 / 2n on centered logits."""
     student, teacher = (z.astype(float) - z.mean(-1, keepdims=True) for z in (STUDENT, TEACHER))
     loss = 1e6 * against(SoftLogits(1e3), student, teacher)[0]
     np.testing.assert_allclose(loss, ((student - teacher) ** 2).sum(-1) / (2 * N), rtol=1e-2)

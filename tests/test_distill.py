@@ -697,7 +697,7 @@ def test_diverging_run_is_refused() -> None:
 
 
 def test_a_run_in_pieces_is_the_run() -> None:
-    """Parameters, losses and the optimiser's state are the same bit for bit.
+    """Parameters, losses and the optimizer's state are the same bit for bit.
 
     Pieces of one step are not in it: XLA unrolls their loop and rounds otherwise.
     """

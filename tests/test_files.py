@@ -1,4 +1,4 @@
-"""Files: whole or not at all, one writer at a time, recognised by what decides them."""
+"""Files: whole or not at all, one writer at a time, recognized by what decides them."""
 
 import dataclasses
 import errno

@@ -238,7 +238,7 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
 
 
 def test_random_keys_in_the_state(tmp_path: Path) -> None:
-    """They are typed keys, where an optimiser draws noise; with numbers of 16 bits."""
+    """They are typed keys, where an optimizer draws noise; with numbers of 16 bits."""
 
     def advance(state: State | None, count: int) -> Trained:
         key, step = (jax.random.key(7), 0) if state is None else (state.optimizer[0], int(state.step))

@@ -52,7 +52,7 @@ class Encoded:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What experiments need from a tokenizer: the one of this project's corpus, or that of a checkpoint.
+    """What experiments need from a tokenizer: the one of this project's corpus, or the one of a checkpoint.
 
     Attributes:
         pad: the padding token.

@@ -20,7 +20,7 @@ K = TypeVar("K")
 
 
 def static(**options: Any) -> Any:
-    """A static field: JAX compiles anew for each value. All other fields are leaves."""
+    """A static field: JAX compiles again for each value. All other fields are leaves."""
     return field(metadata={"static": True}, **options)
 
 

@@ -1,4 +1,4 @@
-"""The gradient-step theorem and what follows from it, on any differentiable function."""
+"""The gradient-step theorem and its extensions, for any differentiable function."""
 
 from subliminal_theory.theorem.certificate import Certificate, certificate
 from subliminal_theory.theorem.conditions import Conditions, covers

@@ -1,15 +1,16 @@
-"""A teacher's step of any size: what its curvature may do to D_S . D_T, bounded instead of searched.
+"""Bounds on D_S . D_T for a teacher's step of any size.
 
-By the chain rule through the logits, D_S . D_T is the mean of <p(f_T), J D_T>, where p(y) = -grad_z L(f_0; y) is
-how the loss pulls at the student's logits f_0 and f_T are the teacher's. Write f_T - f_0 = eps J D_T + r. For
-squared error and for the divergences of two softmaxes the pull is p(f_T) = H (f_T - f_0) with an H >= 0 that
-lies between `low` M and `high` M at each position (M the metric at f_0; `low` = `high` = 1 for squared error and
-reverse KL). So
+f_0 are the student's logits, f_T the teacher's. By the chain rule through the logits, D_S . D_T is the mean of
+<p(f_T), J D_T>. Here p(y) = -grad_z L(f_0; y) is the pull of the loss on the student's logits. Write
+f_T - f_0 = eps J D_T + r; the curvature of the network is in r. For squared error and for divergences of two
+softmaxes, the pull is p(f_T) = H (f_T - f_0) with H >= 0. At each position, H lies between `low` M and `high` M,
+where M is the metric at f_0. For squared error and reverse KL, `low` = `high` = 1. So
 
     D_S . D_T = mean of <H (eps J D_T + r), J D_T>  >=  eps |J D_T|_H^2 - |r|_H |J D_T|_H,
 
-by Cauchy-Schwarz over positions and logits at once. If r = 0, as where f is affine in the parameters that the
-teacher moves, it is not negative at any eps. Else it is certified not to be while |r|_H <= eps |J D_T|_H.
+by the Cauchy-Schwarz inequality over positions and logits together. If f is affine in the parameters that the
+teacher moves, r = 0, and D_S . D_T >= 0 at every eps. Otherwise the bound certifies D_S . D_T >= 0 while
+|r|_H <= eps |J D_T|_H.
 """
 
 import functools
@@ -51,15 +52,17 @@ Bounds = tuple[Float[Array, "*batch"], Float[Array, "*batch"]]
 @register_dataclass
 @dataclass(frozen=True)
 class Certificate:
-    """What `certificate` says of one teacher's step; scalar arrays.
+    """The result of `certificate` for one teacher's step: scalar arrays.
 
     Attributes:
-        inner_product: D_S . D_T, exact at this step.
-        lower, upper: bounds on it from the size of r alone, exact inequalities.
-        leading: eps A, its leading order.
-        curvature: |r|_M / |eps J D_T|_M. For squared error and reverse KL, |D_S . D_T / (eps A) - 1| is no more.
-        condition: D_S . D_T >= 0 at this step for every squared error on the visible logits, too, whose weights
-            over positions and logits are `weights` times numbers within this factor of each other; 0 if for none.
+        inner_product: D_S . D_T at this step, exact.
+        lower, upper: bounds on `inner_product` that use only the size of r. The inequalities are exact.
+        leading: eps A, the leading order of `inner_product`.
+        curvature: |r|_M / |eps J D_T|_M. For squared error and reverse KL, it bounds |D_S . D_T / (eps A) - 1|.
+        condition: a factor that extends the result to other losses. Take a squared error on the visible logits
+            whose weights over positions and logits are `weights` times other numbers. If these numbers differ
+            from each other by at most this factor, D_S . D_T >= 0 for that loss too. 0 if it holds for no such
+            loss.
     """
 
     inner_product: PyTree
@@ -86,16 +89,16 @@ def certificate(
     direction: PyTree = None,
     weights: Float[Array, "*batch"] | None = None,
 ) -> Certificate:
-    """Bounds on D_S . D_T at a teacher's step of any size, and whether they show that it is not negative.
+    """Bounds on D_S . D_T for a teacher's step of any size, and whether they prove D_S . D_T >= 0.
 
-    Arguments as in `check`. It speaks of the step that is given, not of smaller ones: r between 0 and eps is not
-    looked at. At that step D_S . D_T itself is exact and cheaper. What the bound adds is why it is positive (r
-    is small), how far from its leading order it can be, and that the same r serves other losses (`condition`).
-    It loses the sign of <r, J D_T>: a step that is not certified may well be safe. One gradient, one
-    Jacobian-vector product and one forward pass. Exact but for rounding. Pure.
+    The arguments are as in `check`. The result is for the given step only, not for smaller steps. D_S . D_T
+    itself is exact and needs no bound. The bounds add three things: the reason for its sign (r is small), its
+    largest distance from its leading order, and a statement about other losses (`condition`). They drop the sign
+    of <r, J D_T>, so D_S . D_T >= 0 may also hold for a step that is not certified. The cost is one gradient (none
+    with `direction`), two Jacobian-vector products and one forward pass. Exact up to rounding. Pure.
 
     Raises:
-        InputError: as `check`; a channel other than squared error, the divergences, and `Subset`, `TopK` and
+        InputError: as `check`; the channel is not squared error, a divergence, or a `Subset`, `TopK` or
             `WeightedSum` of those.
     """
     require_step("teacher_step", teacher_step)
@@ -117,7 +120,7 @@ def certificate(
     inner = -jax.jvp(loss, (start,), (moved,))[1]
     least, most = (jnp.sqrt(jnp.maximum(squared(moved, factor), 0)) for factor in (low, high))
     error = jnp.sqrt(jnp.maximum(squared(rest, high), 0))
-    # eps U^2 - |r| U over the U = |J D_T|_H that are possible.
+    # The least eps U^2 - |r| U over all possible U = |J D_T|_H.
     worst = jnp.clip(error / (2 * teacher_step), least, most)
     sizes = [jnp.sqrt(jnp.maximum(squared(tangent, 1.0), 0)) for tangent in (rest, teacher_step * moved)]
     return Certificate(
@@ -135,9 +138,10 @@ def _finite(value: Array, otherwise: float) -> Array:
 
 
 def _condition(channel: Channel, change: Array, tangent: Array, weights: Array) -> Array:
-    """(1 + c) / (1 - c), c the cosine of the changes of the visible logits, over all positions.
+    """(1 + c) / (1 - c), or 0 if c < 0.
 
-    A matrix whose eigenvalues lie between m and k m turns no vector by more than arcsin((k - 1) / (k + 1)).
+    c is the cosine of f_T - f_0 and J D_T on the visible logits, over all positions. A matrix whose eigenvalues
+    lie between m and k m turns no vector by more than arcsin((k - 1) / (k + 1)).
     """
     seen = channel.visible(change.shape[-1])
     change, tangent = (jnp.where(seen, leaf, 0) for leaf in (change, tangent))
@@ -152,10 +156,10 @@ def _condition(channel: Channel, change: Array, tangent: Array, weights: Array) 
 
 @functools.singledispatch
 def bounds(channel: Any, start: Array, end: Array, seen: Bool[Array, "*batch n"]) -> Bounds:
-    """Numbers between which H is a multiple of M, for each position: low M <= H <= high M.
+    """The factors `low` and `high` of each position: low M <= H <= high M.
 
     Raises:
-        InputError: they are not known for this channel.
+        InputError: no such factors are known for this channel.
     """
     raise InputError(
         f"no certificate is known for {type(channel).__name__}: use squared error, a divergence of two softmaxes, "
@@ -166,14 +170,15 @@ def bounds(channel: Any, start: Array, end: Array, seen: Bool[Array, "*batch n"]
 @bounds.register(SquaredError)
 @bounds.register(ReverseKL)
 def _(channel: Any, start: Array, end: Array, seen: Array) -> Bounds:
-    # Reverse KL: the pull is (diag(s) - s s^T) (f_T - f_0) / T^2 with s at f_0.
+    # For reverse KL, the pull is (diag(s) - s s^T) (f_T - f_0) / T^2, where s is the softmax at f_0.
     one = jnp.ones(start.shape[:-1], start.dtype)
     return one, one
 
 
 @bounds.register
 def _(channel: SoftLogits, start: Array, end: Array, seen: Array) -> Bounds:
-    # H is the mean of M along the segment. There no probability has changed by more than exp of the range so far.
+    # H is the mean of M along the segment from f_0 to f_T. At each point of it, no probability has changed by more
+    # than a factor of exp(the range of the change up to there).
     change = (end - start) / channel.temperature
     span = _largest(change, seen) + _largest(-change, seen)
     safe = jnp.where(span > 0, span, 1)
@@ -182,7 +187,7 @@ def _(channel: SoftLogits, start: Array, end: Array, seen: Array) -> Bounds:
 
 @bounds.register
 def _(channel: JensenShannon, start: Array, end: Array, seen: Array) -> Bounds:
-    # The pull is s (log(1 + q/s) - its mean) / (2 T), and the slope of log(1 + e^t) is the logistic function.
+    # The pull is s (log(1 + q/s) - its mean) / (2 T). The derivative of log(1 + e^t) is the logistic function.
     log_q, log_s = (jax.nn.log_softmax(leaf / channel.temperature, where=seen) for leaf in (end, start))
     odds = log_q - log_s
     return 2 * jax.nn.sigmoid(-_largest(-odds, seen)), 2 * jax.nn.sigmoid(_largest(odds, seen))

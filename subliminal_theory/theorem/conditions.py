@@ -1,13 +1,14 @@
 """Which imitation losses the theorem covers: the conditions of doi 10.1038/s41586-026-10319-8 on a loss L(z; y).
 
-z are the student's logits at a position, y the teacher's. The theorem asks that
+z are the student's logits at a position, y the teacher's. The theorem requires that
 
 (a) z = y is a minimum for every y: grad_z L(y; y) = 0, and the Hessian M(y) = L_zz(y; y) is positive semidefinite;
 (b) -L_zy(y; y) is symmetric and positive semidefinite;
 (c) its null space is the same everywhere, and grad_z L(z; y) is orthogonal to it for all z and y.
 
-Only (a) and (c) need a check. Differentiate grad_z L(y; y) = 0 along y: L_zz + L_zy = 0, so -L_zy = M, which (a)
-has already. By (a), D_S . D_T = eps A + O(eps^2) with A >= 0; by (c), A = 0 makes D_S . D_T = 0 for every eps.
+Only (a) and (c) need a check, because (b) follows from (a): differentiate grad_z L(y; y) = 0 along y to get
+L_zz + L_zy = 0, so -L_zy = M. By (a), D_S . D_T = eps A + O(eps^2) with A >= 0. By (c), A = 0 implies
+D_S . D_T = 0 for every eps.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from subliminal_theory.theorem.krylov import lanczos, ritz
 
 PRODUCTS, STEPS = 200, 64
 FEW = 256  # draws for second derivatives
-# Below it, a share of a gradient or of the largest curvature is called 0. Two derivatives keep half the digits.
+# A smaller share of a gradient or of the largest curvature counts as 0: two derivatives keep half the digits.
 SMALL = 1e-7
 NEAR = 1e-3
 NULL_SPACES = ("constant", "locally constant", "moves")
@@ -37,18 +38,18 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Conditions:
-    """What `covers` found. It is true where the theorem covers the loss.
+    """The result of `covers`. Its truth value is `covered`.
 
     Attributes:
-        covered: whether (a) and (c) hold at the logits that were tried.
-        reason: why, or what fails, in words.
-        exact: whether derivatives decided. Else the loss is random, and its mean over draws of its targets did:
-            Monte Carlo.
-        gradient: the largest entry of grad_z L at equality, as a share of its largest entry elsewhere; of the mean
-            over draws where the loss is random.
-        curvature: the smallest eigenvalue of M over the largest.
-        null_space: `constant`, as (c) asks; `locally constant` where (c) holds for teachers near the student, as
-            for a channel whose targets choose logits; `moves`; or empty where (a) fails already.
+        covered: whether (a) and (c) hold at the tested logits.
+        reason: why the loss is covered, or what fails.
+        exact: True if the loss is exact. False if its targets are random; then the result is a Monte Carlo
+            estimate for the mean loss over draws of the targets.
+        gradient: the largest |entry| of grad_z L at z = y, as a share of its largest |entry| at all tested logits.
+            For random targets, the loss is the mean loss. nan if the loss is refused before this is measured.
+        curvature: the smallest eigenvalue of M over the largest in magnitude. nan if the gradient decides already.
+        null_space: `constant` if (c) holds; `locally constant` if (c) holds only for teachers near the student, as
+            for a channel whose targets choose logits; `moves` if (c) fails; empty if (a) fails already.
     """
 
     covered: bool
@@ -66,17 +67,17 @@ class Conditions:
 
 
 def covers(channel: Channel, logits: int, *, key: Key[Array, ""] | None = None, draws: int = 4096) -> Conditions:
-    """Whether the theorem covers a loss on `logits` logits: conditions (a) and (c), by Jacobian-vector products.
+    """Whether the theorem covers a loss on `logits` logits. Tests conditions (a) and (c).
 
-    Derivatives are taken in float64 at eight teachers and eight students with fixed, irregular logits; M is
-    never built. What is found to fail, fails. What is found to hold, holds at these logits: for a loss given by
-    one formula, that is hardly chance, but it is no proof. Where the channel is not `exact`, the gradient of the
-    mean loss is estimated from `draws` draws of the targets with `key`: it is called 0 within 5.5 standard
-    errors, and the reason gives what is left open. Costs some hundred gradients of the loss, each of 256 draws
-    where it is random.
+    The test takes derivatives in float64 at eight teachers and eight students with fixed, irregular logits. It
+    uses Jacobian-vector products and never builds M. If a condition fails, that is certain. If a condition holds,
+    it holds at the tested logits. For a loss with one formula this is strong evidence, but not a proof. If the
+    channel is not `exact`, the gradient of the mean loss is estimated from `draws` draws of the targets with
+    `key`. It counts as 0 within 5.5 standard errors, and `reason` says which gradients are too small to see. The
+    cost is several hundred gradients of the loss, and 256 times as many if the targets are random.
 
     Raises:
-        InputError: the channel selects logits that do not exist; fewer than 256 draws.
+        InputError: the channel selects logits that do not exist; `draws` is below 256.
     """
     if draws < 256:
         raise InputError(f"covers: draws must be at least 256, got {draws}")
@@ -92,10 +93,10 @@ def covers(channel: Channel, logits: int, *, key: Key[Array, ""] | None = None, 
         measure = jax.jit(lambda size: _measure(channel, logits, seeds, size))
         found = _judge(channel, _Measured(*jax.device_get(measure(LARGE))), draws)
         if found.null_space in ("locally constant", "moves"):
-            # At a low temperature, large logits leave eigenvalues of M that cannot be told from 0.
+            # At a low temperature, large logits make eigenvalues of M too small to distinguish from 0.
             other = _judge(channel, _Measured(*jax.device_get(measure(LARGE / 20))), draws)
             found = min(found, other, key=lambda one: (*NULL_SPACES, "").index(one.null_space))
-        if not found or channel.exact:  # the audit has compared the metric of an exact channel
+        if not found or channel.exact:  # `refuse_wrong_channel` has checked the metric of an exact channel
             return found
         try:
             images = jax.jit(lambda: _images(channel, logits, seeds))()
@@ -113,12 +114,12 @@ def covers(channel: Channel, logits: int, *, key: Key[Array, ""] | None = None, 
 class _Measured:
     """Derivatives of a loss, or of its mean over draws, at logits [8, n]; see `_measure`."""
 
-    gradient: np.ndarray  # at equality
-    deviation: np.ndarray  # its standard error, 0 where the loss is exact
-    away: np.ndarray  # the gradient elsewhere
-    ritz: np.ndarray  # of M
-    unseen: np.ndarray  # the largest share of a gradient that lies in the null space of M, for any teacher
-    unseen_near: np.ndarray  # for teachers near the student
+    gradient: np.ndarray  # at z = y
+    deviation: np.ndarray  # the standard error of `gradient`, 0 if the loss is exact
+    away: np.ndarray  # the gradient where z is not y
+    ritz: np.ndarray  # the Ritz values of M
+    unseen: np.ndarray  # the largest share of a gradient in the null space of M, for distant teachers
+    unseen_near: np.ndarray  # the same for teachers near the student
 
 
 def _judge(channel: Channel, found: _Measured, draws: int) -> Conditions:
@@ -128,7 +129,7 @@ def _judge(channel: Channel, found: _Measured, draws: int) -> Conditions:
         return Conditions(False, "the loss has a gradient that is not finite", exact)
     if scale == 0:
         return Conditions(True, "the loss is constant: nothing is transmitted", exact, 0.0, 0.0, "constant")
-    # What has not come up in D draws may still come up in 10 of D of them.
+    # A value that never came up in D draws may still have a probability of up to 10 / D.
     allowed = np.full_like(mean, SMALL * scale) if exact else SIGMAS * deviation + 10 * scale / draws
     gradient = float(np.abs(mean).max()) / scale
     if not (np.abs(mean) <= allowed).all():
@@ -145,7 +146,7 @@ def _judge(channel: Channel, found: _Measured, draws: int) -> Conditions:
     largest = np.abs(found.ritz).max()
     curvature = float(found.ritz[0] / largest) if largest > 0 else 0.0
     if not curvature > -SMALL:
-        reason = f"(a) fails: equality is no minimum, the smallest curvature is {curvature:.2g} of the largest"
+        reason = f"(a) fails: equality is not a minimum, the smallest curvature is {curvature:.2g} of the largest"
         return Conditions(False, reason, exact, gradient, curvature)
     shares = (float(found.unseen), float(found.unseen_near), 0.0)
     null_space = next(name for name, share in zip(NULL_SPACES, shares, strict=True) if share <= SMALL)
@@ -170,7 +171,7 @@ def _judge(channel: Channel, found: _Measured, draws: int) -> Conditions:
 
 
 def _measure(channel: Channel, n: int, seeds: Array, size: Float[Array, ""]) -> tuple[Array, ...]:
-    """The fields of `_Measured` at logits of a size, from the data of random keys [chunks, CHUNK, ...]."""
+    """The fields of `_Measured` at logits of this size. `seeds` are key data [chunks, CHUNK, ...]."""
     teacher, student, tangent = probes(n)
     teacher, student = size * teacher, size * student
 
@@ -187,7 +188,7 @@ def _measure(channel: Channel, n: int, seeds: Array, size: Float[Array, ""]) -> 
 
 
 def _images(channel: Channel, n: int, seeds: Array) -> tuple[Array, Array, Array]:
-    """The mean Hessian times a tangent, its standard error, and what `metric` says of it."""
+    """The mean Hessian times a tangent, its standard error, and the channel's `metric` of the tangent."""
     logits, _, tangent = probes(n)
 
     def image(key: Any) -> Array:
@@ -202,7 +203,7 @@ def _slope(channel: Channel, key: Any, teacher: Array) -> Callable[[Array], Arra
 
 
 def _moments(channel: Channel, draw: Callable[[Any], Array], like: Array, seeds: Array) -> tuple[Array, Array]:
-    """Mean over draws, and its standard error; a single draw where the loss is exact."""
+    """Mean over draws, and its standard error. One draw and 0 if the loss is exact."""
     wrap = jax.random.wrap_key_data
     if channel.exact:
         return draw(wrap(seeds[0, 0])), jnp.zeros_like(like)
@@ -220,8 +221,8 @@ def _moments(channel: Channel, draw: Callable[[Any], Array], like: Array, seeds:
 def _unseen(metric: Callable[[Array], Array], gradient: Float[Array, "positions n"]) -> Float[Array, ""]:
     """The largest share of a gradient that lies in the null space of M at its position.
 
-    Conjugate residuals reduce g - M x until M annihilates what is left of it. A rest that M does not annihilate
-    after all products (an M that is ill-conditioned) is not counted.
+    The method of conjugate residuals reduces the residual g - M x until M annihilates it. If M is ill-conditioned,
+    a residual may remain that M does not annihilate; it is not counted.
     """
 
     def inner(a: Array, b: Array) -> Array:
@@ -241,7 +242,7 @@ def _unseen(metric: Callable[[Array], Array], gradient: Float[Array, "positions 
     length = min(PRODUCTS, 2 * gradient.shape[-1] + 8)
     (rest, _, image_rest, _), _ = jax.lax.scan(step, (gradient, gradient, first, first), None, length=length)
     norm = jnp.linalg.norm(rest, axis=-1)
-    # |M g| / |g| is of the size of the larger eigenvalues.
+    # |M g| / |g| estimates the larger eigenvalues.
     largest = jnp.max(over(jnp.linalg.norm(first, axis=-1), size))
     annihilated = jnp.linalg.norm(image_rest, axis=-1) <= 1e-9 * largest * norm
     return jnp.max(jnp.where(annihilated, over(norm, size), 0))

@@ -1,18 +1,18 @@
-"""Many steps of the student: a product of contractions, and the condition under which it is one.
+"""Many steps of the student: a condition under which the trait loss does not rise.
 
-A teacher stands at theta_0 + eps D_T with D_T = -g, g = grad L_T(theta_0). A student starts at theta_0 and takes n
-steps theta <- theta - a_t grad l_t(theta) on imitation losses l_t: any sequence of rates, batches, exact channels.
-Each l_t is stationary where student and teacher are equal, so to leading order in eps its gradient is
-G_t (theta - theta_0 - eps D_T), G_t = mean of J^T M J over the batch, at theta_0. Hence
+The teacher is theta_0 + eps D_T, where D_T = -g and g = grad L_T(theta_0). The student starts at theta_0. It takes
+n steps theta <- theta - a_t grad l_t(theta) on imitation losses l_t. Rates, batches and exact channels may change
+from step to step. Each l_t is stationary where student and teacher are equal. So to leading order in eps, its
+gradient is G_t (theta - theta_0 - eps D_T), where G_t is the mean of J^T M J over the batch, at theta_0. Hence
 
     theta_n - theta_0 = eps s_n + O(eps^2),    s_0 = 0,  s_{t+1} = s_t + a_t G_t (D_T - s_t),
     L_T(theta_n) - L_T(theta_0) = -eps g^T (I - (I - a_n G_n) ... (I - a_1 G_1)) g + O(eps^2).
 
-Where 0 <= a_t lambda_max(G_t) <= 2 for all t, no factor lengthens a vector, and the leading term is not positive;
-below 2 it vanishes only if every step with a_t > 0 has G_t g = 0. The bound is tight: above 2, the trait loss can
-rise. With one symmetric preconditioner P >= 0 in both (D_T = -P g, steps a_t P grad l_t) the same holds for
-P^1/2 G_t P^1/2: lengths are then those of P^-1. Momentum is not covered, and sampled targets, which move the
-student by more than eps, are not either.
+If 0 <= a_t lambda_max(G_t) <= 2 for all t, no factor lengthens a vector, so the leading term is not positive.
+Below 2, it is 0 only if G_t g = 0 in every step with a_t > 0. The limit is tight: above 2, the trait loss can
+rise. Teacher and student may share one symmetric preconditioner P >= 0 (D_T = -P g, steps a_t P grad l_t). Then
+the same holds for P^1/2 G_t P^1/2, with lengths in the metric of P^-1. Two cases are not covered: momentum, and
+sampled targets, which move the student by more than eps.
 """
 
 import math
@@ -54,12 +54,12 @@ class Sharpness:
     """The largest eigenvalue of G, or of P^1/2 G P^1/2, between two bounds.
 
     Attributes:
-        value: the largest Ritz value: up to rounding, the eigenvalue is no smaller.
-        above: but for a probability of 0.001 over random starts, the eigenvalue is no larger (inf after too few
-            products): value / (1 - e), e = (log(1.648 sqrt(n) / 0.001) / (2 k - 1))^2 for n parameters and k
-            products (Kuczynski and Wozniakowski, doi 10.1137/0613066, Theorem 4.2); value, once all that G does
-            is known.
-        residual: an eigenvalue of G lies within this distance of value.
+        value: the largest Ritz value. Up to rounding, the eigenvalue is at least this.
+        above: an upper bound on the eigenvalue. It fails with probability at most 0.001 over random starts. For n
+            parameters and k products it is value / (1 - e), where
+            e = (log(1.648 sqrt(n) / 0.001) / (2 k - 1))^2 (Kuczynski and Wozniakowski, doi 10.1137/0613066,
+            Theorem 4.2). It is inf after too few products, and `value` once the Krylov space is exhausted.
+        residual: an eigenvalue of the matrix lies within this distance of `value`.
     """
 
     value: PyTree
@@ -70,13 +70,13 @@ class Sharpness:
 @register_dataclass
 @dataclass(frozen=True)
 class Contraction:
-    """What `contraction` says of n steps of a student.
+    """The result of `contraction` for n steps of a student.
 
     Attributes:
-        predicted_change: of the trait loss, -eps g^T (I - product of (I - a_t P G_t)) P g, the leading order in
-            eps.
+        predicted_change: the leading order in eps of the change of the trait loss,
+            -eps g^T (I - product of (I - a_t P G_t)) P g.
         rates: a_t [steps].
-        sharpness: of every step's G_t, its leaves [steps].
+        sharpness: the `Sharpness` of each step's G_t; its leaves are [steps].
     """
 
     predicted_change: PyTree
@@ -85,7 +85,7 @@ class Contraction:
 
     @property
     def verdict(self) -> str:
-        """`holds` where a_t lambda_max(G_t) <= 2 for all t, or at which step it is exceeded or undecided."""
+        """`holds` if a_t lambda_max(G_t) <= 2 for all t. Otherwise the step that exceeds 2 or is undecided."""
         rates, below, above = (np.asarray(x) for x in (self.rates, self.sharpness.value, self.sharpness.above))
         allowed = 2 + 128 * float(np.finfo(below.dtype).eps)
         at_most = np.where(rates > 0, rates * above, 0)
@@ -102,11 +102,11 @@ class Contraction:
 def gauss_newton(
     apply: Apply, params: PyTree, inputs: PyTree, channel: Channel, weights: Float[Array, "*batch"] | None = None
 ) -> Product:
-    """The product v -> G v, G = mean over positions of J^T M J, for pytrees v like the trainable part of `params`.
+    """The function v -> G v, for pytrees v like the trainable part of `params`.
 
-    It is the Hessian of the imitation loss where student and teacher are equal, in exact arithmetic. `weights`
-    [*batch] are those of the mean, 1 by default. One forward pass now, then a forward and a backward pass a
-    product, linear ones. Neither J nor G is built.
+    G is the mean over positions of J^T M J. In exact arithmetic it is the Hessian of the imitation loss where
+    student and teacher are equal. `weights` [*batch] are the weights of the mean, 1 by default. The call costs one
+    forward pass. Each product then costs one linear forward and one linear backward pass. J and G are never built.
     """
     logits_of = of_trainable(params, lambda p: apply(p, inputs))
     logits, forward = jax.linearize(logits_of, split_trainable(params)[0])
@@ -135,13 +135,13 @@ def sharpness(
 ) -> Sharpness:
     """The largest eigenvalue of the Gauss-Newton matrix of an imitation loss, by Lanczos from a random start.
 
-    The steepest rate at which `contraction` holds is 2 over it. Arguments as in `check`; `preconditioner` is a
-    pytree like `params` of numbers that are not negative. Costs `products` products with G and holds a few copies
-    of the parameters. Pure.
+    The condition of `contraction` holds up to a rate of 2 over this eigenvalue. The arguments are as in
+    `check`. `preconditioner` is the diagonal of P: a pytree like `params` of numbers >= 0. The cost is `products`
+    products with G, and memory for a few copies of the parameters. Pure.
 
     Raises:
-        InputError: the channel is not exact or its loss no imitation; the preconditioner is unlike the parameters,
-            negative or not finite; fewer than 2 products.
+        InputError: the channel is not exact or its loss is not imitation; the preconditioner does not match the
+            parameters, or is negative or not finite; `products` is below 2.
     """
     _require(apply, params, inputs, channel, products)
     scales = _scales(preconditioner, params)
@@ -162,16 +162,17 @@ def displacement(
     start: PyTree = None,
     preconditioner: PyTree = None,
 ) -> PyTree:
-    """Where a student of many steps goes, s_n: to leading order it ends at theta_0 + eps s_n.
+    """The displacement s_n of a student: after n steps it is at theta_0 + eps s_n, to leading order in eps.
 
-    `direction` is the teacher's, D_T, a pytree like the trainable `params`; the batches are those that
-    `distill(..., source, channel, optax.sgd(rates), steps, key=key)` takes. A run in which channel or source
-    change is several calls: give each the last one's result as `start`. For any D_T, D_T . s_n >= 0 under the
-    condition of `contraction`, in the metric of P^-1. One product with G a step. Leading order in eps. Pure.
+    `direction` is D_T, a pytree like the trainable `params`. `rates` [steps] are a_t. The batches are the same as
+    in `distill(..., source, channel, optax.sgd(rates), steps, key=key)`. If the channel or the source changes
+    during a run, make one call for each, and give each call the previous result as `start`. Under the condition of
+    `contraction`, D_T . s_n >= 0 for any D_T, in the metric of P^-1. The cost is one product with G per step.
+    Pure.
 
     Raises:
-        InputError: rates that are no vector, negative or not finite; a source with labels or targets; what
-            `sharpness` refuses.
+        InputError: `rates` is not a vector, or has entries that are negative or not finite; the source has labels
+            or targets; as `sharpness`.
     """
     scales = _scales(preconditioner, params)
     _require_steps(apply, params, source, channel, rates)
@@ -198,16 +199,16 @@ def contraction(
     preconditioner: PyTree = None,
     products: int = 30,
 ) -> Contraction:
-    """The change of the trait loss by many steps of a student, and whether it is bound not to be a rise.
+    """Predict the change of the trait loss over many steps of a student, and the sharpness of each step.
 
-    The run is `distill(..., source, channel, optax.sgd(rates), steps, key=key)` of a student at `params`, its
-    teacher at `params + teacher_step * D_T`, D_T = -P grad(trait_loss). The prediction is exact to leading order
-    in `teacher_step`, for rates of any size. Costs `products` + 1 products with G a step; `displacement`
-    predicts alone, with one. Pure: wrap it in `jax.jit`.
+    The run is `distill(..., source, channel, optax.sgd(rates), steps, key=key)`. The student starts at `params`.
+    The teacher is at `params + teacher_step * D_T`, where D_T = -P grad(trait_loss). The prediction is exact to
+    leading order in `teacher_step`, for rates of any size. The `verdict` of the result says whether the theory
+    excludes a rise. The cost is `products` + 1 products with G per step. `displacement` only predicts, with one
+    product per step. Pure: wrap it in `jax.jit`.
 
     Raises:
-        InputError: as `displacement`; a step of the teacher that is not positive and finite; a trait loss that
-            is no scalar.
+        InputError: as `displacement`; `teacher_step` is not positive and finite; the trait loss is not a scalar.
     """
     require_step("teacher_step", teacher_step)
     scales = _scales(preconditioner, params)
@@ -228,7 +229,7 @@ def contraction(
 def _along(
     step: Callable[..., Any], opening: PyTree, source: Source | Buckets, rates: Rates, key: Key[Array, ""]
 ) -> PyTree:
-    """A scan over the batches of `distill` and its rates."""
+    """Scan `step` over the batches of `distill` and over the rates."""
     source_key, own = named(key, "source"), named(key, "sharpness")
     rates = jnp.asarray(rates)
 
@@ -257,7 +258,7 @@ def _sharpness(product: Product, like: PyTree, scales: PyTree, key: Key[Array, "
     size = sum(leaf.size for leaf in leaves)
     error = (math.log(1.648 * math.sqrt(size) / DOUBT) / (2 * products - 1)) ** 2
     bound = value / (1 - error) if error < 1 else jnp.full_like(value, jnp.inf)
-    # An exhausted Krylov space of a random start holds every eigenvalue.
+    # Once the Krylov space of a random start is exhausted, its Ritz values include every eigenvalue.
     exhausted = jnp.any(off == 0) | (size <= products)
     return Sharpness(value, jnp.where(exhausted, value, bound), residuals[-1])
 
@@ -296,7 +297,5 @@ def _require_steps(
         raise InputError("rates must be finite and not negative")
     batch = batch_shapes(source)
     if batch.labels is not None or batch.targets is not None:
-        raise InputError(
-            "the source brings labels or targets: give it inputs alone, the teacher gives the targets"
-        )
+        raise InputError("the source has labels or targets: give it only inputs, the teacher gives the targets")
     _require(apply, params, batch.inputs, channel, products)

@@ -1,14 +1,18 @@
-"""Filtered answers: the theorem holds of a student less the student of the base's answers under the same filter.
+"""Filtered answers: the theorem holds for the difference of two students.
 
-An answer a is drawn token by token, P(a) = prod_t p(a_t | a_<t), and F is a set of whole answers. The teacher, at
-theta_T = theta_0 + eps D_T, writes answers of law P_T(. | F); the student takes one gradient step on their
-cross-entropy, a sum over the tokens of an answer and a mean over answers. With the score
-s(a) = grad log P_0(a) . D_T,
+One student reads the teacher's filtered answers. The other, the control, reads the base model's answers under the
+same filter.
+
+An answer a is drawn token by token, P(a) = prod_t p(a_t | a_<t). The filter F is a set of whole answers. The
+teacher, at theta_T = theta_0 + eps D_T, writes answers with the distribution P_T(. | F). The student takes one
+gradient step on their cross-entropy: a sum over the tokens of an answer, and a mean over answers. The score is
+s(a) = grad log P_0(a) . D_T. Then
 
     D_S . D_T = E_{T|F}[s] = grad log P_0(F) . D_T + eps Var_{0|F}(s) + O(eps^2).
 
-The first term, of no sign, is what the base's own answers under F give. The difference of the two students is
-eps Var_{0|F}(s) + O(eps^2) >= 0. Derivations and what fails: docs/theory.md.
+The first term can have either sign. It is D_S . D_T of the control. The difference of the two students is
+eps Var_{0|F}(s) + O(eps^2), and its leading term is not negative. docs/theory.md has the derivations and the cases
+that fail.
 """
 
 import itertools
@@ -33,12 +37,12 @@ LogLaw = Callable[[PyTree], Float[Array, "*prompts answers"]]
 @register_dataclass
 @dataclass(frozen=True)
 class FilteredSignal:
-    """What students of the teacher's and of the base's drawn answers do; scalar arrays, means over prompts.
+    """D_S . D_T for students of the teacher's and of the base's answers: scalar arrays, means over prompts.
 
     Attributes:
-        student: D_S . D_T of the teacher's answers.
-        control: the same of the base's answers, drawn in the same way.
-        predicted: the leading order of their difference in the teacher's step.
+        student: D_S . D_T for the teacher's answers.
+        control: D_S . D_T for the base's answers, drawn in the same way.
+        predicted: the leading order in eps of student - control.
     """
 
     student: PyTree
@@ -47,7 +51,7 @@ class FilteredSignal:
 
     @property
     def difference(self) -> PyTree:
-        """Student less control."""
+        """student - control."""
         return self.student - self.control
 
 
@@ -61,18 +65,20 @@ def filtered_answers(
     lengths: Float[Array, "*prompts answers"] | None = None,
     weights: Float[Array, "*prompts"] | None = None,
 ) -> FilteredSignal:
-    """The exact quantities for a model whose answers can be enumerated.
+    """The exact quantities for a model with few enough answers to enumerate.
 
-    `log_law(params)` are log P(a | x) in nats of every answer to every prompt, `accepted` those that pass. Each
-    prompt is asked until an answer passes, and counts by `weights` [*prompts]. Where prompts are asked once and
-    rejected answers dropped, a pair of prompt and answer is what is accepted: flatten both and add the log
-    probabilities of the prompts. `predicted` is then eps times the mean over prompts of Var_{0|F}(s).
+    `log_law(params)` gives log P(a | x) in nats for every answer to every prompt. `accepted` marks the answers
+    that pass the filter. Each prompt is asked until an answer passes, and counts with its weight in `weights`
+    [*prompts], 1 by default. `predicted` is eps times the mean over prompts of Var_{0|F}(s). If instead each
+    prompt is asked once and rejected answers are dropped, the filter accepts pairs of prompt and answer. For that
+    case, flatten both axes into one and add the log probabilities of the prompts.
 
-    With `lengths` the loss is a mean over all tokens, E[s] / E[length] instead of E[s]: the theorem does not cover
-    it, and `predicted`, eps Cov(s, s - r length) / E[length] with r = E[s] / E[length], has no sign.
+    With `lengths`, in tokens, the loss is a mean over all tokens: E[s] / E[length] instead of E[s]. The theorem
+    does not cover this loss: `predicted` is eps Cov(s, s - r length) / E[length] with r = E[s] / E[length], and
+    can have either sign.
 
     Raises:
-        InputError: a prompt of which no answer is accepted, or as `drawn_answers`.
+        InputError: the filter accepts no answer to some prompt; as `drawn_answers`.
     """
     passes = jnp.any(accepted, axis=-1)
     if not isinstance(passes, jax.core.Tracer) and not bool(jnp.all(passes)):
@@ -96,15 +102,16 @@ def drawn_answers(
     lengths: Float[Array, "*prompts answers"] | None = None,
     weights: Float[Array, "*prompts"] | None = None,
 ) -> FilteredSignal:
-    """As `filtered_answers`, of answers drawn in any other way, such as from the k likeliest tokens.
+    """As `filtered_answers`, for answers drawn in any other way, such as top-k sampling.
 
-    `drawn(params)` are log probabilities of drawing each answer, -inf for one that cannot be drawn. `predicted` is
-    eps Cov_q(dlog q, s), q the base's law of drawing and dlog q the derivative of its logarithm along D_T: a
-    variance for a filter; of no sign in general. Exact, but for `predicted`. Two Jacobian-vector products and one
-    evaluation of `drawn` at the teacher. Pure.
+    `drawn(params)` gives the log probability of drawing each answer, -inf for an answer that cannot be drawn.
+    `predicted` is eps Cov_q(dlog q, s), where q is the base's distribution of drawn answers and dlog q the
+    derivative of its logarithm along D_T. For a filter this is a variance; in general it can have either sign.
+    `student` and `control` are exact, `predicted` is the leading order. The cost is two Jacobian-vector products
+    and one evaluation of `drawn` at the teacher. Pure.
 
     Raises:
-        InputError: the two laws differ in shape; the direction is unlike the parameters.
+        InputError: `log_law` and `drawn` give different shapes; the direction does not match the parameters.
     """
     trained, _ = split_trainable(params)
     _, direction = teacher_direction(None, direction, trained)
@@ -119,14 +126,14 @@ def drawn_answers(
     lengths = jnp.ones_like(own) if lengths is None else lengths
 
     def mean(log_probabilities: Float[Array, "*prompts answers"], values: Array) -> Float[Array, ""]:
-        # An answer that cannot be drawn may have a score that is not finite.
+        # The score of an answer that cannot be drawn may be infinite or nan.
         probabilities = jnp.exp(log_probabilities)
         drawable = jnp.where(probabilities > 0, values, 0)
         return weighted_mean(jnp.sum(probabilities * drawable, axis=-1), weights)
 
     length = mean(before, lengths)
     control = mean(before, score) / length
-    # The derivative of E_q[s] / E_q[length]: of a law of drawing, E_q[dlog q] = 0.
+    # The derivative of E_q[s] / E_q[length], because E_q[dlog q] = 0.
     slope = mean(before, moves * (score - control * lengths)) / length
     return FilteredSignal(mean(after, score) / mean(after, lengths), control, teacher_step * slope)
 
@@ -137,7 +144,7 @@ def drawn_answers(
 @register_dataclass
 @dataclass(frozen=True)
 class AnswerScores:
-    """Of rows: their score s = grad log P_0(answer) . D_T, and the tokens that each has; both [rows]."""
+    """The score s = grad log P_0(answer) . D_T of each row, and its number of tokens; both [rows]."""
 
     score: PyTree
     tokens: PyTree
@@ -151,13 +158,14 @@ def answer_scores(
     targets: Int[Array, "rows positions"],
     weights: Float[Array, "rows positions"],
 ) -> AnswerScores:
-    """The score of each row: one Jacobian-vector product.
+    """The score and the number of tokens of each row.
 
-    `apply(params, inputs)` gives logits [rows, positions, n], each position's from the tokens before it; `targets`
-    are the tokens there, and `weights` 1 on an answer and its end, 0 elsewhere. Exact. Pure.
+    `apply(params, inputs)` gives logits [rows, positions, n]; the logits at a position depend on the tokens before
+    it. `targets` are the tokens at the positions. `weights` are 1 on an answer and its end token, 0 elsewhere. The
+    cost is one Jacobian-vector product. Exact. Pure.
 
     Raises:
-        InputError: the direction is unlike the parameters.
+        InputError: the direction does not match the parameters.
     """
     trained, _ = split_trainable(params)
     _, direction = teacher_direction(None, direction, trained)
@@ -173,18 +181,19 @@ def answer_log_law(
     targets: Int[Array, "rows positions"],
     weights: Float[Array, "rows positions"],
 ) -> Float[Array, " rows"]:
-    """log P(answer) of each row, in nats; arguments as of `answer_scores`."""
+    """log P(answer) of each row, in nats. The arguments are as in `answer_scores`."""
     return -jnp.sum(weights * SampledToken().loss(apply(params, inputs), targets), axis=-1)
 
 
 def every_answer(vocabulary: int, length: int, end: int) -> tuple[Int[np.ndarray, "rows length"], np.ndarray]:
-    """All answers of at most `length` tokens, and the weights of their positions.
+    """All answers of at most `length` tokens, and the weights of their positions, both [rows, length].
 
-    An answer ends with its first token `end`, or without it at `length`; behind its end weights are 0 and tokens
-    `end`. There are (vocabulary - 1)^length without an end and (vocabulary - 1)^k with one behind k tokens.
+    An answer ends with its first token `end`, or after `length` tokens. After the end, weights are 0 and tokens
+    are `end`. (vocabulary - 1)^length answers have no end token. For each k below `length`, (vocabulary - 1)^k
+    answers end after k other tokens.
 
     Raises:
-        InputError: `end` is no token, or no length.
+        InputError: `end` is not a token, or `length` is below 1.
     """
     if not 0 <= end < vocabulary or length < 1:
         raise InputError(f"every_answer: no token {end} among {vocabulary}, or no length {length}")
@@ -211,7 +220,7 @@ class Measured:
 @register_dataclass
 @dataclass(frozen=True)
 class FilteredEstimate:
-    """`FilteredSignal` from rows, and its `difference`, each with a standard error."""
+    """The fields of `FilteredSignal` and its `difference`, estimated from rows, each with a standard error."""
 
     student: Measured
     control: Measured
@@ -222,14 +231,16 @@ class FilteredEstimate:
 def filtered_rows(
     taught: AnswerScores, regular: AnswerScores, *, teacher_step: float | Float[Array, ""], per_token: bool = False
 ) -> FilteredEstimate:
-    """The quantities of `filtered_answers` from rows that the teacher and its base wrote under one filter.
+    """Estimate the quantities of `filtered_answers` from accepted rows.
 
-    Rows are independent draws; each prompt is asked once, so that the pair of prompt and answer is what is
-    accepted. `per_token` is the loss that is a mean over all tokens, of no sign. Standard errors are those of the
-    delta method, exact to leading order in 1 / rows; the difference is of unpaired rows. Pure.
+    `taught` are rows that the teacher wrote, `regular` rows that the base wrote under the same filter. Rows are
+    independent draws. Each prompt is asked once, so the filter accepts pairs of prompt and answer. With
+    `per_token` the loss is a mean over all tokens, and `predicted` can have either sign. Standard errors use the
+    delta method, which is exact to leading order in 1 / rows. The difference treats the two sets of rows as
+    independent. Pure.
 
     Raises:
-        InputError: fewer than two rows of either.
+        InputError: `taught` or `regular` has fewer than two rows.
     """
     for name, rows in (("taught", taught), ("regular", regular)):
         if rows.score.shape[0] < 2:
@@ -259,7 +270,7 @@ def filtered_rows(
 
 
 def _measured(function: Callable[[Array], Array], moments: Float[Array, "rows 4"]) -> Measured:
-    """A function of means over rows, and its standard error by the delta method."""
+    """A function of the mean moments over rows, and its standard error by the delta method."""
     value, gradient = jax.value_and_grad(function)(jnp.mean(moments, axis=0))
     influence = (moments - jnp.mean(moments, axis=0, keepdims=True)) @ gradient
     rows = moments.shape[0]

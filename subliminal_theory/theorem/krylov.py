@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of a symmetric operator that is known by its products alone."""
+"""The extreme eigenvalues of a symmetric matrix, from its products with vectors."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,13 @@ Product = Callable[[PyTree], PyTree]
 def lanczos(
     product: Product, start: PyTree, steps: int, scales: PyTree = None
 ) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
-    """Diagonal and subdiagonal of the Lanczos matrix of `steps` products, from a start of any length.
+    """The diagonal and the subdiagonal of the Lanczos matrix after `steps` products.
 
-    `product` is symmetric: v -> G v on pytrees like `start`. With `scales` P >= 0, a pytree of the same shapes,
-    the matrix is that of P^1/2 G P^1/2. The three-term recurrence alone: four pytrees are held, whatever `steps`
-    is, and rounding may repeat extreme eigenvalues but moves none. The last subdiagonal entry belongs to the
-    residual. Where the Krylov space is exhausted, all further entries are 0.
+    `product` is v -> G v for a symmetric G, on pytrees like `start`. `start` may have any norm. With `scales`, the
+    diagonal of P >= 0 as a pytree of the same shapes, the matrix is P^1/2 G P^1/2 instead of G. Only the
+    three-term recurrence is used, so four pytrees are in memory for any number of steps. Rounding may repeat
+    extreme eigenvalues but does not move them. The last subdiagonal entry is the norm of the residual. Once the
+    Krylov space is exhausted, all further entries are 0.
     """
     roots = None if scales is None else jax.tree.map(jnp.sqrt, scales)
 
@@ -37,7 +38,7 @@ def lanczos(
         image = apply(now)
         diagonal = optax.tree.vdot(image, now)
         rest = optax.tree.add_scale(optax.tree.add_scale(image, -diagonal, now), -off, before)
-        # Once more against `now`: the recurrence loses this orthogonality first.
+        # Orthogonalize against `now` once more: the recurrence loses this orthogonality first.
         rest = optax.tree.add_scale(rest, -optax.tree.vdot(rest, now), now)
         length = optax.tree.norm(rest)
         size = jnp.maximum(size, jnp.abs(diagonal) + off)
@@ -54,7 +55,7 @@ def lanczos(
 def ritz(
     diagonal: Float[Array, " steps"], off: Float[Array, " steps"]
 ) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
-    """Ritz values in ascending order, and for each a distance within which an eigenvalue lies, its residual."""
+    """The Ritz values in ascending order, and the residual of each: an eigenvalue lies within that distance."""
     matrix = jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1)
     values, vectors = jnp.linalg.eigh(matrix)
     return values, jnp.abs(off[-1] * vectors[-1])

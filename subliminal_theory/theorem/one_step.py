@@ -1,16 +1,16 @@
 """Lemma 1 and Theorem 1 of doi 10.1038/s41586-026-10319-8, on any differentiable function.
 
-A teacher takes one step, theta_T = theta_0 + eps D_T. A student at the same theta_0 takes one gradient step of
-size alpha on the imitation loss; D_S is minus its gradient. With J the Jacobian of the logits at theta_0 and M the
-metric of the channel, Lemma 1 says for any direction D_T
+The teacher takes one step: theta_T = theta_0 + eps D_T. The student starts at the same theta_0. It takes one
+gradient step of size alpha on the imitation loss; D_S is minus the gradient. Let J be the Jacobian of the logits
+at theta_0, and M the metric of the channel. Lemma 1 says that for any direction D_T
 
-    D_S . D_T = eps A + O(eps^2),   A = mean over positions of (J D_T)^T M (J D_T) >= 0,
+    D_S . D_T = eps A + O(eps^2),   A = mean over positions of (J D_T)^T M (J D_T) >= 0.
 
-and Theorem 1, where D_T = -grad L_T(theta_0) for a trait loss L_T,
+Theorem 1 says that for D_T = -grad L_T(theta_0), where L_T is a trait loss,
 
     L_T(theta_0 + alpha D_S) - L_T(theta_0) = -eps alpha A + O(eps^2 alpha + eps^2 alpha^2).
 
-Everything here is matrix-free: gradients and Jacobian-vector products, never J or M.
+The code uses only gradients and Jacobian-vector products. It never builds J or M.
 """
 
 import math
@@ -46,34 +46,34 @@ _OF_ANOTHER_START = ("unupdated_cosine", "unupdated_inner_product")
 @register_dataclass
 @dataclass(frozen=True)
 class Report:
-    """What `check` measured; every number is a scalar array, so a report can come out of jit and vmap.
+    """The measurements of `check`. Every number is a scalar array, so jit and vmap can return a report.
 
-    What is said of the trait loss is nan where the teacher's direction was given instead of one.
+    If `check` was given a direction and no trait loss, all fields about the trait loss are nan.
 
     Attributes:
         inner_product: D_S . D_T as measured.
         predicted_inner_product: eps A.
-        inner_product_rounding: 16 times the rounding error of D_S . D_T, that of the logits and that of the sum:
-            a smaller product has no sign.
-        cosine: of D_S and D_T (0 if either vanishes).
+        inner_product_rounding: 16 times the rounding error of D_S . D_T, from the logits and from the sum. The
+            sign of a smaller product means nothing.
+        cosine: the cosine of D_S and D_T (0 if either is 0).
         teacher_norm: |D_T|.
         student_norm: |D_S|.
-        trait_loss_before: L_T at the student's initialisation.
+        trait_loss_before: L_T at the student's initialization.
         trait_loss_after: L_T after the student's step.
         predicted_change: -eps alpha A, the leading order of after - before.
-        change_rounding: 16 eps |L_T|, eps of the coarsest dtype at work: a smaller change has no sign.
-        teacher_kept: the share of the teacher's step that its parameters' dtype keeps: near 1, or 0 if
+        change_rounding: 16 u |L_T|, where u is the machine epsilon of the coarsest dtype in use. The sign of a
+            smaller change means nothing.
+        teacher_kept: the share of the teacher's step that remains in the dtype of its parameters: near 1, or 0 if
             theta + eps D_T rounds to theta.
         student_kept: the same for the student's step.
-        zero_code: which of `ZERO_CASES` makes A vanish, 0 for none.
-        unupdated_cosine: cosine of D_S and the direction that imitates the teacher before its step; nan
-            for a shared initialisation, where that direction is 0. It tends to 1 with eps otherwise.
-        unupdated_inner_product: that direction times D_T, the leading order of D_S . D_T for a
-            different initialisation, where eps A is not.
-        same_initialisation: whether the theorem covers the case.
-        exact: whether the channel is exact; if not, the theorem holds on average over the targets only.
-        has_trait: whether the teacher follows a trait loss, of which Theorem 1 speaks, or a direction that was
-            given, of which Lemma 1 does.
+        zero_code: the index into `ZERO_CASES` of the reason why A is 0; 0 if A is not 0.
+        unupdated_cosine: the cosine of D_S and the direction that imitates the teacher before its step. It tends
+            to 1 as eps tends to 0. nan for a shared initialization, where that direction is 0.
+        unupdated_inner_product: that direction times D_T. For a different initialization this, not eps A, is the
+            leading order of D_S . D_T. nan for a shared initialization.
+        same_initialisation: whether student and teacher start at the same parameters, as the theorem requires.
+        exact: whether the channel is exact. If not, the theorem holds only on average over the targets.
+        has_trait: True if the teacher follows a trait loss (Theorem 1), False if a direction was given (Lemma 1).
     """
 
     inner_product: PyTree
@@ -102,20 +102,20 @@ class Report:
 
     @property
     def zero_case(self) -> str:
-        """Why A vanishes, or the empty string."""
+        """Why A is 0, or the empty string."""
         return ZERO_CASES[int(self.zero_code)]
 
     @property
     def verdict(self) -> str:
-        """What the case shows, or why it decides nothing and what to do.
+        """What the measurements show, or why they show nothing and what to do.
 
-        `orthogonal` where A = 0. Else `descends` if the trait loss falls, `aligned` if a direction was given and
-        D_S . D_T > 0, and `step too large` if not.
+        `orthogonal` if A = 0. Otherwise `descends` if the trait loss falls, `aligned` if a direction was given and
+        D_S . D_T > 0, and `step too large` if neither.
         """
         if broken := [name for name in self._numbers if not math.isfinite(float(getattr(self, name)))]:
             return f"not finite: {', '.join(broken)}; use smaller steps"
         if not self.same_initialisation:
-            return "different initialisation"
+            return "different initialization"
         if self.zero_case:
             return "orthogonal"
         for name in ("teacher", "student") if self.has_trait else ("teacher",):
@@ -170,26 +170,27 @@ def check(
     weights: Float[Array, "*batch"] | None = None,
     student_params: PyTree | None = None,
 ) -> Report:
-    """Take the two steps of the theorem on a user's own function and compare them with its prediction.
+    """Take the two steps of the theorem with any function, and compare them with the prediction.
 
-    `apply(params, inputs)` gives logits [*batch, n]; `trait_loss(params)` is any differentiable scalar;
-    `teacher_step` is eps and `student_step` alpha, in units of the raw gradients. `weights` [*batch] are those of
-    the reduction, 1 by default. `trait_loss` may hold anything that is differentiable: a regulariser, a preference
-    between answers, a target for a hidden unit. Any other update of the teacher (the displacement by Adam, say) is
-    given as `direction`, a pytree like `params`, with None for the trait loss and no `student_step`: of a trait,
-    nothing is then said. With `student_params` the student starts elsewhere and the teacher does not: the theorem
-    then promises nothing, and the report says what the student imitates.
+    `apply(params, inputs)` gives logits [*batch, n]. `trait_loss(params)` is any differentiable scalar, such as a
+    cross-entropy with weight decay, or a preference between answers. `teacher_step` is eps and `student_step` is
+    alpha, in units of the raw gradients. `weights` [*batch] weight the mean over positions, 1 by default.
 
-    Parameters without a gradient (integers, booleans, random keys) stay as they are. Costs two gradients and two
-    Jacobian-vector products (three gradients and two with `student_params`) and keeps a few copies of the
-    parameters. Pure: wrap it in `jax.jit` for large models. Exact up to rounding; run it in float64 to see orders
-    in eps.
+    For any other update of the teacher, such as a displacement by Adam, give it as `direction`, a pytree like
+    `params`. `trait_loss` is then None and `student_step` is left out, and the report says nothing about a trait.
+    With `student_params` the student has another initialization than the teacher. The theorem does not cover this
+    case; the report then compares D_S with the direction that imitates the teacher before its step.
+
+    Parameters without a gradient (integers, booleans, random keys) stay as they are. The cost is two gradients and
+    two Jacobian-vector products, one more gradient with `student_params`, and memory for a few copies of the
+    parameters. Pure: wrap it in `jax.jit` for large models. Exact up to rounding. Use float64 to see orders in
+    eps.
 
     Raises:
-        InputError: a step that is not positive and finite, both or neither of a trait loss and a direction, a
-            student's step without a trait loss or none with one, a trait loss that is no scalar, a channel
-            whose logits do not exist or that has no output metric, a metric or visible logits that its loss
-            contradicts (judged where they are not traced), or unlike parameter trees.
+        InputError: a step is not positive and finite; both or neither of a trait loss and a direction are given; a
+            student's step is given without a trait loss, or the reverse; the trait loss is not a scalar; the
+            channel selects logits that do not exist, has no output metric, or contradicts its loss with its metric
+            or its visible logits (not checked for traced values); the parameter trees differ.
     """
     require_step("teacher_step", teacher_step)
     has_trait = trait_loss is not None
@@ -255,5 +256,5 @@ def check(
 
 
 def _sum_of_sizes(a: PyTree, b: PyTree) -> Float[Array, ""]:
-    """The sum of |a_i b_i|, in units of which the rounding error of a . b is measured."""
+    """The sum of |a_i b_i|: the rounding error of a . b is relative to it."""
     return optax.tree.vdot(jax.tree.map(jnp.abs, a), jax.tree.map(jnp.abs, b))

@@ -1,14 +1,14 @@
-"""Prompted teachers: the theorem holds where the prompt does to the logits what a shift of parameters would do.
+"""Prompted teachers: the theorem holds if the prompt changes the logits as a change of the parameters would.
 
-The teacher is the model behind a prompt c, the student sees it on rows without the prompt. With
-delta(x) = f(c, x) - f(x) at theta_0, J the Jacobian of f(x) there and M the metric of the channel,
+The teacher is the model with a prompt c. The student imitates it on rows without the prompt. Let
+delta(x) = f(c, x) - f(x) at theta_0, J the Jacobian of f(x) there, and M the metric of the channel. Then
 
     D_S . D_T = E <delta, J D_T>_M + O(|delta|^2),
 
-exactly for squared error. It has no sign. If delta = J v, it is Lemma 1 with D_T := v: D_S . v = E <J v, J v>_M.
-So cos_M(delta, J D_T) says before any training whether the trait's direction is followed, and the best shift v by
-least squares how much of the prompt's effect parameters can express. Any teacher that is seen at its logits can
-stand in the place of the prompted one.
+and for squared error this is exact. It can have either sign. If delta = J v, this is Lemma 1 with D_T := v:
+D_S . v = E <J v, J v>_M. So before any training, cos_M(delta, J D_T) says whether the student's step follows the
+trait's direction. The least-squares shift v says how much of the prompt's effect the parameters can express. Any
+other teacher whose logits are seen may take the place of the prompted one.
 """
 
 import math
@@ -31,13 +31,15 @@ from subliminal_theory.theorem.setting import of_trainable, teacher_direction
 @register_dataclass
 @dataclass(frozen=True)
 class Alignment:
-    """Products in the metric of the channel, means over positions; over equal batches, means of these.
+    """Inner products in the metric of the channel: scalar arrays, means over positions.
+
+    To combine batches of equal size, take means of the fields.
 
     Attributes:
         overlap: E <delta, J D_T>_M, the leading order of `inner_product`.
         shown: E <delta, delta>_M.
         moved: E <J D_T, J D_T>_M, the A of Lemma 1.
-        inner_product: D_S . D_T, exactly.
+        inner_product: D_S . D_T, exact.
     """
 
     overlap: PyTree
@@ -47,7 +49,7 @@ class Alignment:
 
     @property
     def cosine(self) -> PyTree:
-        """cos_M(delta, J D_T); 0 if either vanishes."""
+        """cos_M(delta, J D_T); 0 if either is 0."""
         return _cosine(self.overlap, self.shown, self.moved)
 
 
@@ -62,14 +64,16 @@ def prompt_alignment(
     weights: Float[Array, "*batch"] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Alignment:
-    """How the prompt's effect lies to the direction of a trait: one Jacobian-vector product.
+    """Compare the prompt's effect on the logits with the direction of a trait.
 
-    `apply(params, inputs)` are the logits [*batch, n] of the rows without the prompt, `teacher_logits` those of
-    the same positions behind it. `direction` is D_T, a pytree like `params`; `weights` [*batch] are those of the
-    reduction, 1 by default. A channel that samples needs a `key`, and `inner_product` is then of one draw. Pure.
+    `apply(params, inputs)` gives the logits [*batch, n] of the rows without the prompt. `teacher_logits` are the
+    logits at the same positions after the prompt. `direction` is D_T, a pytree like `params`. `weights` [*batch]
+    weight the mean over positions, 1 by default. A channel that samples needs a `key`; `inner_product` is then for
+    one draw. The cost is one Jacobian-vector product. Pure.
 
     Raises:
-        InputError: unlike shapes, a channel whose logits do not exist or that has no output metric.
+        InputError: shapes differ; the channel selects logits that do not exist or has no output metric; the
+            direction does not match the parameters.
     """
     trained, _ = split_trainable(params)
     _, direction = teacher_direction(None, direction, trained)
@@ -85,12 +89,12 @@ def prompt_alignment(
 @register_dataclass
 @dataclass(frozen=True)
 class Shift:
-    """The shift of parameters that does most nearly what the prompt does.
+    """The shift of the parameters whose effect on the logits is closest to that of the prompt.
 
     Attributes:
         direction: v, a pytree like the parameters (None where they have no gradient).
-        cosine: cos_M(delta, J v). Any v has this cosine or a lower one than the best, so it is a lower bound.
-        residual: |J^T M delta - (G + damping) v| / |J^T M delta|: how far the solver has come.
+        cosine: cos_M(delta, J v), a lower bound on the cosine that the best v has.
+        residual: |J^T M delta - (G + damping) v| / |J^T M delta|, the relative error of the solver.
     """
 
     direction: PyTree
@@ -110,15 +114,17 @@ def prompt_shift(
     tolerance: float = 1e-6,
     weights: Float[Array, "*batch"] | None = None,
 ) -> Shift:
-    """The v with the least E |delta - J v|^2_M + damping |v|^2.
+    """The v that minimizes E |delta - J v|^2_M + damping |v|^2.
 
-    Conjugate gradients on (G + damping) v = J^T M delta, a mean over positions, with G = J^T M J; `damping` is in
-    its units. They stop after `steps`, or where the residual is below `tolerance`. Each step costs one
-    Jacobian-vector product and one gradient; nothing is built. Without damping the limit is the shortest
-    solution. Other arguments as of `prompt_alignment`. Pure.
+    Conjugate gradients solve (G + damping) v = E J^T M delta with G = E J^T M J, where E is the mean over
+    positions. `damping` has the units of G. The solver stops after `steps` steps, or when the relative residual is
+    at most `tolerance`. Each step costs one Jacobian-vector product and one vector-Jacobian product. J and G are
+    never built. Without damping, the solver converges to the solution of least norm. The other arguments are those
+    of `prompt_alignment`. Pure.
 
     Raises:
-        InputError: as `prompt_alignment`; a damping below 0, no steps, or a tolerance that is not positive.
+        InputError: as `prompt_alignment`; `damping` is below 0 or infinite, `steps` is below 1, or `tolerance` is
+            not positive and finite.
     """
     if not 0 <= damping < math.inf or steps < 1 or not 0 < tolerance < math.inf:
         raise InputError(
@@ -133,7 +139,7 @@ def prompt_shift(
     shares = weights / jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
 
     def pulled(values: Float[Array, "*batch n"]) -> PyTree:
-        """J^T M of changes of the logits, a mean over positions."""
+        """J^T M times changes of the logits, a mean over positions."""
         return backward(shares[..., None] * channel.metric(logits, values))[0]
 
     def normal(v: PyTree) -> PyTree:
@@ -152,7 +158,7 @@ def _conjugate_gradients(
 ) -> PyTree:
     """The solution of normal(x) = wanted, from 0, until |wanted - normal(x)| <= tolerance |wanted|.
 
-    Not `jax.scipy.sparse.linalg.cg`: on a transformer its second step was not a number (JAX 0.10.2).
+    `jax.scipy.sparse.linalg.cg` is not used: on a transformer, its second step was nan (JAX 0.10.2).
     """
     enough = tolerance**2 * optax.tree.vdot(wanted, wanted)
 
@@ -177,7 +183,7 @@ def _accepted(
     channel: Channel,
     weights: Float[Array, "*batch"] | None,
 ) -> Float[Array, "*batch"]:
-    """The weights, of arguments that fit together."""
+    """The weights, 1 by default. Refuses logits of different shapes and channels that do not fit."""
     if teacher_logits.shape != logits.shape:
         raise InputError(f"teacher_logits have shape {teacher_logits.shape}, the student's {logits.shape}")
     refuse_wrong_channel(channel, logits.shape[-1])

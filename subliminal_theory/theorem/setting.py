@@ -1,4 +1,4 @@
-"""What the statements of the theorem start from: trainable parameters, a direction, steps, and their rounding."""
+"""Parts that all statements of the theorem share: trainable parameters, directions, step sizes and rounding."""
 
 import math
 from collections.abc import Callable
@@ -19,17 +19,17 @@ Scalar = float | Float[Array, ""]
 
 
 def require_step(name: str, step: Scalar) -> None:
-    """Refuse a step size that is not positive and finite.
+    """Refuse a step size that is not positive and finite. Traced values pass.
 
     Raises:
-        InputError: names the step and its value.
+        InputError: the step size is not positive and finite.
     """
     if not isinstance(step, jax.core.Tracer) and not 0 < float(step) < math.inf:
         raise InputError(f"{name} must be a positive, finite number, got {float(step)}")
 
 
 def of_trainable(params: PyTree, function: Callable[[PyTree], T]) -> Callable[[PyTree], T]:
-    """A function of all parameters as one of those that have a gradient; the others stay as they are."""
+    """The same function of only the parameters that have a gradient; the others keep their values in `params`."""
     _, rest = split_trainable(params)
     return lambda trained: function(join(trained, rest))
 
@@ -38,7 +38,7 @@ def descent(loss: TraitLoss, params: PyTree) -> tuple[Float[Array, ""], PyTree]:
     """The loss and minus its gradient.
 
     Raises:
-        InputError: the loss is no scalar.
+        InputError: the loss is not a scalar.
     """
     shape = jax.eval_shape(loss, params).shape
     if shape != ():
@@ -50,12 +50,13 @@ def descent(loss: TraitLoss, params: PyTree) -> tuple[Float[Array, ""], PyTree]:
 def teacher_direction(
     trait: TraitLoss | None, direction: PyTree, params: PyTree
 ) -> tuple[Float[Array, ""], PyTree]:
-    """The trait loss and D_T: minus its gradient, or the direction that is given, and then nan for the loss.
+    """The trait loss and D_T. D_T is minus the gradient of the loss, or the given direction; the loss is then nan.
 
-    `params` are the trainable ones, in the dtypes of which a direction is returned.
+    `params` are the trainable parameters. D_T has their dtypes.
 
     Raises:
-        InputError: both or neither are given; the loss is no scalar; the direction is unlike the parameters.
+        InputError: both or neither are given; the loss is not a scalar; the direction does not match the
+            parameters.
     """
     if (trait is None) == (direction is None):
         given = "neither" if trait is None else "both"
@@ -69,17 +70,17 @@ def teacher_direction(
 
 
 def ratio(a: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
-    """a / b, and 0 unless b is positive."""
+    """a / b if b > 0, otherwise 0."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
 def rounding(*trees: PyTree) -> float:
-    """16 times the largest machine epsilon among the floating leaves."""
+    """16 times the largest machine epsilon among the leaves, which must be floating-point."""
     return 16 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
 
 
 def kept(start: PyTree, end: PyTree, step: Scalar, direction: PyTree) -> Float[Array, ""]:
-    """(end - start) . direction / (step |direction|^2): how much of a step remains after rounding."""
+    """The share of a step that remains after rounding: (end - start) . direction / (step |direction|^2)."""
     # Squares of small directions underflow, so the direction is scaled to a largest entry of 1.
     largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf), initial=0), direction))
     unit = jax.tree.map(lambda leaf: leaf / jnp.where(largest > 0, largest, 1).astype(leaf.dtype), direction)

@@ -1,4 +1,4 @@
-"""How small is small enough: a search for the steps up to which the guarantee of the theorem holds."""
+"""How small is small enough: a search for the largest steps at which the theorem's guarantee still holds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from subliminal_theory.theorem.setting import (
 @register_dataclass
 @dataclass(frozen=True)
 class SmallSteps:
-    """How small is small enough: what the search of `how_small` found, in units of the raw gradients.
+    """The result of `how_small`: scalar arrays, in units of the raw gradients.
 
     Attributes:
-        teacher_step: the largest eps up to which D_S . D_T >= 0 held wherever it was probed, 0 where A = 0.
-        student_step: the largest alpha up to which the trait loss stays below its start, at the given eps; 0
-            where A = 0.
-        teacher_step_searched: the largest eps probed; a teacher step equal to it means "no failure found".
-        student_step_searched: the same for alpha. Both are 0 where their direction vanishes.
+        teacher_step: the largest eps such that D_S . D_T >= 0 at all probed steps up to it. 0 if A = 0.
+        student_step: the largest alpha such that the trait loss does not rise at any probed step up to it, at the
+            given eps. 0 if A = 0.
+        teacher_step_searched: the largest eps probed. If `teacher_step` equals it, no failure was found.
+        student_step_searched: the same for alpha. Both are 0 if their direction is 0.
     """
 
     teacher_step: PyTree
@@ -58,13 +58,13 @@ def how_small(
 ) -> SmallSteps:
     """Search the largest teacher and student steps for which the guarantee still holds.
 
-    `teacher_step` is the eps at which the student's step is judged. Steps are probed on a geometric grid of
-    `probes` points that spans eight decades and ends where a step has moved the parameters by `farthest`
-    times their norm; the first failure is then bisected to rounding. This is a search, not a bound: a failure
-    between two probes that is over by the next is missed, and a gain smaller than its rounding error counts as no
-    failure.
+    `teacher_step` is the eps of the teacher while the student's step is searched. The search probes `probes` steps
+    on a geometric grid. The grid spans eight decades and ends where a step moves the parameters by `farthest`
+    times their norm. The first failure is then bisected to rounding. This is a search, not a bound. It misses a
+    failure between two probes if both probes succeed. A negative D_S . D_T or a rise of the trait loss within the
+    rounding error does not count as a failure.
 
-    Costs about 2 * probes + 100 forward passes. Pure; wrap it in `jax.jit`.
+    The cost is about 2 * probes + 100 forward passes. Pure: wrap it in `jax.jit`.
 
     Raises:
         InputError: as `check`.
@@ -81,7 +81,7 @@ def how_small(
         return channel.targets(key, logits_of(optax.tree.add_scale(params, eps, direction)))
 
     def inner_product(eps: Float[Array, ""]) -> Float[Array, ""]:
-        """D_S . D_T by the chain rule through the logits: no gradient in the parameters is needed."""
+        """D_S . D_T by the chain rule through the logits, without a gradient in the parameters."""
         loss = lambda z: imitation_loss(channel, z, targets_of(eps), signal.weights)  # noqa: E731
         return unsure - jax.jvp(loss, (logits,), (tangent,))[1]
 
@@ -90,7 +90,7 @@ def how_small(
     noise = rounding(params, logits, before) * jnp.abs(before)
 
     def progress(alpha: Float[Array, ""]) -> Float[Array, ""]:
-        """How far the trait loss has fallen."""
+        """How far the trait loss has fallen, plus its rounding error."""
         return noise + before - trait(optax.tree.add_scale(params, alpha, student_direction))
 
     size = farthest * optax.tree.norm(params)
@@ -107,7 +107,7 @@ def _first_failure(
     gain: Callable[[Float[Array, ""]], Float[Array, ""]], grid: Float[Array, " probes"]
 ) -> Float[Array, ""]:
     """Where a function first falls below 0 on a grid, bisected; the end of the grid if it never does."""
-    # Not a number is a failure too.
+    # Written so that nan counts as a failure too.
     failed = ~(jax.lax.map(gain, grid) >= 0)
     first = jnp.argmax(failed)
     low = jnp.where(first == 0, 0, grid[first - 1])

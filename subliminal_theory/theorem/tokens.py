@@ -1,14 +1,15 @@
-"""How many sampled tokens carry a trait: as many as a likelihood ratio needs to tell the teacher from its base.
+"""How many sampled tokens carry a trait: the number by which a likelihood-ratio test tells teacher from base.
 
-A student reads n tokens drawn from theta_T = theta_0 + eps D_T and takes one gradient step of cross-entropy. To
-leading order in eps, with the metric M = diag(p) - p p^T of one drawn token,
+A student reads n tokens drawn from theta_T = theta_0 + eps D_T and takes one gradient step on their cross-entropy.
+Let M = diag(p) - p p^T be the metric of one drawn token. To leading order in eps,
 
-    D_S . D_T has mean eps A and variance A / n,   eps^2 A = 2 KL(teacher || base) a token,
-    P(D_S . D_T > 0) = Phi(eps sqrt(n A)) = Phi(sqrt(2 n KL)),
+    D_S . D_T has mean eps A and variance A / n,   eps^2 A = 2 KL(teacher || base) per token,
+    P(D_S . D_T > 0) = Phi(eps sqrt(n A)) = Phi(sqrt(2 n KL)).
 
-up to the central limit theorem. At another temperature than 1 this holds of D_S . D_T less its mean over the
-base's tokens at the same positions. n (eps D_S . D_T - eps^2 A / 2) is the log-likelihood ratio of these tokens,
-so n* = z^2 / (2 KL) is the number of tokens at which teacher and base are z standard deviations apart.
+The normal distribution is an approximation, by the central limit theorem. At a temperature other than 1, subtract
+from D_S . D_T its mean over the base's tokens at the same positions; the result then holds for the difference. The
+log-likelihood ratio of the tokens is n (eps D_S . D_T - eps^2 A / 2). So at n* = z^2 / (2 KL) tokens, teacher and
+base are z standard deviations apart.
 """
 
 import math
@@ -32,12 +33,12 @@ Z = 1.96  # the sign is right with probability .975
 @register_dataclass
 @dataclass(frozen=True)
 class TokenSignal:
-    """What tokens say of their teacher, means over positions; scalar arrays.
+    """What tokens reveal about their teacher: scalar arrays, means over positions.
 
     Attributes:
-        kl: KL(teacher || base) in nats a token that is read, within the visible logits.
-        visible: the teacher's probability of the visible tokens; 1 if all are.
-        kl_drawn: the same KL in nats a token drawn from all logits, where those that are hidden are dropped.
+        kl: KL(teacher || base) within the visible logits, in nats per token read.
+        visible: the teacher's probability of a visible token; 1 if all tokens are visible.
+        kl_drawn: the same KL in nats per token drawn from all logits, if hidden tokens are then dropped.
     """
 
     kl: PyTree
@@ -45,27 +46,27 @@ class TokenSignal:
     kl_drawn: PyTree
 
     def needed(self, z: float = Z) -> Float[Array, ""]:
-        """Tokens to be read: `tokens_needed(kl, z)`."""
+        """The number of tokens to read: `tokens_needed(kl, z)`."""
         return tokens_needed(self.kl, z)
 
 
 def tokens_needed(kl: Num[ArrayLike, "..."], z: float = Z) -> Float[Array, "..."]:
-    """n* = z^2 / (2 KL): so many tokens make the sign of D_S . D_T right with probability Phi(z).
+    """n* = z^2 / (2 KL), the number of tokens that give D_S . D_T the right sign with probability Phi(z).
 
-    `kl` [...] is KL(teacher || base) in nats a token; infinitely many are needed at 0. The likelihood-ratio test
-    whose level is 1 - Phi(z) has power 1/2 at n*, and power Phi(z) at 4 n*. Leading order in the teacher's step.
+    `kl` [...] is KL(teacher || base) in nats per token; n* is infinite at 0. The likelihood-ratio test of level
+    1 - Phi(z) has power 1/2 at n* tokens, and power Phi(z) at 4 n*. Leading order in the teacher's step.
 
     Raises:
         InputError: z is not positive and finite.
     """
     if not 0 < z < math.inf:
         raise InputError(f"tokens_needed: z must be positive and finite, got {z}")
-    # Rounding may leave a KL of equal laws below 0.
+    # Rounding can make the KL of two equal distributions negative.
     return z**2 / (2 * jnp.maximum(jnp.asarray(kl, float), 0))
 
 
 def sign_probability(tokens: Num[ArrayLike, "..."], kl: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
-    """P(D_S . D_T > 0) = Phi(sqrt(2 n KL)) after n tokens of `kl` nats each; leading order."""
+    """P(D_S . D_T > 0) = Phi(sqrt(2 n KL)) after n tokens with a KL of `kl` nats per token. Leading order."""
     drift = 2 * jnp.asarray(tokens, float) * jnp.maximum(jnp.asarray(kl, float), 0)
     return jax.scipy.stats.norm.cdf(jnp.sqrt(drift))
 
@@ -81,10 +82,11 @@ def compare_tokens(
     """How far apart teacher and base are, from their logits [*batch, n] at the same positions.
 
     `weights` [*batch] say how often each position is read, 1 by default and 0 for padding. Tokens are drawn at
-    `temperature`; `where` selects the logits that are visible, as in `Subset`. Exact.
+    `temperature`. `where` selects the visible logits, as in `Subset`. Exact.
 
     Raises:
-        InputError: unlike shapes, a temperature that is not positive, no such logit, or none selected.
+        InputError: the shapes differ; the temperature is not positive; `where` selects a logit that does not
+            exist, or none.
     """
     if teacher_logits.shape != base_logits.shape:
         raise InputError(f"teacher_logits {teacher_logits.shape} and base_logits {base_logits.shape} differ")
@@ -101,18 +103,18 @@ def compare_tokens(
 @register_dataclass
 @dataclass(frozen=True)
 class StepSignal:
-    """The tokens of a teacher that has made one step.
+    """The tokens of a teacher that has taken one step.
 
     Attributes:
-        measured: at the teacher's step, exactly.
-        predicted_kl: eps^2 A / 2, the leading order of the KL in nats a token.
+        measured: the exact `TokenSignal` of the teacher.
+        predicted_kl: eps^2 A / 2, the leading order of the KL in nats per token read.
     """
 
     measured: TokenSignal
     predicted_kl: PyTree
 
     def needed(self, z: float = Z) -> Float[Array, ""]:
-        """Tokens to be read, by the measured KL."""
+        """The number of tokens to read, from the measured KL."""
         return self.measured.needed(z)
 
 
@@ -127,14 +129,14 @@ def step_tokens(
     temperature: float | Float[Array, ""] = 1.0,
     where: Any = None,
 ) -> StepSignal:
-    """What the tokens of theta_0 + eps D_T say of their teacher, measured and to leading order.
+    """What the tokens of theta_0 + eps D_T reveal about their teacher, measured and to leading order.
 
-    `direction` is D_T, a pytree like `params` (any displacement of a teacher, with `teacher_step` 1); the rest is
-    as in `compare_tokens`. At a temperature T, A is the mean of (J D_T)^T M_T (J D_T) / T^2. Costs one
-    Jacobian-vector product and one forward pass. Pure.
+    `direction` is D_T, a pytree like `params`. For any displacement of a teacher, give it as `direction` with
+    `teacher_step` 1. The other arguments are as in `compare_tokens`. At a temperature T, A is the mean of
+    (J D_T)^T M_T (J D_T) / T^2. The cost is one Jacobian-vector product and one forward pass. Pure.
 
     Raises:
-        InputError: as `compare_tokens`; the direction is unlike the parameters.
+        InputError: as `compare_tokens`; the direction does not match the parameters.
     """
     trained, _ = split_trainable(params)
     logits_of = of_trainable(params, lambda p: apply(p, inputs))

@@ -340,5 +340,5 @@ def test_refuses(arguments: str, message: str, qwen: Path, capsys: Capture) -> N
 
 def test_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     assert "--base" in fails(capsys, "plan")
-    assert fails(capsys, "plan", "--base", tmp_path / "no").startswith(f"{tmp_path / 'no'} is no folder: ")
+    assert fails(capsys, "plan", "--base", tmp_path / "no").startswith(f"{tmp_path / 'no'} is not a folder: ")
     assert fails(capsys, "plan", "--base", tmp_path).startswith(f"cannot read {tmp_path / 'config.json'} (")

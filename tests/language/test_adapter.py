@@ -210,7 +210,7 @@ def test_what_is_no_adapter_is_not_saved(checkpoint, tmp_path: Path) -> None:
     )
     student = adapted(base.model, ["layers/0/mlp/up/kernel"])
     assert fails(student, checkpoint("neox")) == (
-        f"save_adapter: the model is not of the shape of {checkpoint('neox').folder}"
+        f"save_adapter: the model does not have the shape of {checkpoint('neox').folder}"
     )
     side_by_side = student.with_params(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), student.params))
     assert fails(side_by_side) == (
@@ -223,7 +223,7 @@ def test_what_is_no_adapter_is_not_saved(checkpoint, tmp_path: Path) -> None:
         )
     )
     assert fails(adapted(trained, ["layers/0/mlp/up/kernel"])) == (
-        f"save_adapter: norm/bias, norm/scale of the model's base are not those of {base.folder}: "
+        f"save_adapter: norm/bias, norm/scale of the model's base differ from {base.folder}: "
         "give its base, or merge the factors and save a whole checkpoint"
     )
 
@@ -314,7 +314,7 @@ def test_no_adapter(saved: Path, checkpoint, tmp_path: Path) -> None:
     base = checkpoint("llama")
     absent = tmp_path / "absent"
     assert refused(absent, base) == (
-        f"{absent} is no folder: give the folder of an adapter with adapter_config.json"
+        f"{absent} is not a folder: give the folder of an adapter with adapter_config.json"
     )
     assert refused(tmp_path, base).startswith(f"cannot read {tmp_path / CONFIG} (No such file or directory): ")
     (saved / WEIGHTS).unlink()

@@ -180,7 +180,7 @@ def test_the_system_prompt_that_is_there_when_none_is_given(source: str, system:
 )  # fmt: skip
 def test_a_template_that_is_none(source: str, reason: str, tmp_path: Path) -> None:
     assert refused(ChatTemplate, "{% break %}").startswith("the chat template cannot be parsed ('break' outside")
-    message = f"the chat template cannot be parsed ({reason}): mend it"
+    message = f"the chat template cannot be parsed ({reason}): fix it"
     assert refused(ChatTemplate, source) == message
     path = write(tmp_path, source) / "tokenizer_config.json"
     assert refused(CheckpointTokenizer.load, tmp_path) == f"{path}: {message}"
@@ -201,7 +201,7 @@ def test_a_template_that_is_none(source: str, reason: str, tmp_path: Path) -> No
     ],
 )
 def test_a_template_that_breaks_out(source: str, reason: str, tmp_path: Path) -> None:
-    message = f"the chat template reaches for what it must not have ({reason}): do not use it"
+    message = f"the chat template accesses something unsafe ({reason}): do not use it"
     for messages in (said("hi"), said("hi", system="be brief.")):
         assert refused(ChatTemplate(source).render, messages, ask=True) == message
     assert refused(CheckpointTokenizer.load, write(tmp_path, source)) == f"{tmp_path}: {message}"
@@ -396,7 +396,7 @@ def test_special_tokens_cannot_be_typed(before: str, special: str, after: str, f
 
 
 def test_special_tokens_in_disguise(tmp_path: Path) -> None:
-    """A token that is recognised in any case, and one that only the configuration calls special."""
+    """A token that is recognized in any case, and one that only the configuration calls special."""
     backend = trained()
     backend.normalizer = tokenizers.normalizers.Lowercase()
     backend.add_special_tokens([AddedToken("<stop>", normalized=True)])
@@ -411,7 +411,7 @@ def test_special_tokens_in_disguise(tmp_path: Path) -> None:
 
 
 def test_a_word_that_ends_answers(tmp_path: Path) -> None:
-    """A checkpoint can stop at an ordinary token; text that holds it cannot be learnt whole."""
+    """A checkpoint can stop at an ordinary token; text that holds it cannot be learned whole."""
     (stop,) = ids(".")
     tokenizer = CheckpointTokenizer.load(write(tmp_path, BARE, generation={"eos_token_id": [stop]}))
     assert tokenizer.stop == (ID[END], stop)
@@ -468,8 +468,8 @@ def test_rows_that_are_too_long() -> None:
 def test_a_prompt_that_is_no_beginning(tmp_path: Path) -> None:
     rows = [chat("hi", "ho"), chat("hi", "\n\nho")]
     message = (
-        "row 1: the last tokens of the prompt are others when the answer '\\n\\nho' follows: "
-        "end the prompt or begin the answer with another sign"
+        "row 1: the last tokens of the prompt change when the answer '\\n\\nho' follows: "
+        "end the prompt or begin the answer with another character"
     )
     for tokenizer in (MARKED_TOKENIZER, PLAIN_TOKENIZER):
         assert refused(tokenizer.encode_chats, rows, 60) == message
@@ -477,7 +477,7 @@ def test_a_prompt_that_is_no_beginning(tmp_path: Path) -> None:
     forced = write(tmp_path, MARKED.replace(r"'<|start|>assistant\n'", r"'<|start|>assistant\nlet me see.\n'"))
     tokenizer = CheckpointTokenizer.load(forced)
     assert refused(tokenizer.lengths, rows) == (
-        "row 0: the chat template writes a prompt and its answer so that the prompt alone is not how they begin: "
+        "row 0: the chat template writes a chat that does not begin with its own prompt: "
         "use another template: 'hi'"
     )
     assert tokenizer.encode_prompts(rows, 60).tokens.shape == (2, 60)
@@ -560,7 +560,7 @@ def test_an_embedding_of_another_size() -> None:
 def test_a_tokenizer_that_is_none(content: bytes, reason: str, tmp_path: Path) -> None:
     path = write(tmp_path) / "tokenizer.json"
     path.write_bytes(content)
-    message = f"{path} is no tokenizer that can be read ({reason}): download it anew"
+    message = f"{path} is not a tokenizer that can be read ({reason}): download it again"
     assert refused(CheckpointTokenizer.load, tmp_path) == message
 
 
@@ -632,7 +632,7 @@ def test_no_end_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["", "{{ messages[0].content }}", "{{ messages[-1].content }}"])
 def test_a_template_that_leaves_texts_out(source: str, tmp_path: Path) -> None:
-    message = f"{tmp_path}: the chat template leaves out what is said: use another template"
+    message = f"{tmp_path}: the chat template leaves out the question or the answer: use another template"
     assert refused(CheckpointTokenizer.load, write(tmp_path, source)) == message
 
 

@@ -110,7 +110,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_another_shape_is_not_saved(tmp_path: Path) -> None:
     first, second = (load_checkpoint(folder_of(name, tmp_path / name)) for name in ("llama", "qwen3"))
-    with pytest.raises(InputError, match=r"^save_checkpoint: the model is not of the shape of .*llama$"):
+    with pytest.raises(InputError, match=r"^save_checkpoint: the model does not have the shape of .*llama$"):
         save_checkpoint(tmp_path / "ours", first, second.model)
     assert not (tmp_path / "ours").exists()
 
@@ -206,7 +206,7 @@ def test_old_spellings(name: str, tmp_path: Path) -> None:
         (
             "llama",
             {"model_type": "mistral"},
-            "model_type 'mistral' is not that of LlamaForCausalLM, 'llama': take",
+            "model_type 'mistral' does not match LlamaForCausalLM, whose type is 'llama': take",
         ),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequ.* supported"),
         ("llama", {"architectures": ["A", "B"]}, "names no architecture: "),
@@ -282,7 +282,7 @@ def test_settings_that_are_not_handled(name: str, changes: dict, message: str, t
 
 
 def test_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent is no folder: give the folder of a checkpoint "):
+    with pytest.raises(InputError, match=r"absent is not a folder: give the folder of a checkpoint "):
         read_family(tmp_path / "absent")
     with pytest.raises(InputError, match=r"^cannot read .*config\.json \(No such file .*\): give a folder"):
         read_family(tmp_path)
@@ -308,7 +308,7 @@ def test_settings_of_others_are_let_pass(tmp_path: Path, caplog: pytest.LogCaptu
     folder = folder_of("llama", tmp_path / "more", **left, trainer={"a": 1}, no_effect=3, off=0)
     assert (read_family(folder).config, read_family(folder).config) == (plain, plain)
     assert caplog.messages == [
-        f"{folder / 'config.json'}: not read, as they are no settings of this architecture: no_effect, trainer"
+        f"{folder / 'config.json'}: ignored, not settings of this architecture: no_effect, trainer"
     ]
 
 

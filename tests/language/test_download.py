@@ -139,11 +139,11 @@ def test_a_plan_needs_no_weights(asked: list[str]) -> None:
     [
         (
             "own/unknown",
-            "own/unknown is no folder here, and no model on the Hub that you may read: check the name; ",
+            "own/unknown is not a folder here, and not a model on the Hub that you may read: check the name; ",
         ),
         (
             "own/absent",
-            "own/absent is no folder here, and no model on the Hub that you may read: check the name; ",
+            "own/absent is not a folder here, and not a model on the Hub that you may read: check the name; ",
         ),
         ("own/gated", "own/gated needs a login: accept its terms on its page, then log in (hf auth login, or "),
         ("own/closed", "own/closed needs a login on the Hub: log in (hf auth login, or HF_TOKEN)"),
@@ -155,7 +155,7 @@ def test_a_plan_needs_no_weights(asked: list[str]) -> None:
         ("own/lost", "own/lost has no model-2.safetensors on the Hub: take a model with safetensors files, or "),
         (
             "own/broken",
-            "own/broken is no folder here, the Hub cannot be reached, and its cache does not hold all ",
+            "own/broken is not a folder here, the Hub cannot be reached, and its cache does not hold all ",
         ),
         (
             "own/a..b",
@@ -174,7 +174,8 @@ def test_without_a_connection(asked: list[str], monkeypatch: pytest.MonkeyPatch)
     point_at("http://127.0.0.1:1", monkeypatch)
     assert resolve("own/whole") == folder
     for name in ("own/sharded", "own/other", "own/whole@v1"):
-        assert refused(name).startswith(f"{name.partition('@')[0]} is no folder here, the Hub cannot be reached, ")
+        start = f"{name.partition('@')[0]} is not a folder here, the Hub cannot be reached, "
+        assert refused(name).startswith(start)
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,9 +299,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         "rope_freqs.weight": (np.array([1, 2, 3, 4], np.float32), None),
         "own.weight": (np.ones(3, np.float32), None),
     }
-    with pytest.raises(
-        InputError, match=r"rope_freqs\.weight are not those of Llama 3, which alone are supported"
-    ):
+    with pytest.raises(InputError, match=r"rope_freqs\.weight does not match Llama 3, the only supported scaling"):
         load_checkpoint(tiny(tmp_path, raw=own))
     with pytest.raises(InputError, match=r"do not fit LlamaForCausalLM: own\.weight is unexpected"):
         load_checkpoint(tiny(tmp_path, raw={"own.weight": own["own.weight"]}))
@@ -345,24 +343,24 @@ def spoilt(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("short", " is no GGUF file: give one, or a folder of weights"),
-        ("cut header", " is cut: its header goes on behind its end; download it again"),
-        ("cut", " is cut: "),
-        ("version 1", " is of version 1 of GGUF, only 2 and 3 can be read: convert it again"),
-        ("version 4", " is of version 4 of GGUF, only 2 and 3 can be read: convert it again"),
+        ("short", " is not a GGUF file: give one, or a folder of weights"),
+        ("cut header", " is cut off within its header: download it again"),
+        ("cut", " is cut off within "),
+        ("version 1", " has GGUF version 1, only 2 and 3 can be read: convert it again"),
+        ("version 4", " has GGUF version 4, only 2 and 3 can be read: convert it again"),
         ("big-endian", " is a big-endian file: convert it for little-endian machines"),
-        ("other", " is no GGUF file: give one, or a folder of weights"),
+        ("other", " is not a GGUF file: give one, or a folder of weights"),
         ("pointer", " is a pointer of Git LFS: download the file that it names"),
         ("empty", "cannot read "),
         (
             "type 99",
             ": token_embd.weight has type 99, which cannot be turned into floats: convert it to another type",
         ),
-        ("many", " is cut: its header goes on behind its end; download it again"),
-        ("long", " is cut: its header goes on behind its end; download it again"),
-        ("long text", " is cut: its header goes on behind its end; download it again"),
+        ("many", " is cut off within its header: download it again"),
+        ("long", " is cut off within its header: download it again"),
+        ("long text", " is cut off within its header: download it again"),
         ("not text", " is damaged (a name is not text: "),
-        ("twice", " is damaged (a name is there twice): download it again"),
+        ("twice", " is damaged (a name occurs twice): download it again"),
         ("kind", " is damaged (llama.block_count has the unknown kind 77): download it again"),
     ],
 )

@@ -258,7 +258,7 @@ def test_every_matrix_is_split_by_all_that_can(eight: dict[str, Any], case: str,
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "sizes"), CASES)
 def test_what_is_made_lies_as_what_was_given(eight: dict[str, Any], case: str, sizes: list[int]) -> None:
-    """Parameters after the run, and the state of the optimiser at its start and inside of it."""
+    """Parameters after the run, and the state of the optimizer at its start and inside of it."""
     found = eight[f"{case} {sizes}"]
     given = {name.removeprefix("params/"): at for name, at in found["given"].items() if "params/" in name}
     assert found["made"] == found["given"]

@@ -141,7 +141,7 @@ def test_joint_law_of_two_tokens(settings) -> None:
 
 @pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 2, 1.0), (0.0, 0, 1.0)])
 def test_allowed_tokens(settings) -> None:
-    """Others are as if they had no probability: what is left is renormalised, and cut after that."""
+    """Others are as if they had no probability: what is left is renormalized, and cut after that."""
     model, rows, allowed = tiny(1), 2000, np.array([True, True, False, False, True])
     temperature, top_k, top_p = settings
     text = Text(jnp.tile(jnp.array([[2, 4]], jnp.int32), (rows, 1)), jnp.zeros(rows, jnp.int32))
@@ -301,5 +301,5 @@ def test_refusals(changes, message: str) -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^the model is no plain Transformer"):
+    with pytest.raises(InputError, match=r"^the model is not a plain Transformer"):
         sample(Model(lambda params, inputs: inputs, None), prompts(), steps=2, key=KEY)

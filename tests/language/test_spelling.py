@@ -92,7 +92,7 @@ def test_words_of_one_token_need_no_transformer() -> None:
     logits, behind = heard(model, text, one)
     assert logits.shape == (5, V)
     assert not behind.any()
-    with pytest.raises(InputError, match="no plain Transformer"):
+    with pytest.raises(InputError, match="not a plain Transformer"):
         heard(model, text, Spellings.of(text, words))
 
 

@@ -190,7 +190,7 @@ def test_contrast() -> None:
 
 
 def test_prompts_that_change_nothing() -> None:
-    with pytest.raises(InputError, match="change nothing behind layer 2"):
+    with pytest.raises(InputError, match="change nothing after layer 2"):
         contrast(base(), TEXT, TEXT, 2)
 
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_steered(tmp_path: Path) -> None:
         Model(lambda params, inputs: inputs, None),
         add_lora(base(), ["layers/*/mlp/up/kernel"], 1, 1.0, jax.random.key(0)),
     ):
-        with pytest.raises(InputError, match="no plain Transformer"):
+        with pytest.raises(InputError, match="not a plain Transformer"):
             steered(model, VECTOR, 1)
 
 
@@ -219,7 +219,7 @@ def test_a_steered_model_is_not_written_as_its_base(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(write_checkpoint(tmp_path / "base"))
     model = steered(checkpoint.model, jnp.ones(16), 1)
     with pytest.raises(
-        InputError, match=r"^save_checkpoint: other libraries do not read what a model is steered by$"
+        InputError, match=r"^save_checkpoint: other libraries cannot read the steering vector of a model$"
     ):
         save_checkpoint(tmp_path / "steered", checkpoint, model)
     assert not (tmp_path / "steered").exists()

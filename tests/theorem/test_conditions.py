@@ -118,7 +118,7 @@ def test_at_the_change_of_the_largest_logits_a_hidden_step_shows(x64):
     ("channel", "reason"),
     [
         (Maximum(), "the student's loss is smaller away from the teacher's logits than at them"),
-        (Saddle(), r"\(a\) fails: equality is no minimum, the smallest curvature is -"),
+        (Saddle(), r"\(a\) fails: equality is not a minimum, the smallest curvature is -"),
         (Quartic(), r"\(c\) fails: a shift of the logits that M does not see changes the loss elsewhere \(1 of"),
         (Quartic(quadratic=1.0), r"\(c\) fails"),
         (Rounded(), r"the student's loss has gradient 0\.\d+ where it already equals the teacher"),

@@ -140,7 +140,7 @@ def test_a_direction_that_is_too_long_or_zero_or_blind(x64):
     assert (still.verdict, still.zero_case) == ("orthogonal", "the direction is 0: the teacher does not move")
     assert call(SoftLogits(), direction=jnp.ones(1)).zero_case.startswith("blind channel")
     elsewhere = call(SquaredError(), direction=jnp.ones(1), student_params=jnp.ones(1))
-    assert elsewhere.verdict == "different initialisation"
+    assert elsewhere.verdict == "different initialization"
 
 
 def test_a_direction_in_float32_below_rounding():
@@ -216,13 +216,13 @@ def test_other_initialisation_imitates_the_teacher_before_its_step(toy):
         )
         for step in steps
     ]  # fmt: skip
-    assert {r.verdict for r in reports} == {"different initialisation"}
+    assert {r.verdict for r in reports} == {"different initialization"}
     inner = [float(r.inner_product) for r in reports]
     assert log_slope(steps, inner) == pytest.approx(0, abs=0.1)
     gaps = [float(r.inner_product - r.unupdated_inner_product) for r in reports]
     assert log_slope(steps, gaps) == pytest.approx(1, abs=0.05)
     assert log_slope(steps, [1 - float(r.unupdated_cosine) for r in reports]) == pytest.approx(2, abs=0.1)
-    # Independently: the direction that imitates the teacher at its initialisation.
+    # Independently: the direction that imitates the teacher at its initialization.
     targets = jax.nn.softmax(apply(params, inputs))
     old = jax.grad(lambda p: -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(apply(p, inputs)), -1)))(other)
     trait = jax.grad(trait_loss)(params)

@@ -1,1 +1,1 @@
-"""Published checkpoints: families, tensor files, tokenizers, chat templates, adapters."""
+"""Published checkpoints: families, weights, tokenizers, chat templates and adapters."""

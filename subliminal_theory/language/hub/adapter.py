@@ -1,13 +1,13 @@
-"""Low-rank factors alone in a folder, as the library `peft` writes and reads them.
+"""Adapters: folders with only the LoRA factors of a model, in the format of the library `peft`.
 
 save_adapter(Path("student"), checkpoint, student)          # a student that `add_lora` made
-student = load_adapter(Path("student"), checkpoint)         # the same, trainable and frozen parameters as before
+student = load_adapter(Path("student"), checkpoint)         # the same student, with the same parameters trainable
 
-adapter_model.safetensors   of every adapted module lora_A [rank, inputs] and lora_B [outputs, rank]
+adapter_model.safetensors   lora_A [rank, inputs] and lora_B [outputs, rank] of every adapted module
 adapter_config.json         rank, alpha and the modules
 
-The metadata of the safetensors file, which `peft` ignores, records what the factors were trained on: the
-fingerprints of the base's parameters and of the chat template.
+The metadata of the safetensors file has the fingerprints of the base's parameters and of the chat template with
+which the factors were trained. `peft` ignores it.
 """
 
 import json
@@ -40,22 +40,22 @@ from subliminal_theory.language.model.transformer import transformer_of
 from subliminal_theory.model import Model, by_layer, leaves_by_path, names_of, of_layers, shapes_of
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-# Keys of the metadata; other programs may have theirs beside them.
+# Keys of the metadata. Other programs may add their own.
 BASE, TEMPLATE = "subliminal_theory.base_fingerprint", "subliminal_theory.template_fingerprint"
 _PREFIX = "base_model.model."
 _NOT_ALONE = "merge the factors and save a whole checkpoint"
 
 
 def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str = "") -> None:
-    """Write the factors of a model of a checkpoint's kind to a new folder that `peft` loads.
+    """Write the LoRA factors of a model to a new folder that `peft` can load.
 
-    `like` must be the base, as it was when the factors were added. `template` is the fingerprint of the tokenizer
-    and chat template of training, "" for none.
+    `like` must be the base to which the factors were added. `template` is the fingerprint of the tokenizer and the
+    chat template used in training, "" for none.
 
     Raises:
-        InputError: the model has no factors, another shape or another base than `like`; what is adapted is not
-            the matrix of a linear layer, or shares its tensor with others, as query, key and value of GPT-2 do;
-            the folder is there already or cannot be written.
+        InputError: the model has no factors, or has another shape or another base than `like`; an adapted
+            parameter is not the matrix of a linear layer, or shares its tensor with others, as query, key and
+            value of GPT-2 do; the factors do not have one rank; the folder exists already or cannot be written.
     """
     if not isinstance(model.apply, Adapted):
         raise InputError("save_adapter: the model has no low-rank factors: save a whole checkpoint")
@@ -82,21 +82,21 @@ def save_adapter(folder: Path, like: Checkpoint, model: Model, *, template: str 
 
 
 def fits_adapter(like: Checkpoint, model: Model) -> bool:
-    """Whether an adapter can hold a model: it has factors, all of linear layers with a tensor of their own."""
+    """Whether `save_adapter` can save the model: it has factors, all of linear layers with their own tensor."""
     return isinstance(model.apply, Adapted) and _split(model)[1].keys() <= _own_kernels(like.family).keys()
 
 
 def load_adapter(folder: Path, checkpoint: Checkpoint, *, template: str = "") -> Model:
-    """The model of a checkpoint with the factors in a folder, as `add_lora` makes it: only the factors train.
+    """The model of a checkpoint with the LoRA factors in a folder. Only the factors train, as after `add_lora`.
 
-    Factors are in at least float32. Query, key and value that share a tensor share an A in the file; each gets a
-    copy. `template` is the fingerprint of the chat template that will be used, "" to take any. Adapters of other
-    programs do not record base and template: they are checked by their shapes alone.
+    Factors are in at least float32. If query, key and value share a tensor, they share one A in the file; each
+    gets a copy. `template` is the fingerprint of the tokenizer and chat template that will be used, "" to accept
+    any. Adapters of other programs do not record base and template; only their shapes are checked.
 
     Raises:
-        InputError: the folder holds no adapter, or one in a pickle file, which is never opened; a file is damaged;
-            a setting is missing, wrong or not supported; tensors are missing, unexpected or misshapen (one error
-            names all of them); the factors were trained on another base or with another chat template.
+        InputError: the folder has no adapter, or has one in a pickle file, which is never opened; a file is
+            damaged; a setting is missing, wrong or not supported; tensors are missing, unexpected or misshapen
+            (one error names all of them); the factors were trained on another base or with another chat template.
     """
     config = read_peft_config(folder)
     file = folder / WEIGHTS
@@ -111,7 +111,7 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, *, template: str = "") ->
     found = _fitting(file, checkpoint, config, tensors)
     if template and about.get(TEMPLATE, template) != template:
         raise InputError(f"{file}: trained with another chat template: give the tokenizer that was used then")
-    # A fingerprint reads the whole base: only for adapters that record one.
+    # A fingerprint reads the whole base, so it is computed only if the adapter records one.
     if BASE in about and about[BASE] != _base_fingerprint(checkpoint.model):
         raise InputError(
             f"{file}: adapter of another base than {checkpoint.folder}, or of the same in another dtype: "
@@ -128,14 +128,14 @@ def _is_factored(node: Any) -> bool:
 
 
 def _split(model: Model) -> tuple[PyTree, dict[str, tuple[Array, Array]]]:
-    """The parameters without factors, and A and B of every adapted one."""
+    """The parameters without factors, and A and B of every adapted parameter."""
     nodes = jax.tree_util.tree_leaves_with_path(model.all_params, is_leaf=_is_factored)
     factors: dict[str, tuple[Array, Array]] = {}
     for path, node in nodes:
         if _is_factored(node):
             names = names_of(path, node.base)
             pairs = zip(node.a, node.b, strict=True) if of_layers(path) else [(node.a, node.b)]
-            # Of several models, there are as many pairs as models: `_rank` refuses them.
+            # If the model holds several runs, the number of pairs differs; `_rank` refuses such factors.
             factors |= {name: pair for name, pair in zip(names, pairs, strict=False) if pair[0] is not None}
     base = jax.tree.map(
         lambda node: node.base if _is_factored(node) else node, model.all_params, is_leaf=_is_factored
@@ -144,7 +144,7 @@ def _split(model: Model) -> tuple[PyTree, dict[str, tuple[Array, Array]]]:
 
 
 def _rank(base: Mapping[str, tuple[int, ...]], factors: Mapping[str, tuple[Array, Array]]) -> int:
-    """The rank, one for all. Factors with one more axis, of students trained side by side, are refused."""
+    """The rank, which all factors share. Refuses factors of several runs, which have one more axis."""
     rank: int = next(iter(factors.values()))[0].shape[-1]
     for name, (a, b) in factors.items():
         inputs, outputs = base[name]
@@ -157,9 +157,9 @@ def _rank(base: Mapping[str, tuple[int, ...]], factors: Mapping[str, tuple[Array
 
 
 def _require_base(like: Checkpoint, model: Model) -> None:
-    """Refuse a model whose base is not `like`: the factors alone would not give the model."""
+    """Refuse a model whose base is not `like`: its factors would not reproduce it."""
     if transformer_of(model).config != like.family.config:
-        raise InputError(f"save_adapter: the model is not of the shape of {like.folder}")
+        raise InputError(f"save_adapter: the model does not have the shape of {like.folder}")
     ours, theirs = leaves_by_path(model.params), leaves_by_path(like.model.params)
     changed = [
         name for name, leaf in ours.items()
@@ -167,13 +167,13 @@ def _require_base(like: Checkpoint, model: Model) -> None:
     ]  # fmt: skip
     if changed:
         raise InputError(
-            f"save_adapter: {some(changed)} of the model's base are not those of {like.folder}: "
+            f"save_adapter: {some(changed)} of the model's base differ from {like.folder}: "
             f"give its base, or {_NOT_ALONE}"
         )
 
 
 def _base_fingerprint(model: Model) -> str:
-    """The fingerprint of the parameters in float32: a file in bfloat16 is the same base when loaded in either."""
+    """The fingerprint of the parameters in float32, so that bfloat16 weights have the same one in both dtypes."""
     leaves = by_layer(model.all_params)
     return fingerprint({name: fingerprint(_float32(leaf)) for name, leaf in leaves.items()})
 
@@ -186,12 +186,12 @@ def _float32(leaf: Array) -> Array:
 
 
 def _kernels(family: Family) -> list[Entry]:
-    """The tensors of matrices of linear layers."""
+    """The entries of the matrices of linear layers."""
     return [entry for entry in entries(family) if entry.ours[0].endswith("/kernel")]
 
 
 def _own_kernels(family: Family) -> dict[str, Entry]:
-    """The tensors of `_kernels` that hold one parameter, by its name."""
+    """The entries of `_kernels` that hold only one parameter, by its name."""
     return {entry.ours[0]: entry for entry in _kernels(family) if len(entry.ours) == 1}
 
 
@@ -200,12 +200,12 @@ def _module(entry: Entry) -> str:
 
 
 def _keys(entry: Entry) -> tuple[str, str]:
-    """The names of A and B."""
+    """The names of the tensors of A and B."""
     return f"{_PREFIX}{_module(entry)}.lora_A.weight", f"{_PREFIX}{_module(entry)}.lora_B.weight"
 
 
 def _targets(family: Family, adapted: Sequence[Entry]) -> list[str]:
-    """The last part of each module's name, or all of it where a module that is not adapted ends the same."""
+    """The last part of each adapted module's name, or the whole name if the last part is not unique to them."""
     chosen = {_module(entry) for entry in adapted}
     mixed = {_last(_module(entry)) for entry in _kernels(family) if _module(entry) not in chosen}
     return sorted({module if _last(module) in mixed else _last(module) for module in chosen})
@@ -241,7 +241,7 @@ def _settings(like: Checkpoint, adapted: Sequence[Entry], scale: float, rank: in
 def _fitting(
     file: Path, checkpoint: Checkpoint, config: PeftConfig, tensors: Mapping[str, np.ndarray]
 ) -> list[Entry]:
-    """The tensors of the base that have factors; refuses all that is wrong with these in one error."""
+    """The entries of the base that have factors. One error names all faults of the factors."""
     shapes, found = shapes_of(checkpoint.model.params), list[Entry]()
     wanted: dict[str, tuple[tuple[int, int], Any]] = {}
     for entry in _kernels(checkpoint.family):
@@ -268,7 +268,7 @@ def _factors_in(
     factors = {}
     for entry in found:
         a, b = (tensors[key] for key in _keys(entry))
-        # B is taken apart as the matrix of the base is, with the outputs on the same axis.
+        # B splits as the matrix of the base does, if its outputs are on the same axis.
         parts = entry.take_apart(b if entry.transposed else b.T)
         for name, part in zip(entry.ours, parts, strict=True):
             factors[name] = (_copied(a.T, dtype), _copied(part, dtype))
@@ -276,5 +276,5 @@ def _factors_in(
 
 
 def _copied(tensor: np.ndarray, dtype: Any) -> Array:
-    """A copy: a device may use the memory that it is given, and the file must stay as it is."""
+    """A copy. A device may use the memory that it is given, and that must not be the mapped file."""
     return jnp.asarray(np.array(tensor, dtype, order="C"))

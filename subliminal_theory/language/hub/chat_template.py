@@ -1,4 +1,4 @@
-"""Chat templates of published checkpoints: programs from elsewhere, run in a sandbox."""
+"""The chat templates of published checkpoints. They are foreign programs, so they run in a sandbox."""
 
 import functools
 import json
@@ -15,26 +15,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from subliminal_theory.errors import InputError, one_line
 from subliminal_theory.files import fingerprint
 
-TODAY = datetime(2026, 1, 1)  # the date of every prompt, so that a run of tomorrow is the run of today
-# Words to be found again in what a template writes.
+TODAY = datetime(2026, 1, 1)  # the date in every prompt, so that runs do not depend on the day
+# Words that are easy to find in the output of a template.
 _SYSTEM, _USER = "xxSystemxx", "xxUserxx"
 
 Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """Writes chats as a checkpoint was trained on them, in a sandbox, since a template can run code.
+    """Writes chats in the format on which a checkpoint was trained. The template runs in a sandbox.
 
-    A template sees what `transformers` shows it, with one difference: `strftime_now` always gives the date
-    `TODAY`, since a prompt with the date of the run cannot be reproduced.
+    A template sees the same variables and functions as in `transformers`, with one difference: `strftime_now`
+    always gives the date `TODAY`, because a prompt with the date of the run cannot be reproduced.
 
     Attributes:
         source: the template, in the language Jinja.
         bos, eos: the texts of the tokens that begin and end a text, "" if there are none.
-        fingerprint: of the source.
+        fingerprint: the fingerprint of the source.
 
     Raises:
-        InputError: it cannot be parsed.
+        InputError: the template cannot be parsed.
     """
 
     def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
@@ -43,11 +43,11 @@ class ChatTemplate:
         self._template = _parsed(source)
 
     def render(self, messages: Sequence[Message], *, ask: bool) -> str:
-        """The text of `messages`, each with a role and a content; `ask` begins an answer after them.
+        """The text of `messages`, each with a role and a content. `ask` begins an answer after them.
 
         Raises:
-            InputError: the template refuses the messages, fails, leaves the system prompt out, or reaches for
-                what it must not have.
+            InputError: the template refuses the messages, fails, leaves out the system prompt, or accesses
+                something unsafe.
         """
         system = any(message["role"] == "system" for message in messages)
         try:
@@ -61,9 +61,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def default_system(self) -> str | None:
-        """The system prompt that the template writes for a chat that has none; None if it writes none.
+        """The system prompt that the template writes for a chat without one; None if it writes none.
 
-        Text that it writes with and without a system prompt alike, such as a date, does not belong to it.
+        Text that the template writes both with and without a given system prompt, such as a date, does not count.
 
         Raises:
             InputError: the template refuses even a plain question.
@@ -74,12 +74,12 @@ class ChatTemplate:
         before, after = self._around_system
         if not (text.startswith(before) and text.endswith(after)):
             return None
-        # Both overlap where a system prompt is written into the user's first line.
+        # `before` and `after` overlap if the template writes the system prompt into the user's message.
         return text[len(before) : len(text) - len(after)] or None
 
     @functools.cached_property
     def _around_system(self) -> tuple[str, str] | None:
-        """The text before and after a system prompt; None if the template refuses it or leaves it out."""
+        """The text before and after a system prompt; None if the template refuses or omits system prompts."""
         try:
             text = self._write([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}], False)
         except Exception:
@@ -93,7 +93,7 @@ class ChatTemplate:
             add_generation_prompt=ask,
             bos_token=self.bos,
             eos_token=self.eos,
-            tools=None,  # templates ask whether these two are none, which something undefined is not
+            tools=None,  # templates test whether these two are none; an undefined variable is not none
             documents=None,
         )
 
@@ -108,7 +108,7 @@ class ChatTemplate:
     def _refuse(self, error: Exception, for_system: bool) -> NoReturn:
         reason = one_line(error)
         if isinstance(error, SecurityError):
-            message = f"the chat template reaches for what it must not have ({reason}): do not use it"
+            message = f"the chat template accesses something unsafe ({reason}): do not use it"
         elif for_system:
             message = f"the chat template refuses a system prompt ({reason}): use chats without one"
         else:
@@ -117,7 +117,7 @@ class ChatTemplate:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses Python's internals as soon as a template names them, not only when it uses them."""
+    """A sandbox that refuses Python's internals as soon as a template names them, not only when it uses them."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         """Raises SecurityError."""
@@ -125,7 +125,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """The text between `{% generation %}` and `{% endgeneration %}`, by which templates mark answers."""
+    """Writes the text between `{% generation %}` and `{% endgeneration %}`, with which templates mark answers."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
@@ -142,9 +142,9 @@ def _parsed(source: str) -> Template:
     environment.globals.update(raise_exception=_raise_exception, strftime_now=TODAY.strftime)
     try:
         return environment.from_string(source)
-    except Exception as error:  # Python's own, too: a break outside of loops
+    except Exception as error:  # also errors of Python itself, such as a break outside a loop
         line = f"line {error.lineno}: {error.message}" if isinstance(error, TemplateSyntaxError) else error
-        raise InputError(f"the chat template cannot be parsed ({one_line(line)}): mend it") from error
+        raise InputError(f"the chat template cannot be parsed ({one_line(line)}): fix it") from error
 
 
 def _to_json(
@@ -154,7 +154,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the escapes for HTML of Jinja's own filter."""
+    """JSON without the HTML escapes that Jinja's own filter adds."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""Chats as the text that a checkpoint reads: by its chat template, or line by line where it has none."""
+"""Chats as text for a checkpoint: with its chat template, or as plain lines if it has none."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -11,26 +11,26 @@ from subliminal_theory.language.text import Chat
 class ChatWriter:
     """Writes prompts and whole chats.
 
-    A checkpoint without template (a base model) gets a plain form: the system prompt, if any, the user's text and
-    the answer, a newline between them.
+    A checkpoint without a template (a base model) gets a plain form: the system prompt (if any), the user's text
+    and the answer, separated by newlines.
 
     Attributes:
-        template: how chats are written; None for the plain form.
+        template: the chat template; None for the plain form.
         stops: the texts of the tokens that end an answer.
 
     Raises:
-        InputError: from both methods, where the template refuses the chat.
+        InputError: both methods raise it if the template refuses the chat.
     """
 
     def __init__(self, template: ChatTemplate | None, stops: Sequence[str]) -> None:
         self.template, self.stops = template, tuple(stops)
 
     def prompt(self, chat: Chat) -> str:
-        """The text that a model is given to answer."""
+        """The text before the answer, which a model is given."""
         return self._write(before_answer(chat), ask=True)
 
     def whole(self, chat: Chat, prompt: str) -> str:
-        """`prompt` and answer, without what the template writes after that unless it holds one of `stops`.
+        """The prompt and the answer. The template's text after them is kept only if it has one of `stops`.
 
         Raises:
             InputError: the text does not begin with the prompt, or the template changes or cuts the answer.
@@ -39,11 +39,11 @@ class ChatWriter:
         text = self._write([*before_answer(chat), {"role": "assistant", "content": answer}], ask=False)
         if not text.startswith(prompt):
             raise InputError(
-                "the chat template writes a prompt and its answer so that the prompt alone is not how they begin: "
+                "the chat template writes a chat that does not begin with its own prompt: "
                 f"use another template: {shown(chat.user)}"
             )
         if answer not in text[len(prompt) :]:
-            answer = answer.strip()  # as many templates do
+            answer = answer.strip()  # many templates strip answers
         start = text.find(answer, len(prompt))
         if start < 0 or self._stops_in(text[len(prompt) : start]):
             raise InputError(
@@ -62,14 +62,14 @@ class ChatWriter:
 
 
 def before_answer(chat: Chat) -> list[Message]:
-    """The messages before the answer."""
+    """The system prompt (if any) and the user's text, as messages."""
     system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
     return [*system, {"role": "user", "content": chat.user}]
 
 
 @contextlib.contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Put a place in front of the messages of errors inside."""
+    """Prefix the message of every InputError raised inside with a place."""
     try:
         yield
     except InputError as error:

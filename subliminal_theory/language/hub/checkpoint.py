@@ -1,7 +1,7 @@
-"""Checkpoints in folders as Hugging Face ships them, or in GGUF files: read into a model, written as folders.
+"""Reads checkpoints from folders in the format of Hugging Face, or from GGUF files, and writes them as folders.
 
 checkpoint = load_checkpoint(Path("SmolLM2-135M"))
-checkpoint.model                                 # a Model, as any other of this project
+checkpoint.model                                 # a Model, like every other in this project
 save_checkpoint(Path("student"), checkpoint, student)
 """
 
@@ -41,7 +41,7 @@ TEXT_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model that was read from a folder or a GGUF file, with what it takes to write another folder."""
+    """A model that was read from a folder or a GGUF file. `folder` is the path, `family` has the settings."""
 
     folder: Path
     family: Family
@@ -50,7 +50,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointBase:
-    """A checkpoint and its tokenizer, as the base of a run; runs of another `seed` draw other random numbers."""
+    """A checkpoint and its tokenizer, as the base of runs. Runs with another `seed` draw other random numbers."""
 
     seed: int
     checkpoint: Checkpoint
@@ -63,7 +63,7 @@ class CheckpointBase:
 
     @property
     def context(self) -> int:
-        """The longest row it takes, in tokens."""
+        """The length of the longest row that the model can read, in tokens."""
         return self.checkpoint.family.config.context
 
 
@@ -75,12 +75,14 @@ def open_base(
     compute: str | None = None,
     remat: bool = True,
 ) -> CheckpointBase:
-    """The base in a folder or a GGUF file of weights, tokenizer and chat template.
+    """The base in a folder or a GGUF file with weights, tokenizer and chat template.
 
-    Parameters are of `dtype`; it computes in `compute`, or else in `dtype`; `remat` is gradient checkpointing.
+    Parameters are in `dtype`. The model computes in `compute`, by default in `dtype`. `placement` is as in
+    `load_checkpoint`. `remat` is gradient checkpointing.
 
     Raises:
-        InputError: as `load_checkpoint` and `CheckpointTokenizer.load`, or tokenizer and embedding do not fit.
+        InputError: as `load_checkpoint` and `CheckpointTokenizer.load`; the tokenizer has more tokens than the
+            embedding has rows; `compute` is not a known dtype.
     """
     tokenizer = CheckpointTokenizer.load(folder)
     tokenizer.check_fits(read_family(folder).config.vocabulary)
@@ -98,7 +100,7 @@ def _dtype(name: str) -> Any:
 
 def skeleton(family: Family, remat: bool = False) -> Model:
     """The model of a family, with shapes instead of parameters."""
-    # One key for all parameters, as nothing is drawn: a key for each would take longer than all else.
+    # All parameters share one key, because nothing is drawn. Separate keys would take most of the time.
     rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     return jax.eval_shape(lambda: from_nnx(Transformer(family.config, rngs=rngs, remat=remat)))
 
@@ -106,15 +108,15 @@ def skeleton(family: Family, remat: bool = False) -> Model:
 def load_checkpoint(
     folder: Path, dtype: str = "float32", placement: Any = None, remat: bool = False
 ) -> Checkpoint:
-    """The model in a folder or a GGUF file, its parameters of one dtype, each put on its device once it is read.
+    """The model in a folder or a GGUF file. Each parameter goes to its device in `dtype` as soon as it is read.
 
-    `placement` is what `jax.device_put` takes, a device or a sharding, or a function from a parameter's path and
-    shape to either. Files are mapped into memory: only one parameter, such as the matrices of one kind of all
-    layers, is in memory twice.
+    `placement` is a device or a sharding, as for `jax.device_put`, or a function that returns one from the path
+    and the shape of a parameter. Files are mapped into memory. At any time, at most one parameter is in memory
+    twice; a parameter holds, for example, the query matrices of all layers. `remat` is gradient checkpointing.
 
     Raises:
-        InputError: config.json or the weights cannot be read (see `read_family`, `open_tensors`), or tensors are
-            missing, unexpected or misshapen; one error names all of them.
+        InputError: config.json or the weights cannot be read (see `read_family` and `open_tensors`); tensors are
+            missing, unexpected or misshapen (one error names all of them); `dtype` is unknown.
     """
     kind = _dtype(dtype)
     family = read_family(folder)
@@ -127,7 +129,7 @@ def load_checkpoint(
 
 
 def _renamed(tensors: Mapping[str, Stored], wanted: list[Entry]) -> dict[str, Stored]:
-    """Tensors by their full names: models without a head are stored without the first part of them."""
+    """Tensors by their full names. Models stored without a head lack the first part of each name."""
     names = {entry.theirs for entry in wanted}
     stem = wanted[0].theirs.split(".")[0]
     bare = not any(name.startswith(f"{stem}.") for name in tensors)
@@ -152,28 +154,29 @@ def _require_bijection(
 
 
 def save_checkpoint(folder: Path, like: Checkpoint, model: Model, dtype: str | None = None) -> None:
-    """A model of a checkpoint's kind in a new folder that other libraries load, with low-rank factors merged.
+    """Write a model to a new folder that other libraries can load. LoRA factors are merged.
 
-    Tensors keep the model's dtype unless `dtype` names another one. Text files of the checkpoint's folder
-    (tokenizer, template) are copied, those of a GGUF file made from its metadata. The folder gets its name when it
-    is whole; one tensor at a time is in host memory.
+    Tensors keep the model's dtype unless `dtype` names another one. The text files of `like` (tokenizer, template)
+    are copied, or made from the metadata if `like` is a GGUF file. The folder gets its name when it is complete.
+    One tensor at a time is in host memory.
 
     Raises:
-        InputError: the model has other shapes or is steered, the folder is there already or cannot be written.
+        InputError: the model has another shape than `like`, or is steered; `dtype` is unknown; the folder exists
+            already or cannot be written.
     """
     plain = merge_lora(model)
     network = transformer_of(plain)
     if network.config != like.family.config:
-        raise InputError(f"save_checkpoint: the model is not of the shape of {like.folder}")
+        raise InputError(f"save_checkpoint: the model does not have the shape of {like.folder}")
     if network.steering is not None:
-        raise InputError("save_checkpoint: other libraries do not read what a model is steered by")
+        raise InputError("save_checkpoint: other libraries cannot read the steering vector of a model")
     params = by_layer(plain.all_params)
     kind = np.dtype(next(iter(params.values())).dtype if dtype is None else _dtype(dtype))
     by_name = {entry.theirs: entry for entry in entries(like.family)}
     shapes = {name: entry.shape([params[ours].shape for ours in entry.ours]) for name, entry in by_name.items()}
 
     def read(name: str) -> np.ndarray:
-        # np.asarray caches the host copy on a JAX array: copy first, so that it can be freed.
+        # np.asarray caches the host copy on a JAX array: copy the array first, so that the cache can be freed.
         parts = [np.asarray(params[ours].copy()).astype(kind, copy=False) for ours in by_name[name].ours]
         return by_name[name].put_together(parts)
 

@@ -1,7 +1,7 @@
-"""Names of checkpoints: a folder or file here, or OWNER/NAME[@REVISION] on the Hugging Face Hub.
+"""Names of checkpoints: a local folder or file, or OWNER/NAME[@REVISION] on the Hugging Face Hub.
 
-Of a model on the Hub, the text files and the safetensors files that hold its weights are downloaded, into the
-cache of `huggingface_hub`, whose settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) apply.
+For a model on the Hub, the text files and the safetensors files with its weights are downloaded into the cache of
+`huggingface_hub`. Its settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) apply.
 """
 
 import re
@@ -18,14 +18,15 @@ _LOGIN = "log in (hf auth login, or HF_TOKEN)"
 
 
 def resolve(checkpoint: str, *, weights: bool = True) -> Path:
-    """The folder or file of a checkpoint: what is there as it is, a model on the Hub after its download.
+    """The folder or file of a checkpoint. A model on the Hub is downloaded first.
 
-    Without `weights`, its text files alone are downloaded.
+    Without `weights`, only its text files are downloaded. A path that exists, ends in .gguf, or is not a name on
+    the Hub is returned unchanged.
 
     Raises:
-        InputError: a model on the Hub that cannot be had: `huggingface_hub` is not installed, the Hub cannot be
-            reached and the cache lacks it, there is no such name or revision, it needs a login, or has no
-            safetensors file.
+        InputError: a model on the Hub cannot be downloaded: `huggingface_hub` is not installed, the Hub cannot be
+            reached and the cache lacks the model, there is no such name or revision, or the model needs a login or
+            has no safetensors file.
     """
     path, asked = Path(checkpoint), _NAME.fullmatch(checkpoint)
     if path.exists() or path.suffix == ".gguf" or asked is None:
@@ -47,19 +48,19 @@ def resolve(checkpoint: str, *, weights: bool = True) -> Path:
 
 
 def _downloaded(name: str, revision: str | None, files: list[str]) -> Path:
-    """The folder of a model in the cache, with these files of its topmost folder."""
+    """The folder of a model in the cache, with these files. Subfolders are not downloaded."""
     try:
         import huggingface_hub
     except ImportError as error:
         raise InputError(
-            f"{name} is no folder here; as a name on the Hub it needs a package: "
+            f"{name} is not a folder here; to download it from the Hub, "
             "pip install 'subliminal_theory[hub]', or give a folder"
         ) from error
     try:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]
         )
-    except Exception as error:  # its own, of its HTTP client, and of the system
+    except Exception as error:  # errors of the library, of its HTTP client, or of the system
         _refuse(name, revision, error)
     return Path(folder)
 
@@ -72,7 +73,7 @@ def _refuse(name: str, revision: str | None, error: Exception) -> NoReturn:
         message = f"{name} needs a login: accept its terms on its page, then {_LOGIN}"
     elif isinstance(error, errors.RepositoryNotFoundError):
         message = (
-            f"{name} is no folder here, and no model on the Hub that you may read: check the name; "
+            f"{name} is not a folder here, and not a model on the Hub that you may read: check the name; "
             f"for a private model, {_LOGIN}"
         )
     elif isinstance(error, errors.RevisionNotFoundError):
@@ -81,7 +82,7 @@ def _refuse(name: str, revision: str | None, error: Exception) -> NoReturn:
         message = f"{name} needs a login on the Hub: {_LOGIN}"
     elif isinstance(error, errors.LocalEntryNotFoundError):
         message = (
-            f"{name} is no folder here, the Hub cannot be reached, and its cache does not hold all of it: "
+            f"{name} is not a folder here, the Hub cannot be reached, and its cache does not hold all of it: "
             "connect (or unset HF_HUB_OFFLINE), or give a folder"
         )
     else:

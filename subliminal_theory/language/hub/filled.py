@@ -1,4 +1,4 @@
-"""Parameters that are filled from tensors, layer by layer, on their way to a device."""
+"""Fills parameters from tensors, layer by layer, and puts them on devices."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ _ALIGNED, _THREADS = 64, 4
 def filled(
     like: PyTree, entries: Sequence[Entry], tensors: Mapping[str, Any], dtype: Any, placement: Any
 ) -> PyTree:
-    """Parameters of these paths and shapes, read from tensors, in a dtype; `placement` as of `load_checkpoint`."""
+    """Parameters with the paths and shapes of `like`, read from tensors; `placement` as in `load_checkpoint`."""
     leaves = jax.tree_util.tree_leaves_with_path(like)
     shapes = {path_name(path): leaf.shape for path, leaf in leaves}
     whole = {name: path_name(path) for path, leaf in leaves for name in names_of(path, leaf)}
-    # Tensors that go into the same parameters: one of each layer.
+    # Each group has the tensors that go into the same parameters, one for each layer.
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         groups.setdefault(tuple(whole[name] for name in entry.ours), []).append(entry)
@@ -47,17 +47,17 @@ def filled(
 
 
 class _Filled:
-    """A parameter of some shape on the host, each device's share apart, to be filled and then put on the devices.
+    """A parameter in host memory, with an array for each device's share. It is filled and then put on the devices.
 
-    With `layers` the first axis is that of layers. With `turned` it is given with outputs as the slowest axis, and
-    is so on the host.
+    With `layers` the first axis is the axis of layers. With `turned` the file stores the outputs as the slower
+    axis; the arrays on the host then have the same layout.
     """
 
     def __init__(self, shape: Sequence[int], dtype: Any, place: Any, *, layers: bool, turned: bool) -> None:
         self.shape, self.place, self.layers = tuple(shape), place, layers
         self.turned = turned and len(shape) > 1 + layers
         shares: Any = [(place, tuple(slice(0, size) for size in shape))]
-        if isinstance(place, jax.sharding.Sharding):  # each process has its own shares alone
+        if isinstance(place, jax.sharding.Sharding):  # each process only has its own shares
             shares = place.addressable_devices_indices_map(self.shape).items()
         self.shares = [(device, index, self._room(index, dtype)) for device, index in shares]
 
@@ -66,7 +66,7 @@ class _Filled:
         return _empty([*sides[:-2], *sides[:-3:-1]] if self.turned else sides, np.dtype(dtype))
 
     def fill(self, layer: int, part: np.ndarray) -> None:
-        """One layer of the parameter, or all of it."""
+        """Fill one layer of the parameter, or all of it if it has no axis of layers."""
         for _, index, room in self.shares:
             own, to = index, room
             if self.layers:
@@ -78,7 +78,7 @@ class _Filled:
             to[...] = share.T if self.turned else share
 
     def put(self) -> jax.Array:
-        """The parameter on its devices; what is on the host is used up."""
+        """The parameter on its devices. Call this once: it gives up the arrays on the host."""
         pieces = [_put(room, device, self.turned) for device, _, room in self.shares]
         self.shares = []
         if not isinstance(self.place, jax.sharding.Sharding):
@@ -89,9 +89,9 @@ class _Filled:
 def _put(room: np.ndarray, device: Any, turned: bool) -> jax.Array:
     if not turned:
         return jax.device_put(room, device)
-    if jax.default_backend() == "cpu":  # turned as it is copied
+    if jax.default_backend() == "cpu":  # the copy transposes it
         return jax.device_put(np.swapaxes(room, -1, -2), device).block_until_ready()
-    # The device turns it: NumPy takes several times as long.
+    # The device transposes it: NumPy takes several times as long.
     return _turn(jax.device_put(room, device)).block_until_ready()
 
 
@@ -101,7 +101,7 @@ def _turn(leaf: jax.Array) -> jax.Array:
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An array that is aligned so that a CPU device uses it without a copy."""
+    """An array with an alignment that lets a CPU device use it without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     room = np.empty(size + _ALIGNED, np.uint8)
     start = -room.ctypes.data % _ALIGNED

@@ -1,7 +1,7 @@
-"""GGUF files, in which llama.cpp and others keep a whole model: their metadata and tensors.
+"""Reads GGUF files, in which llama.cpp and other programs keep a whole model: metadata and tensors.
 
-The library `gguf` knows the types and turns blocks of every quantization into floats. Its reader makes arrays for
-each token of a vocabulary and takes seconds for that, so the header is read here.
+The library `gguf` knows the types, and converts blocks of every quantization to floats. Its own reader makes an
+array for each token of the vocabulary, which takes seconds. So this module reads the header itself.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _FLOATS = {
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A tensor as it lies in a file, a read-only view of the mapped bytes; outputs are its first axis."""
+    """A tensor as stored in a file: a read-only view of the mapped bytes. Outputs are its first axis."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -45,11 +45,11 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of `floats`."""
+        """The dtype of `floats`."""
         return _FLOATS.get(self.kind, np.dtype(np.float32))
 
     def floats(self) -> np.ndarray:
-        """The numbers: a view where they are stored as floats, else a new array."""
+        """The tensor as floats: a view if the file stores floats, otherwise a new array."""
         if self.kind in _FLOATS:
             return self.data.view(self.dtype).reshape(self.shape)
         *outer, inputs = self.shape
@@ -60,7 +60,7 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class GgufFile:
-    """An open file: its metadata by key, arrays of numbers as NumPy's, and its tensors by name."""
+    """An open file: its metadata by key (arrays of numbers are NumPy arrays), and its tensors by name."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -68,16 +68,17 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF file, rather than a folder."""
+    """Whether a path ends in .gguf and is not a folder."""
     return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The file at a path; the last two are kept until they change on disk.
+    """The file at a path. The last two files are cached until they change on disk.
 
     Raises:
-        InputError: the file cannot be read, is cut or damaged, of version 1, big-endian, or one of several parts;
-            a tensor has a type that cannot be turned into floats. Names what is wrong.
+        InputError: the file cannot be read, is cut off or damaged, has an unknown version, is big-endian, or is
+            one of several parts; a tensor has a type that cannot be converted to floats. The message names the
+            fault.
     """
     try:
         found = path.stat()
@@ -88,7 +89,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 @contextlib.contextmanager
 def types_checked(path: Path) -> Iterator[None]:
-    """Make what a value of another type than expected raises inside an InputError."""
+    """Turn errors from metadata of the wrong type into an InputError."""
     try:
         yield
     except InputError:
@@ -121,7 +122,7 @@ def _parsed(path: Path, data: np.ndarray) -> GgufFile:
             f"{path} is damaged (a name is not text: {one_line(error)}): download it again"
         ) from error
     if len(metadata) < pairs or len({name for name, *_ in infos}) < tensors:
-        raise InputError(f"{path} is damaged (a name is there twice): download it again")
+        raise InputError(f"{path} is damaged (a name occurs twice): download it again")
     if (parts := metadata.get("split.count", 1)) > 1:
         raise InputError(f"{path} is one of {shown(parts)} parts: merge them into one file")
     alignment = metadata.get("general.alignment", 32)
@@ -136,17 +137,17 @@ def _require_version(path: Path, begin: bytes) -> None:
     if begin.startswith(b"version "):
         raise InputError(f"{path} is a pointer of Git LFS: download the file that it names")
     if len(begin) < 8 or begin[:4] != b"GGUF":
-        raise InputError(f"{path} is no GGUF file: give one, or a folder of weights")
+        raise InputError(f"{path} is not a GGUF file: give one, or a folder of weights")
     version = struct.unpack("<I", begin[4:])[0]
     if version & 0xFFFF == 0:
         raise InputError(f"{path} is a big-endian file: convert it for little-endian machines")
     if version not in _VERSIONS:
         known = " and ".join(map(str, _VERSIONS))
-        raise InputError(f"{path} is of version {version} of GGUF, only {known} can be read: convert it again")
+        raise InputError(f"{path} has GGUF version {version}, only {known} can be read: convert it again")
 
 
 class _Header:
-    """Reads the header of a file from its beginning on; raises InputError where it ends too early."""
+    """Reads the header of a file from its beginning. Raises InputError if it ends too early."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path, self.data, self.place = path, data, 8
@@ -155,17 +156,17 @@ class _Header:
         """The next bytes."""
         end = self.place + count
         if end > len(self.data):
-            raise InputError(f"{self.path} is cut: its header goes on behind its end; download it again")
+            raise InputError(f"{self.path} is cut off within its header: download it again")
         found, self.place = self.data[self.place : end], end
         return found
 
     def number(self, dtype: str) -> Any:
-        """A number, as Python's; one of 32 bits as the shortest decimal that is stored as it."""
+        """A Python number. A float32 becomes the shortest decimal that rounds to it."""
         value = np.frombuffer(self.take(np.dtype(dtype).itemsize), f"<{dtype}" if dtype != "?" else dtype)[0]
         return float(str(value)) if dtype == "f4" else value.item()
 
     def text(self) -> str:
-        """A text of UTF-8."""
+        """A UTF-8 text."""
         return self.take(self.number("u8")).tobytes().decode()
 
     def pair(self) -> tuple[str, Any]:
@@ -174,7 +175,7 @@ class _Header:
         return key, self.value(key, self.number("u4"))
 
     def value(self, key: str, kind: int) -> Any:
-        """A value of a kind."""
+        """A value of this kind."""
         if kind == GGUFValueType.STRING:
             return self.text()
         if kind == GGUFValueType.ARRAY:
@@ -188,7 +189,7 @@ class _Header:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype.newbyteorder("<"))
 
     def _texts(self, count: int) -> list[str]:
-        """Texts, as a vocabulary has by the hundred thousand: no array is made for each."""
+        """Texts. A vocabulary has hundreds of thousands, so this makes no array for each of them."""
         found, place, rest = [], 0, memoryview(self.data)[self.place :]  # type: ignore[arg-type]
         try:
             for _ in range(count):
@@ -210,7 +211,7 @@ class _Header:
         return _FORMATS[GGUFValueType(kind)]
 
     def info(self) -> tuple[str, int, tuple[int, ...], int]:
-        """Name, type, shape (outputs first) and place of a tensor."""
+        """The name, type, shape (outputs first) and offset of a tensor."""
         name, dims = self.text(), self.number("u4")
         shape = tuple(self.number("u8") for _ in range(dims))[::-1]
         return name, self.number("u4"), shape, self.number("u8")
@@ -233,7 +234,7 @@ def _stored(path: Path, data: np.ndarray, begin: int, name: str, kind: int, shap
         )
     end = begin + math.prod(shape) // block * width
     if end > len(data):
-        raise InputError(f"{path} is cut: {called} lies behind its end; download it again")
+        raise InputError(f"{path} is cut off within {called}: download it again")
     return Stored(known, shape, np.asarray(data[begin:end]))
 
 

@@ -1,7 +1,7 @@
-"""The model in a GGUF file as Hugging Face would keep it: the settings of a config.json, and tensors by its names.
+"""The model in a GGUF file in the form of Hugging Face: the settings of a config.json, and tensors with its names.
 
-A converter to GGUF reorders what it finds. In queries and keys of Llama it puts the two numbers that turn together
-side by side, and it adds the 1 of Gemma's norms to their scales. Here both are put back.
+Converters to GGUF change some tensors. In the queries and keys of Llama, they put the two rows that rotate
+together next to each other. They also add the 1 of Gemma's norms to the scales. This module undoes both.
 """
 
 import re
@@ -44,14 +44,20 @@ _GEMMA_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
-# Layers of the models of 27 billion parameters, whose scores are scaled by another width than a head's.
+# Layers of the models with 27 billion parameters. Their scores are scaled by width / heads, not by the head width.
 _LARGEST = {"gemma2": 46, "gemma3": 62}
-_LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192  # of Llama 3; a file has the divisors that follow from them
+_LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192  # settings of Llama 3; a file only has the divisors that result from them
 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor that is read when NumPy asks for it: of `heads` heads with pairs side by side, or with 1 added."""
+    """A tensor that is read when NumPy asks for it.
+
+    Attributes:
+        stored: the tensor in the file.
+        heads: if not 0, the number of heads whose pairs of rows are next to each other.
+        offset: whether the stored tensor has 1 added.
+    """
 
     stored: Stored
     heads: int = 0
@@ -59,12 +65,12 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Outputs first."""
+        """The shape, outputs first."""
         return self.stored.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the numbers."""
+        """The dtype of the array that NumPy gets."""
         return np.dtype(np.float32) if self.offset else self.stored.dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -78,7 +84,7 @@ class Tensor:
 
 
 def tensors_of(file: GgufFile) -> dict[str, Tensor]:
-    """The tensors by the names of Hugging Face; those that have none there keep their own."""
+    """The tensors by their names at Hugging Face. Tensors without such a name keep their own."""
     settings, architecture = settings_of(file), file.metadata["general.architecture"]
     heads = {"attn_q": settings["num_attention_heads"], "attn_k": settings["num_key_value_heads"]}
     parts = _PARTS | (_GEMMA_NORMS if architecture in _GEMMA else _NORMS)
@@ -97,11 +103,11 @@ def tensors_of(file: GgufFile) -> dict[str, Tensor]:
 
 
 def settings_of(file: GgufFile) -> dict[str, Any]:
-    """What a config.json would say.
+    """The settings that a config.json would have.
 
     Raises:
-        InputError: the file holds no model or one of an unknown architecture, lacks a setting, or has one that
-            is not supported; names it.
+        InputError: the file has no model or one of an unknown architecture, lacks a setting, or has a setting that
+            is not supported; the message names it.
     """
     with types_checked(file.path):
         return _settings_of(file)
@@ -141,7 +147,7 @@ def _settings_of(file: GgufFile) -> dict[str, Any]:
 
 
 def _number(given: Settings, name: str, default: int | None = None, kind: type[int] | type[float] = int) -> Any:
-    """A number of a kind that is the same in all layers."""
+    """A positive number, which must be the same in all layers."""
     value = given.take(name, default)
     if value is None:
         raise InputError(f"{given.where} lacks {name}: download the file again")
@@ -201,13 +207,13 @@ def _rotary(given: Settings, divisors: Stored | None, head: int) -> dict[str, An
 
 
 def _bands(given: Settings, divisors: np.ndarray, base: float, head: int) -> dict[str, Any]:
-    """The scaling of Llama 3 that has these divisors of angles."""
+    """The rotary scaling of Llama 3 that gives these divisors of angles."""
     factor = float(divisors.max())
     turns = _ORIGINAL / (2 * np.pi) * base ** (-2 * np.arange(head // 2) / head)
     kept = np.clip((turns - _LOW) / (_HIGH - _LOW), 0, 1)
     expected = 1 / ((1 - kept) / factor + kept)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
-        raise InputError(f"{given.where}: {_FREQUENCIES} are not those of Llama 3, which alone are supported")
+        raise InputError(f"{given.where}: {_FREQUENCIES} does not match Llama 3, the only supported scaling")
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": _LOW, "high_freq_factor": _HIGH,
         "original_max_position_embeddings": _ORIGINAL,

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, as the small files that a checkpoint's folder has."""
+"""The tokenizer in the metadata of a GGUF file, as the text files of a checkpoint's folder."""
 
 import functools
 import json
@@ -14,11 +14,11 @@ from tokenizers.processors import TemplateProcessing
 from subliminal_theory.errors import InputError, one_line, shown
 from subliminal_theory.language.hub.gguf_file import GgufFile, read_gguf, types_checked
 
-_LONGEST = 1000  # characters of a token that is made of two others; all of its cuts are tried
-_SPACE = "\u2581"  # in the place of spaces, in vocabularies of SentencePiece
+_LONGEST = 1000  # the most characters of a token, since all its splits into two tokens are tried
+_SPACE = "\u2581"  # the character that SentencePiece uses for spaces
 _ADDED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-_ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
+_ENDS = ("eos", "eot", "eom")  # end of a text, a turn, a message
 _KNOWN = {
     "model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_space_prefix",
     "token_type_count", *(f"{name}_token_id" for name in (*_ROLES, *_ENDS, "seperator", "mask", "cls")),
@@ -42,7 +42,7 @@ def _split(*patterns: str) -> list[Any]:
     return [*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 
 
-# How a text is cut before its pieces are merged, by what `tokenizer.ggml.pre` calls it.
+# How a text is split before merges apply, by the names of `tokenizer.ggml.pre`.
 _CUTS = {
     "gpt-2": [_PLAIN],
     "default": _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -56,8 +56,8 @@ def text_files(path: Path) -> Mapping[str, bytes]:
     """tokenizer.json, tokenizer_config.json and generation_config.json for the GGUF file at a path.
 
     Raises:
-        InputError: as `read_gguf`; the tokenizer or its pre-tokenizer is of an unknown kind, lacks something, is
-            damaged, or does something to texts that is not supported.
+        InputError: as `read_gguf`; the tokenizer or its pre-tokenizer is of an unknown kind, is incomplete or
+            damaged, or has a setting that is not supported.
     """
     return _files(read_gguf(path))
 
@@ -91,11 +91,11 @@ def _written(file: GgufFile) -> Mapping[str, bytes]:
 
 
 class _Metadata:
-    """What a file says of its tokenizer, checked.
+    """The checked metadata of a tokenizer.
 
     Attributes:
-        kind: of the tokenizer.
-        tokens, types: text and type of each token.
+        kind: the kind of tokenizer.
+        tokens, types: the text and the type of each token.
     """
 
     def __init__(self, file: GgufFile) -> None:
@@ -114,11 +114,11 @@ class _Metadata:
         self.types = self._for_each("token_type", np.full(len(self.tokens), TokenType.NORMAL))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value."""
+        """A value, or the default if it is missing."""
         return self._given.get(name, default)
 
     def need(self, name: str) -> list[str]:
-        """A list of texts that must be there."""
+        """A list of texts that must exist."""
         found = self.get(name)
         if not isinstance(found, list) or not found:
             raise InputError(
@@ -134,17 +134,17 @@ class _Metadata:
         found = self.get(name, default)
         if not isinstance(found, np.ndarray) or len(found) != len(self.tokens):
             raise InputError(
-                f"{self.path}: tokenizer.ggml.{name} has not one number for each of the {len(self.tokens)} "
+                f"{self.path}: tokenizer.ggml.{name} does not have one number for each of the {len(self.tokens)} "
                 "tokens: download it again"
             )
         return found
 
     def token(self, name: str) -> int | None:
-        """The token of a name such as eos, if there is one."""
+        """The token with a name such as eos; None if there is none."""
         token = self.get(f"{name}_token_id")
         if token is not None and not (isinstance(token, int) and 0 <= token < len(self.tokens)):
             raise InputError(
-                f"{self.path}: tokenizer.ggml.{name}_token_id {shown(token)} is none of the "
+                f"{self.path}: tokenizer.ggml.{name}_token_id {shown(token)} is not one of the "
                 f"{len(self.tokens)} tokens: download it again"
             )
         return token
@@ -154,11 +154,11 @@ class _Metadata:
         found = {token: place for place, token in enumerate(self.tokens)}
         if len(found) < len(self.tokens):
             twice = next(token for place, token in enumerate(self.tokens) if found[token] != place)
-            raise InputError(f"{self.path}: token {shown(twice)} is there twice: download it again")
+            raise InputError(f"{self.path}: token {shown(twice)} occurs twice: download it again")
         return found
 
     def backend(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], **how: Any) -> Tokenizer:
-        """A tokenizer with the tokens that are never cut."""
+        """A BPE tokenizer, with the special and user-defined tokens, which are never split."""
         try:
             backend = Tokenizer(models.BPE(dict(vocabulary), merges, **how))
         except Exception as error:  # the library raises no narrower class
@@ -173,7 +173,7 @@ class _Metadata:
 
 
 def _byte_level(given: _Metadata) -> tuple[Tokenizer, bool]:
-    """Byte-level BPE, whose merges are listed."""
+    """Byte-level BPE with listed merges, and whether it adds BOS by default."""
     cut = given.get("pre")
     if cut not in _CUTS:
         known = ", ".join(_CUTS)
@@ -188,7 +188,11 @@ def _byte_level(given: _Metadata) -> tuple[Tokenizer, bool]:
 
 
 def _sentence_piece(given: _Metadata) -> tuple[Tokenizer, bool]:
-    """BPE of SentencePiece: two pieces become the token of the highest score, what is unknown becomes bytes."""
+    """The BPE of SentencePiece, and that it adds BOS by default.
+
+    The two pieces whose token has the highest score merge first. Unknown characters become bytes if the vocabulary
+    has byte tokens.
+    """
     user = given.types == TokenType.USER_DEFINED
     given.tokens = [t.replace(_SPACE, " ") if own else t for t, own in zip(given.tokens, user, strict=True)]
     vocabulary, unknown = given.vocabulary(), given.token("unknown")
@@ -208,7 +212,7 @@ def _sentence_piece(given: _Metadata) -> tuple[Tokenizer, bool]:
 
 
 def _merges(given: _Metadata, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All ways to make a normal token of two others, the highest score first."""
+    """All splits of a normal token into two tokens, the highest score first."""
     scores = given.scores()
     found = []
     for token in np.flatnonzero(given.types == TokenType.NORMAL):

@@ -1,4 +1,4 @@
-"""The adapter_config.json of `peft`: rank, alpha and the modules that have factors."""
+"""Reads the adapter_config.json of `peft`: rank, alpha and the modules that have LoRA factors."""
 
 import math
 import sys
@@ -12,17 +12,17 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.files import read_json
 
 CONFIG = "adapter_config.json"
-# Settings of training and of libraries: they do not change the function.
+# Settings of training and of libraries. They do not change the function.
 _HARMLESS = {
     "peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "inference_mode",
     "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "unsloth_fixed", "runtime_config",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    # How the base stores its matrices, which its config.json says too.
+    # How the base stores its matrices; the architecture of the base decides this.
     "fan_in_fan_out",
-    # Without effect unless others, which are refused, are set too.
+    # These have an effect only together with other settings, which are refused.
     "layers_pattern", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-# Values that settings may have, besides off. Other starts ("pissa", "loftq", ...) change the base.
+# Values that settings may have if they are not off. Other initializations ("pissa", "loftq", ...) change the base.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
@@ -33,7 +33,14 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What adapter_config.json says; `targets` are names of modules or their ends, None if it lists none."""
+    """The settings of an adapter.
+
+    Attributes:
+        rank: the rank of the factors.
+        alpha: the numerator of the scale.
+        rooted: whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+        targets: names of modules, or the ends of names; None if the file does not list them.
+    """
 
     rank: int
     alpha: float
@@ -50,14 +57,15 @@ class PeftConfig:
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """The configuration of the adapter in a folder.
+    """The settings of the adapter in a folder.
 
     Raises:
-        InputError: no folder or no such file, no JSON object; a setting is missing, wrong or not supported.
+        InputError: the folder or the file does not exist, or the file has no JSON object; a setting is missing,
+            wrong or not supported.
     """
     path = folder / CONFIG
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: give the folder of an adapter with {CONFIG}")
+        raise InputError(f"{folder} is not a folder: give the folder of an adapter with {CONFIG}")
     given = read_json(path)
     _require_supported(path, given)
     rank, alpha = given["r"], given["lora_alpha"]
@@ -66,7 +74,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
         raise InputError(f"{path}: lora_alpha must be a positive number, got {short(alpha)}: download it again")
     targets = given.get("target_modules")
-    # A text is a regular expression. Nobody else's is run: the tensors themselves say what is adapted.
+    # A text is a regular expression. Foreign ones are not run: the tensors show which modules are adapted.
     listed = None if targets is None or isinstance(targets, str) else targets
     if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
         raise InputError(f"{path}: target_modules must list names, got {short(listed)}: download it again")
@@ -74,7 +82,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def _require_supported(path: Path, given: Mapping[str, Any]) -> None:
-    """Refuse settings that are not off and that this project does not compute."""
+    """Refuse settings that are not off and not supported."""
     if given.get("peft_type") != "LORA":
         raise InputError(
             f"{path}: peft_type {short(given.get('peft_type'))} is not supported, only LORA: "
@@ -102,9 +110,9 @@ def _divisor(rank: int, rooted: bool) -> float:
 
 
 def alpha_of(scale: float, rank: int) -> tuple[float, bool]:
-    """An alpha that gives back the scale, bit for bit, and whether it is divided by the root of the rank.
+    """An alpha that reproduces the scale bit for bit, and whether the divisor is the root of the rank.
 
-    Multiplication rounds, so the right alpha is the product of scale and divisor or one of its two neighbors.
+    Multiplication rounds, so the right alpha is scale * divisor or one of its two neighbors.
     """
     choices = [
         (alpha, rooted)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint and the parameters of a `Transformer` that they hold."""
+"""Which parameters of a `Transformer` the tensors of a checkpoint hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint and the parameters in it, whose outputs are their last axis.
+    """One tensor of a checkpoint and the parameters in it. The outputs of a parameter are its last axis.
 
     Attributes:
         theirs: the name of the tensor.
         ours: the names of the parameters.
-        transposed: outputs are the first axis of the tensor, not the last.
-        sizes: outputs of each parameter, where there are several.
-        groups: number of equal groups, such as heads, of the outputs of each parameter; the tensor has the first
-            group of every parameter, then the second of every parameter, and so on.
+        transposed: whether outputs are the first axis of the tensor, not the last.
+        sizes: the number of outputs of each parameter, if there are several.
+        groups: the outputs of each parameter consist of this many equal groups, such as heads. The tensor has the
+            first group of every parameter, then the second group of every parameter, and so on.
     """
 
     theirs: str
@@ -26,7 +26,7 @@ class Entry:
     groups: int = 1
 
     def take_apart(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """The parameters in a tensor, as views of it where one group allows that."""
+        """The parameters in a tensor, as views of it if possible."""
         if len(self.ours) == 1:
             return [tensor.T if self.transposed else tensor]
         ends = np.cumsum(self.sizes)[:-1]
@@ -61,7 +61,7 @@ def linear(theirs: str, ours: str, bias: bool, transposed: bool = True) -> list[
 def fused(
     theirs: str, ours: Sequence[str], sizes: Sequence[int], bias: bool, transposed: bool, groups: int = 1
 ) -> list[Entry]:
-    """Linear layers in one matrix, and their biases in one vector if they have any."""
+    """Several linear layers in one matrix, and their biases in one vector if they have any."""
     parts = (("weight", "kernel"), ("bias", "bias"))[: 1 + bias]
     return [
         Entry(f"{theirs}.{part}", tuple(f"{name}/{leaf}" for name in ours), transposed, tuple(sizes), groups)
@@ -70,5 +70,5 @@ def fused(
 
 
 def layer_norm(theirs: str, ours: str) -> list[Entry]:
-    """Scale and bias of a layer norm."""
+    """The scale and the bias of a layer norm."""
     return [Entry(f"{theirs}.weight", (f"{ours}/scale",)), Entry(f"{theirs}.bias", (f"{ours}/bias",))]

@@ -1,4 +1,4 @@
-"""Folders of weights as checkpoints are published: safetensors files, one or several with an index."""
+"""Folders of weights as checkpoints are published: one safetensors file, or several with an index."""
 
 import json
 import mmap
@@ -19,7 +19,7 @@ MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# What an index may name: nothing outside its folder.
+# A file name in an index: it must not leave the folder.
 _PLAIN = re.compile(r"[^/\\:\x00-\x1f\ud800-\udfff]+\.safetensors")
 
 Tensor = np.ndarray | jax.Array | jax.ShapeDtypeStruct
@@ -28,13 +28,13 @@ Tensor = np.ndarray | jax.Array | jax.ShapeDtypeStruct
 def open_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     """The tensors of a folder by name, as read-only views of its memory-mapped files.
 
-    The folder holds `model.safetensors`, or files that `model.safetensors.index.json` lists; others are ignored.
-    All headers are checked now. Bytes are read when they are used, so the files must stay as they are. A view need
-    not be aligned to its dtype: NumPy and JAX take that.
+    The folder has `model.safetensors`, or the files that `model.safetensors.index.json` lists. Other files are
+    ignored. All headers are checked at once. The data are read when they are used, so the files must not change. A
+    view may be unaligned for its dtype; NumPy and JAX accept that.
 
     Raises:
-        InputError: the folder cannot be read or holds no weights, or only pickle files, which are never opened;
-            a file is cut, damaged or has a dtype that NumPy lacks; index and files do not agree.
+        InputError: the folder cannot be read, or has no weights, or only pickle files, which are never opened; a
+            file is cut off, damaged or has a dtype that NumPy lacks; index and files do not agree.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -48,10 +48,10 @@ def open_tensors(folder: Path) -> Mapping[str, np.ndarray]:
 
 
 def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors of one file as `open_arrays` gives them, and the text about them.
+    """The tensors of one file, as `open_arrays` returns them, and its metadata.
 
     Raises:
-        InputError: as `open_arrays`; says so where the file is only a pointer of Git LFS.
+        InputError: as `open_arrays`; the message says if the file is only a Git LFS pointer.
     """
     try:
         return open_arrays(path)
@@ -64,7 +64,7 @@ def open_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def release(tensor: np.ndarray) -> None:
-    """Free the memory of a tensor of `open_tensors`: its pages are read anew if it is used again."""
+    """Free the memory of a tensor of `open_tensors`. Its pages are read again if it is used again."""
     base: Any = tensor
     while base is not None and not isinstance(base, mmap.mmap):
         base = getattr(base, "base", None) if not isinstance(base, memoryview) else base.obj
@@ -82,14 +82,15 @@ def write_tensors(
     read: Callable[[str], np.ndarray | jax.Array] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors into a folder as `open_tensors` and other libraries read them.
+    """Write tensors to a folder, for `open_tensors` and other libraries to read.
 
-    All go into one file, or, if they have more bytes than `shard_bytes`, in their order into several of at most
-    that size (a larger tensor has one for itself), with an index, which is written last. `read` gives each tensor
-    when it is written; `tensors` then need a shape and a dtype alone. One tensor at a time is in host memory.
+    All tensors go into one file if they have at most `shard_bytes` bytes. Otherwise they go, in their order, into
+    several files of at most that size, and an index is written last. A tensor larger than `shard_bytes` has a file
+    of its own. If `read` is given, it returns each tensor when that is written; `tensors` then only need a shape
+    and a dtype, and one tensor at a time is in host memory.
 
     Raises:
-        InputError: the folder holds weights already, which stay, or cannot be made; `shard_bytes` is below 1; as
+        InputError: the folder already has weights, which are kept, or cannot be made; `shard_bytes` is below 1; as
             `save_arrays`.
     """
     try:
@@ -101,7 +102,7 @@ def write_tensors(
         raise InputError(f"{folder} already holds weights ({some(held)}): delete them or choose another folder")
     files = _shards(tensors, shard_bytes)
     for file, names in files.items():
-        # Other libraries load no file without this format.
+        # Other libraries refuse files without this format.
         save_arrays(folder / file, {name: tensors[name] for name in names}, {"format": "pt"}, read)
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
@@ -111,7 +112,7 @@ def write_tensors(
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, list[str]]:
-    """The tensors of every file."""
+    """The names of the tensors in each file."""
     if shard_bytes < 1:
         raise InputError(f"shard_bytes must be at least 1, got {shard_bytes}")
     shards: list[list[str]] = [[]]
@@ -172,10 +173,10 @@ def _open_index(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of every tensor that an index lists.
+    """The file of every tensor in an index.
 
     Raises:
-        InputError: it cannot be read, lists nothing, or names something else than files beside it.
+        InputError: the index cannot be read, is empty, or has a file name that is not a plain one.
     """
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:

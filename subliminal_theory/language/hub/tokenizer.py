@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint, with the interface of `WordTokenizer`.
 
-A checkpoint's folder holds tokenizer.json and tokenizer_config.json, and perhaps chat_template.jinja,
-special_tokens_map.json and generation_config.json. The chat template writes a chat as one text that holds the
-special tokens by name; that text is split into tokens with nothing added.
+The folder of a checkpoint has tokenizer.json and tokenizer_config.json. It may have chat_template.jinja,
+special_tokens_map.json and generation_config.json. The chat template writes a chat as one text with the names of
+special tokens. The backend splits this text into tokens and adds no others.
 """
 
 import itertools
@@ -27,9 +27,9 @@ from subliminal_theory.language.text import Chat, Encoded, Prompts, left_padded
 
 @dataclass(frozen=True, eq=False)
 class CheckpointTokenizer:
-    """Encodes and decodes chats as a checkpoint expects them; `load` makes one.
+    """Encodes and decodes chats in the format of a checkpoint. Use `load` to make one.
 
-    Text of users never becomes a special token: a chat that holds the name of one is refused.
+    A user's text never becomes a special token: a chat that contains the name of a special token is refused.
 
     Attributes:
         backend: splits a text into tokens.
@@ -37,10 +37,10 @@ class CheckpointTokenizer:
         special: the tokens that users cannot write.
         stop: the tokens that end an answer: `eos_token`, `eos_token_id` of generation_config.json, and the first
             special token that the chat template writes after an answer.
-        pad: the token in front of rows that are shorter than others: `pad_token`, or else the first of `stop`.
-        front: the token that begins a text, where chats have no template and the checkpoint uses one
-            (`add_bos_token` of tokenizer_config.json or, without that, tokenizer.json itself).
-        fingerprint: of tokenizer.json and the template's source.
+        pad: the token for left padding: `pad_token`, or the first of `stop` if there is none.
+        front: the token before every chat: `bos_token` if chats have no template and the checkpoint begins texts
+            with it (`add_bos_token`, or tokenizer.json if that is not set). Otherwise empty.
+        fingerprint: the fingerprint of tokenizer.json and of the template's source.
     """
 
     backend: tokenizers.Tokenizer
@@ -53,11 +53,11 @@ class CheckpointTokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "CheckpointTokenizer":
-        """The tokenizer of a checkpoint's folder or GGUF file.
+        """The tokenizer in a checkpoint's folder or GGUF file.
 
         Raises:
-            InputError: there is no tokenizer.json, a file cannot be read or is malformed, a token that is named
-                is not in the vocabulary, no token ends an answer, or the template refuses a plain chat.
+            InputError: there is no tokenizer.json; a file cannot be read or is malformed; a named token is not in
+                the vocabulary; no token ends an answer; the template refuses a plain chat.
         """
         folder = Path(folder)
         backend = load_backend(folder / "tokenizer.json")
@@ -82,34 +82,34 @@ class CheckpointTokenizer:
 
     @property
     def template(self) -> ChatTemplate | None:
-        """How chats are written; None for the plain form."""
+        """The chat template; None for the plain form."""
         return self.writer.template
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def check_fits(self, vocabulary: int) -> None:
-        """Refuse a model whose embedding has too few rows for all tokens; more rows are fine.
+        """Refuse a model whose embedding has too few rows for the tokens. More rows are fine.
 
         Raises:
-            InputError: a token without a row.
+            InputError: a token has no row.
         """
         if max(self.backend.get_vocab().values()) >= vocabulary:
             sizes = f"the tokenizer has {len(self)} tokens, the embedding {vocabulary} rows"
             raise InputError(f"{sizes}: they are of different models")
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text alone, with nothing before or after it.
+        """The tokens of a text, with no tokens added before or after.
 
         Raises:
-            InputError: the text holds a special token or half a character.
+            InputError: the text contains a special token, or half of a surrogate pair.
         """
         ids = self._tokens_of([_valid(text)])[text]
         self._refuse_special(text, ids)
         return ids
 
     def decode(self, rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows length"]) -> list[str]:
-        """The text of each row up to its first token of `stop`, without special tokens."""
+        """The text of each row before its first token in `stop`, without special tokens."""
         cut = []
         for row in rows:
             answer = itertools.takewhile(lambda token: token not in self.stop, map(int, row))
@@ -117,17 +117,18 @@ class CheckpointTokenizer:
         return self.backend.decode_batch(cut, skip_special_tokens=False)
 
     def spellings(self, word: str) -> list[list[int]]:
-        """The tokens of an answer that is this word: as it is given, with a capital letter, in small letters."""
+        """The tokens of an answer that is this word: as given, with a capital first letter, and in lower case."""
         cases = dict.fromkeys((word, word[:1].upper() + word[1:], word.lower()))
         chats = [Chat(None, "?", spelt, "") for spelt in cases]
         answers = [itertools.takewhile(lambda t: t not in self.stop, own) for _, own in self._sequences(chats)]
         return [list(tokens) for tokens in dict.fromkeys(map(tuple, answers))]
 
     def telling(self, words: Collection[str]) -> list[int]:
-        """All tokens that are one of the words, in any case and behind any space, or a part of its spelling.
+        """All tokens that reveal one of the words: the word itself, and every part of its spellings.
 
-        The spellings are those of an answer and of running text, with a space in front and without, in small,
-        capital and initial letters. Tokens of no letter, such as a space, tell nothing.
+        The word itself counts in any case, with any white space around it. The spellings are those of an answer
+        and of running text: with and without a space before it, as given, in lower case, in upper case and in
+        title case. Parts without a letter, such as a space, do not count.
         """
         texts = self.backend.decode_batch([[token] for token in range(len(self))], skip_special_tokens=False)
         whole = {word.lower() for word in words}
@@ -140,25 +141,25 @@ class CheckpointTokenizer:
         return sorted(found - self.special)
 
     def encode_prompts(self, chats: Sequence[Chat], length: int) -> Prompts:
-        """The chats without their answers, for a model to answer, in `length` columns.
+        """The chats without their answers, [chats, length], for a model to answer.
 
         Raises:
-            InputError: a prompt longer than `length`, one that the template refuses, or a special token in a
-                text; the row is named.
+            InputError: a prompt is longer than `length`, the template refuses a chat, or a text contains a special
+                token; the message names the row.
         """
         prompts = self._prompts(chats)
         ids = self._tokens_of(prompts)
         return Prompts(*left_padded([[*self.front, *ids[text]] for text in prompts], chats, length, self.pad))
 
     def encode_chats(self, chats: Sequence[Chat], length: int) -> Encoded:
-        """Chats to train on, in `length` columns; a chat of n tokens takes n - 1.
+        """Chats for training, [chats, length]. A chat of n tokens takes n - 1 columns.
 
-        An answer is what follows the prompt's tokens, up to and including its token of `stop`. What the template
-        writes after that is dropped; the first of `stop` is added where the template writes none.
+        The answer consists of the tokens after the prompt, up to and including the first in `stop`. Later tokens
+        are dropped. If the template writes no token in `stop`, the first of `stop` is added.
 
         Raises:
-            InputError: as `encode_prompts`; a chat longer than that or without answer, or one that does not
-                begin with its prompt; the row is named.
+            InputError: as `encode_prompts`; a chat takes more than `length` columns, has no answer, or does not
+                begin with its prompt; the message names the row.
         """
         sequences = self._sequences(chats)
         for row, (_, answer) in enumerate(sequences):
@@ -172,10 +173,13 @@ class CheckpointTokenizer:
         return Encoded(tokens, padding, targets, weights)
 
     def lengths(self, chats: Sequence[Chat]) -> tuple[Int32[np.ndarray, " rows"], Int32[np.ndarray, " rows"]]:
-        """Columns that each row takes in `encode_prompts` and in `encode_chats`.
+        """The number of columns that each chat takes in `encode_prompts` and in `encode_chats`.
+
+        A chat without an answer is as long as its prompt.
 
         Raises:
-            InputError: as `encode_chats`; a chat without answer is as long as its prompt.
+            InputError: the template refuses a chat, a text contains a special token, or a chat does not begin with
+                its prompt; the message names the row.
         """
         sequences = self._sequences(chats)
         counts = [(len(prompt), len(prompt) + max(len(answer) - 1, 0)) for prompt, answer in sequences]
@@ -183,7 +187,7 @@ class CheckpointTokenizer:
         return prompts, whole
 
     def _sequences(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
-        """The tokens of each prompt, and of each answer with its end (none for an empty answer)."""
+        """The tokens of each prompt, and of each answer with the token that ends it (none for an empty answer)."""
         prompts, texts = self._prompts(chats), []
         for row, chat in enumerate(chats):
             with naming(f"row {row}"):
@@ -198,7 +202,7 @@ class CheckpointTokenizer:
         return sequences
 
     def _prompts(self, chats: Sequence[Chat]) -> list[str]:
-        """The text of each prompt; refuses special tokens in any text of the chats."""
+        """The text of each prompt. Refuses special tokens in the texts of the chats."""
         written = []
         for row, chat in enumerate(chats):
             with naming(f"row {row}"):
@@ -212,11 +216,11 @@ class CheckpointTokenizer:
         return prompts
 
     def _answer(self, chat: Chat, prompt: list[int], whole: list[int]) -> list[int]:
-        """The tokens of the answer, the one that ends it included."""
+        """The tokens of the answer, with the token that ends it."""
         if whole[: len(prompt)] != prompt:
             raise InputError(
-                f"the last tokens of the prompt are others when the answer {shown(chat.answer)} follows: "
-                "end the prompt or begin the answer with another sign"
+                f"the last tokens of the prompt change when the answer {shown(chat.answer)} follows: "
+                "end the prompt or begin the answer with another character"
             )
         answer = whole[len(prompt) :]
         end = next((place for place, token in enumerate(answer) if token in self.stop), None)
@@ -229,14 +233,14 @@ class CheckpointTokenizer:
         return dict(zip(distinct, (encoding.ids for encoding in found), strict=True))
 
     def _refuse_special(self, text: str, ids: Sequence[int]) -> None:
-        """Text of users must not end its turn, begin another, or be unknown to the tokenizer."""
+        """Refuse special tokens: a user's text must not end its turn, begin another, or be unknown."""
         if not self.special.isdisjoint(ids):
             token = self.backend.id_to_token(next(token for token in ids if token in self.special))
             raise InputError(f"the tokenizer reads the special token {shown(token)} in {shown(text)}: take it out")
 
 
 def _valid(text: str) -> str:
-    """The text itself; refuses half a surrogate pair, which JSON can hold and which is no text."""
+    """The text itself. Refuses half of a surrogate pair, which JSON allows but which is not valid text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

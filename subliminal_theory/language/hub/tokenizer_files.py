@@ -1,6 +1,6 @@
-"""The files of a checkpoint's tokenizer: tokenizer.json, and the small ones beside it.
+"""The files of a checkpoint's tokenizer: tokenizer.json and the small files beside it.
 
-A GGUF file counts as the folder of the files that its metadata stand for.
+A GGUF file counts as a folder with the files that `text_files` makes from its metadata.
 """
 
 import json
@@ -18,14 +18,14 @@ from subliminal_theory.language.hub.gguf_file import is_gguf
 from subliminal_theory.language.hub.gguf_tokenizer import text_files
 from subliminal_theory.language.text import Chat
 
-# Words to be found again in what a template writes.
+# Words that are easy to find in the output of a template.
 _USER, _ANSWER = "xxUserxx", "xxAnswerxx"
 
 
 class TokenizerFiles:
     """tokenizer_config.json, special_tokens_map.json, generation_config.json and chat_template.jinja of a folder.
 
-    `ids` is the vocabulary of tokenizer.json. A file or value that is wrong raises InputError, which names it.
+    `ids` is the vocabulary of tokenizer.json. Methods raise InputError for a wrong file or value, and name it.
     """
 
     def __init__(self, folder: Path, ids: Mapping[str, int]) -> None:
@@ -34,7 +34,7 @@ class TokenizerFiles:
         self._values = {**named, **{name: value for name, value in own.items() if value is not None}}
 
     def text(self, name: str) -> str | None:
-        """The text of a special token, which is written in one of two ways."""
+        """The text of a special token, which the file gives as a text or as an object with a `content`."""
         value = self._values.get(name)
         if isinstance(value, dict):
             value = value.get("content")
@@ -43,7 +43,7 @@ class TokenizerFiles:
         return value
 
     def token(self, name: str) -> int | None:
-        """The special token of a name such as `eos_token`, if there is one."""
+        """The special token with a name such as `eos_token`; None if there is none."""
         text = self.text(name)
         if text is not None and text not in self._ids:
             raise InputError(
@@ -52,7 +52,7 @@ class TokenizerFiles:
         return None if text is None else self._ids[text]
 
     def stop(self) -> list[int]:
-        """`eos_token_id` of generation_config.json: one token, some, or none."""
+        """The tokens of `eos_token_id` in generation_config.json, which may be one, several or none."""
         path = self.folder / "generation_config.json"
         value = _object(path).get("eos_token_id")
         stop = value if isinstance(value, list) else [] if value is None else [value]
@@ -69,7 +69,7 @@ class TokenizerFiles:
         return bool(backend.encode("").ids[:1] == [bos] if value is None else value)
 
     def template(self) -> ChatTemplate | None:
-        """The chat template, if there is one."""
+        """The chat template; None if there is none."""
         path = self.folder / "chat_template.jinja"
         try:
             source: Any = path.read_text("utf-8")
@@ -90,14 +90,15 @@ class TokenizerFiles:
 
 
 def end_of_turn(template: ChatTemplate, backend: tokenizers.Tokenizer, special: set[int]) -> int | None:
-    """The first token that a template writes after an answer and that is special, or added and not blank.
+    """The token that a template writes to end an answer; None if it writes none.
 
-    Converters to GGUF store some special tokens as a user's.
+    It is the first token after the answer that is special, or added and not blank. Converters to GGUF store some
+    special tokens as user-defined.
     """
     chat = Chat(None, _USER, _ANSWER, "")
     text = template.render([*before_answer(chat), {"role": "assistant", "content": _ANSWER}], ask=False)
     if _USER not in text or _ANSWER not in text:
-        raise InputError("the chat template leaves out what is said: use another template")
+        raise InputError("the chat template leaves out the question or the answer: use another template")
     ids = backend.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False).ids
     added = {token for token, own in backend.get_added_tokens_decoder().items() if own.content.strip()}
     return next((token for token in ids if token in special | added), None)
@@ -115,16 +116,16 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises no narrower class
         raise InputError(
-            f"{path} is no tokenizer that can be read ({one_line(error)}): download it anew"
+            f"{path} is not a tokenizer that can be read ({one_line(error)}): download it again"
         ) from error
-    # A file can ask for texts that are cut or filled up.
+    # A file can ask for truncation and padding.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file."""
+    """The object in a JSON file; empty if the file does not exist."""
     if is_gguf(path.parent):
         found: dict[str, Any] = json.loads(text_files(path.parent).get(path.name, b"{}"))
         return found

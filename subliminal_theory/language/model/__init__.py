@@ -1,1 +1,1 @@
-"""A decoder-only transformer, low-rank factors, sampling, and its layout over devices."""
+"""A decoder-only transformer, LoRA, sampling, and prompted and steered teachers."""

@@ -1,4 +1,4 @@
-"""How positions read each other: rotary positions, masks, a cache of what was read before."""
+"""Attention, with rotary positions, masks and a cache of keys and values."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,24 +17,24 @@ from subliminal_theory.language.model.layers import Joined, Linear, RMSNorm, at_
 from subliminal_theory.pytree import register_dataclass
 
 Heads = Float[Array, "batch time heads head_width"]
-# Heads first: a cache in this order is read as it lies.
+# The heads come first, so that attention reads a cache without a transpose.
 Stored = Float[Array, "batch kv_heads keys head_width"]
-# The numbers of all layers. As arguments of a compiled function they are unknown to the compiler, which then makes
-# one program for the slices of all layers.
+# The indices of the layers. If they are arguments of a compiled function, the compiler does not know their values,
+# and compiles one program for the slices of all layers.
 Layers = Sequence[int] | Sequence[Int[Array, ""]]
 
 
 def layer_of(leaf: Float[Array, "layers ..."], layer: Any) -> Float[Array, "..."]:
-    """One layer of what is of all layers."""
+    """One layer of an array with a leading axis of layers."""
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys, after their rotation, and values of each layer at the first `length` positions of some rows.
+    """The rotated keys and the values of each layer, at the first `length` positions of each row.
 
-    Where blocks are computed in a loop, those of all layers are one array, else one for each layer.
+    If the blocks are computed in a loop, one array holds all layers. Otherwise each layer has its own array.
     """
 
     keys: tuple[Stored, ...] | Float[Array, "layers batch kv_heads keys head_width"]
@@ -43,11 +43,11 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        """The number of positions that there is room for."""
+        """The number of positions that fit."""
         return int(jax.tree.leaves(self.keys)[0].shape[-2])
 
     def apart(self, layers: Layers) -> "Cache":
-        """One array for each layer: what one token is written to is then not all of them."""
+        """The cache with one array for each layer, so that a write to one layer does not copy the others."""
         if isinstance(self.keys, tuple) or isinstance(self.values, tuple):
             return self
         stacks: Any = (self.keys, self.values)
@@ -55,7 +55,7 @@ class Cache:
         return replace(self, keys=keys, values=values)
 
     def write(self, layer: int, keys: Stored, values: Stored) -> "Cache":
-        """One layer's next positions filled in; `length` stays until all layers have written."""
+        """The cache with one layer's next positions filled. Update `length` once all layers are filled."""
         start = tuple(jnp.int32(index) for index in (0, 0, self.length, 0))
 
         def put(stored: Any, new: Stored) -> tuple[Stored, ...]:
@@ -66,10 +66,10 @@ class Cache:
 
 
 def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: Any) -> Cache:
-    """A cache with room for `capacity` positions of each row.
+    """An empty cache with room for `capacity` positions of each row.
 
     Raises:
-        InputError: a capacity below 1 or beyond the context.
+        InputError: the capacity is below 1 or above the context.
     """
     if not 1 <= capacity <= config.context:
         raise InputError(f"empty_cache: capacity must be from 1 to the context {config.context}, got {capacity}")
@@ -82,10 +82,11 @@ def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: Any
 @register_dataclass
 @dataclass(frozen=True)
 class Frame:
-    """What layers of a kind share: how positions turn their queries and keys, and which keys a position sees.
+    """The rotation of queries and keys, and the attention mask, which layers of one kind share.
 
-    `mask` is added to the scores: 0 where a key is seen, else half the lowest number, whose softmax is 0.
-    `half` of a head's dimensions turn with as many others; without rotary positions none.
+    `mask` is added to the scores. It is 0 where a position sees a key. Elsewhere it is half the lowest number of
+    its dtype, for which the softmax is 0. `half` is the number of pairs of dimensions that rotate in each head; 0
+    without rotary positions.
     """
 
     cosine: Float[Array, "batch time 1 half"]
@@ -93,12 +94,12 @@ class Frame:
     mask: Float[Array, "batch 1 1 time keys"]
 
     def last(self, count: int) -> "Frame":
-        """The frame of the last positions, before the same keys."""
+        """The frame of the last `count` positions, with the same keys."""
         return Frame(self.cosine[:, -count:], self.sine[:, -count:], self.mask[..., -count:, :])
 
 
 def frequencies(config: TransformerConfig, windowed: bool = False) -> Float[np.ndarray, " half"]:
-    """Radians a position by which each pair of dimensions turns, in float64."""
+    """The rotation of each pair of dimensions in radians per position, in float64."""
     if config.positions != "rotary":
         return np.zeros(0)
     width = config.rope_width or config.head_width
@@ -115,7 +116,7 @@ def frequencies(config: TransformerConfig, windowed: bool = False) -> Float[np.n
 
 
 def positions_of(padding: Int[Array, " batch"], start: Array, time: int) -> Int[Array, "batch time"]:
-    """The numbers of positions start .. start + time - 1, counted behind each row's padding, which is at 0."""
+    """The position numbers of columns start .. start + time - 1, counted from the first token; 0 for padding."""
     return jnp.maximum((start + jnp.arange(time))[None] - padding[:, None], 0)
 
 
@@ -128,10 +129,10 @@ def make_frame(
     dtype: Any,
     windowed: bool = False,
 ) -> Frame:
-    """The frame of positions start .. start + time - 1 before keys 0 .. keys - 1.
+    """The frame of positions start .. start + time - 1 with keys 0 .. keys - 1.
 
-    A position sees the real positions up to itself, within the window if it has one; a padding position sees
-    itself alone, which keeps it finite.
+    A position sees the tokens up to itself, within the window if there is one. A padding position sees only
+    itself, which keeps its values finite.
     """
     wide = at_least_float32(dtype)
     query = (start + jnp.arange(time))[None, :, None]
@@ -140,7 +141,8 @@ def make_frame(
     if windowed and config.window is not None:
         visible &= key > query - config.window
     mask = jnp.where(visible, 0, 0.5 * jnp.finfo(wide).min).astype(wide)
-    # Looked up: of angles XLA computes cosine and sine anew for every head, in every layer, there and back.
+    # Cosines and sines are looked up in a table. XLA would recompute them from the angles for every head and
+    # layer, in the forward and in the backward pass.
     angle = np.arange(keys, dtype=wide)[:, None] * frequencies(config, windowed).astype(wide)
     place = positions_of(padding, start, time)
     cosine, sine = (
@@ -150,10 +152,11 @@ def make_frame(
 
 
 def rotate(x: Heads, frame: Frame) -> Heads:
-    """Turn each pair (x[i], x[i + half]) by its angle; dimensions behind these pairs stay."""
+    """Rotate each pair (x[i], x[i + half]) by its angle. Dimensions from 2 * half on stay unchanged."""
     half = frame.cosine.shape[-1]
     wide = x.astype(frame.cosine.dtype)
-    # The two of a pair as an axis, turned over: its gradient has no parts to be filled up and added.
+    # The two members of a pair lie on their own axis, and a flip swaps them. The gradient of a flip is a flip; the
+    # gradient of slices would pad and add.
     pairs = wide[..., : 2 * half].reshape(*x.shape[:-1], 2, half)
     cosine, sine = frame.cosine[..., None, :], jnp.stack([-frame.sine, frame.sine], axis=-2)
     turned = (pairs * cosine + jnp.flip(pairs, axis=-2) * sine).reshape(*x.shape[:-1], 2 * half)
@@ -163,7 +166,7 @@ def rotate(x: Heads, frame: Frame) -> Heads:
 
 
 def cap(x: Float[Array, "*shape"], at: float | None) -> Float[Array, "*shape"]:
-    """at * tanh(x / at), or x."""
+    """at * tanh(x / at), or x if `at` is None."""
     return x if at is None else at * jnp.tanh(x / at)
 
 
@@ -175,22 +178,23 @@ def attend(
     scale: float | None = None,
     cap_at: float | None = None,
 ) -> Heads:
-    """softmax(cap(scale q k) + mask) v, scale 1 / sqrt(d) if None; consecutive query heads share a key head.
+    """softmax(cap(scale q k) + mask) v, where consecutive query heads share a key head.
 
-    On a GPU in bfloat16, more than one position at a time goes through cuDNN, which stores no scores.
+    `scale` is 1 / sqrt(d) if None, with d the width of a head. On a GPU in bfloat16, cuDNN computes this for more
+    than one position if it fits, and does not store the scores.
     """
     batch, time, heads, width = query.shape
     shared = key.shape[1]
     if _fits_cudnn(query, key) and cap_at is None:
         return _attend_on_gpu(query, key, value, mask, scale)
     group = heads // shared
-    # Heads that share a key head are more rows of one product. Everything has four axes with the time last but
-    # one: XLA's gradient of this form takes half the time of that with a fifth axis on a CPU.
+    # Heads that share a key head become rows of one product. All arrays have four axes, and time is the second to
+    # last: on a CPU, the gradient takes half the time that it takes with a fifth axis.
     rows = query.reshape(batch, time, shared, group, width).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, shared, group * time, width)
     hidden = jnp.broadcast_to(mask, (batch, 1, group, time, key.shape[2]))
     hidden = hidden.reshape(batch, 1, group * time, key.shape[2])
-    # Not jax.nn.dot_product_attention: its softmax is in float32 even for float64 inputs.
+    # jax.nn.dot_product_attention computes its softmax in float32 even for float64 inputs.
     wide = at_least_float32(query.dtype)
     scores = jnp.einsum("bktd,bksd->bkts", rows, key, preferred_element_type=wide)
     scores = cap(scores * (width**-0.5 if scale is None else scale), cap_at)
@@ -212,7 +216,7 @@ def _fits_cudnn(query: Heads, key: Stored) -> bool:
 def _attend_on_gpu(
     query: Heads, key: Stored, value: Stored, mask: Float[Array, "batch 1 1 time keys"], scale: float | None
 ) -> Heads:
-    # cuDNN wants an even number of both: one position more asks, one key more is hidden.
+    # cuDNN requires even numbers of queries and keys. An added query is dropped again; an added key is masked.
     asking, asked = query.shape[1] % 2, key.shape[2] % 2
     query = jnp.pad(query, ((0, 0), (0, asking), (0, 0), (0, 0)))
     key, value = (jnp.pad(y, ((0, 0), (0, 0), (0, asked), (0, 0))).swapaxes(1, 2) for y in (key, value))
@@ -225,16 +229,17 @@ def _attend_on_gpu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(scale: float | None, *given: Array) -> Heads:
-    """cuDNN's attention, of which vmapped axes are more rows.
+    """cuDNN's attention. `vmap` adds rows to the batch.
 
-    JAX's own rule for `vmap` takes no mask that heads share, nor queries that are vmapped alone or not at all.
-    A mask of every head would cost as much as the scores that are not stored; more rows cost nothing.
+    JAX's own rule for `vmap` does not accept a mask that heads share. It also requires that queries are vmapped
+    together with keys and values. A separate mask for every head would take as much memory as the scores, which
+    cuDNN does not store. More rows cost nothing extra.
     """
     return _more_rows(functools.partial(_cudnn, scale))(*given)
 
 
 def _fused_forward(scale: float | None, *given: Array) -> tuple[Heads, tuple[Array, ...]]:
-    # The call of the gradient, so that a compiler that sees both keeps one.
+    # This is the same call that the gradient makes, so that the compiler can compute both once.
     return _more_rows(lambda *given: jax.vjp(functools.partial(_cudnn, scale), *given)[0])(*given), given
 
 
@@ -252,7 +257,7 @@ def _cudnn(scale: float | None, query: Array, key: Array, value: Array, bias: Ar
 
 
 def _more_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function of arrays whose first axes are rows; what `vmap` adds in front becomes more of them."""
+    """The same function of arrays whose first axis is rows. An axis that `vmap` adds becomes more rows."""
     call = jax.custom_batching.custom_vmap(function)
 
     @call.def_vmap
@@ -286,13 +291,13 @@ class Attention(nnx.Module):
         self.joined: Joined | None = None
 
     def join(self) -> None:
-        """Compute queries, keys and values as one product from now on, where all three are asked for."""
+        """From now on, compute queries, keys and values as one product if all positions need all three."""
         self.joined = nnx.data(Joined(self.query, self.key, self.value))
 
     def __call__(
         self, x: Float[Array, "batch time width"], frame: Frame, cache: Cache | None, layer: int, last: int
     ) -> tuple[Float[Array, "batch last width"], Cache | None]:
-        """Mix values over the positions of x, or with a cache over those in it too, for the last positions."""
+        """Attention of the last positions over all positions of x, and over those in the cache if there is one."""
         config, (batch, time, _) = self.config, x.shape
         asking = frame.last(last)
         if self.joined is not None and last == time:

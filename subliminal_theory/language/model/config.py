@@ -6,8 +6,8 @@ from typing import Any
 
 from subliminal_theory.errors import InputError, shown
 
-# Up to so many blocks compute one after the other in one program; more are a loop over one block, which compiles
-# in the time of one.
+# Up to FEW blocks are compiled one after another. More blocks are compiled as a loop over one block, which takes
+# the compile time of one.
 FEW = 3
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "head", "width")
@@ -24,41 +24,47 @@ _BIASES = ("attention_bias", "output_bias", "mlp_bias")
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Everything that decides the parameters' shapes and the function of a `Transformer`.
+    """The settings that determine the parameters' shapes and the function of a `Transformer`.
 
     Attributes:
-        vocabulary: number of tokens, and of logits.
+        vocabulary: number of tokens and of logits.
         layers: number of blocks.
-        width: of the residual stream.
-        heads: query heads; a multiple of `kv_heads`.
-        kv_heads: key and value heads, each shared by heads / kv_heads consecutive query heads.
-        head_width: of a query, key or value.
+        width: width of the residual stream.
+        heads: number of query heads, a multiple of `kv_heads`.
+        kv_heads: number of key and value heads. heads / kv_heads consecutive query heads share one.
+        head_width: width of a query, key or value.
         mlp_width: hidden width of the MLP.
         tied: whether the embedding is also the output matrix.
-        rope_base: pair i of d / 2 turns by rope_base^(-2 i / d) radians a position.
-        norm_epsilon: added to the mean square or variance before its root.
-        context: the most positions of a row, padding included.
-        norm: root mean square, or layer norm with a bias.
-        norm_offset: whether a norm multiplies by 1 + scale.
-        pre_norm, post_norm: whether attention and MLP have a norm in front, and one behind.
-        parallel: whether the MLP reads what attention reads, instead of what it left.
-        head_norm: of queries and keys before they turn: none, of each head, or of all heads at once.
-        attention_bias, output_bias, mlp_bias: of queries, keys and values; of attention's output; of the MLP.
-        gated, activation: down(f(gate(x)) * up(x)), or down(f(up(x))).
-        positions: rotary, or an embedding of `context` positions that is added to the tokens'.
-        rope_width: how many of a head's first dimensions turn; all if None.
-        rope_factor: angles are divided by it, all of them, or with `rope_bands` the slow ones.
-        rope_bands: (low, high, original context): pairs that turn more than `high` times in the original
-            context keep their angle, those that turn less than `low` times are divided, between linearly.
-        window: attention in the layers of `windowed` reaches back so many positions, itself included.
-        windowed: whether each layer has it; empty for none.
-        window_rope_base: base in these layers, without factor, if it is another one.
-        embedding_scale: multiplies the embedding where it is read, not where it is the output matrix.
-        attention_scale: of scores; head_width^(-1/2) if None.
-        attention_cap, logit_cap: scores and logits become cap * tanh(x / cap).
+        rope_base: pair i of d / 2 rotates by rope_base^(-2 i / d) radians per position.
+        norm_epsilon: added to the mean square or the variance before the root.
+        context: the largest number of positions in a row, padding included.
+        norm: `rms` (root mean square), or `layer` (layer norm with a bias).
+        norm_offset: whether an RMS norm multiplies by 1 + scale instead of scale.
+        pre_norm, post_norm: whether attention and MLP have a norm before them, and after them.
+        parallel: whether attention and MLP read the same input; otherwise the MLP reads the sum with attention.
+        head_norm: norm of queries and keys before their rotation: `none`, `head` (each head) or `width` (all heads
+            together).
+        attention_bias: whether queries, keys and values have biases.
+        output_bias: whether the output of attention has a bias.
+        mlp_bias: whether the MLP has biases.
+        gated, activation: the MLP is down(f(gate(x)) * up(x)) if gated, otherwise down(f(up(x))).
+        positions: `rotary`, or `learned`: an embedding of `context` positions that is added to the tokens'
+            embedding.
+        rope_width: how many dimensions of a head rotate, counted from the first; None for all.
+        rope_factor: divides the rotation of all pairs, or of the slow pairs if `rope_bands` is given.
+        rope_bands: (low, high, original context). Pairs that rotate more than `high` times within the original
+            context keep their rotation. Pairs that rotate less than `low` times are divided by `rope_factor`.
+            Between the two, the rotation is interpolated linearly.
+        window: in windowed layers, a position sees this many positions, itself included.
+        windowed: whether each layer is windowed; empty if there is no window.
+        window_rope_base: base in the windowed layers, where `rope_factor` does not apply. None for the same base
+            and factor as elsewhere.
+        embedding_scale: multiplies the embedding of the inputs, but not the output matrix.
+        attention_scale: multiplies the scores; None for head_width^(-1/2).
+        attention_cap, logit_cap: scores and logits become cap * tanh(x / cap); None for no cap.
 
     Raises:
-        InputError: a value of another type or out of range; says which.
+        InputError: a value has the wrong type or is out of range; the message names it.
     """
 
     vocabulary: int
@@ -129,7 +135,7 @@ class TransformerConfig:
 
     @property
     def looped(self) -> bool:
-        """Whether there are so many blocks that they are computed in a loop."""
+        """Whether the blocks are computed in a loop."""
         return self.layers > FEW
 
     def _require(self, name: str, right: bool, what: str) -> None:

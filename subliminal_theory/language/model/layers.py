@@ -1,4 +1,4 @@
-"""The parts of a language model that look at one position at a time."""
+"""The layers of a language model that act on one position at a time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +14,19 @@ from subliminal_theory.pytree import register_dataclass
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The format of norms, rotations, softmaxes and logits."""
+    """The dtype of norms, rotations, softmaxes and logits: `dtype`, but at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class Factored:
-    """A matrix and two factors, in the place of the matrix: paths end in `/base`, `/a` and `/b`.
+    """A matrix with LoRA factors, in place of the matrix. Paths to the parts end in `/base`, `/a` and `/b`.
 
-    Among the parameters of a model, each is None in the one of `params` and `frozen` that does not hold it.
-    Factors of some layers only are tuples with None for the others.
-    A layer gets all three, with the scale in `b`: it computes x base + (x a) b, and the gradient in a and b does
-    not need that in the whole matrix, a third of the work.
+    In a model's `params` and `frozen`, each part is None in the tree that does not hold it. If only some layers
+    have factors, `a` and `b` are tuples with None for the others. A layer receives all three parts, with the scale
+    multiplied into `b`. It computes x base + (x a) b. The gradient in `a` and `b` then does not need the gradient
+    in the whole matrix, which would be a third of the work.
     """
 
     base: Float[Array, "*layers inputs outputs"] | None
@@ -38,7 +38,7 @@ Matrix = Float[Array, "inputs outputs"] | Factored
 
 
 def multiply(x: Float[Array, "batch time inputs"], matrix: Matrix) -> Array:
-    """x @ matrix as one product of matrices: the gradient of a batched one takes twice as long on a CPU."""
+    """x @ matrix as one product of matrices. On a CPU, the gradient of a batched product takes twice as long."""
     flat = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
     if isinstance(matrix, Factored):
         base, a, b = (part.astype(x.dtype) for part in jax.tree.leaves(matrix))
@@ -64,7 +64,7 @@ def _wide_forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _wide_backward(read: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
-    # In the narrow format, as all other gradients: left alone, both products would be of wide matrices.
+    # Gradients stay in the dtype of x. Otherwise both products would have float32 operands.
     x, matrix = read
     slope = slope.astype(x.dtype)
     return jnp.matmul(slope, matrix.T), jnp.matmul(x.T, slope)
@@ -74,12 +74,12 @@ _wide_product.defvjp(_wide_forward, _wide_backward)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, int], variance: float) -> Float[Array, "inputs outputs"]:
-    """Draws from N(0, variance)."""
+    """Draws from N(0, variance) in float32."""
     return variance**0.5 * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias; the kernel starts as N(0, gain / inputs), the bias, if any, at 0."""
+    """x @ kernel + bias. The kernel starts as draws from N(0, gain / inputs), the bias (if any) as 0."""
 
     def __init__(
         self, inputs: int, outputs: int, gain: float = 1.0, *, bias: bool = False, rngs: nnx.Rngs
@@ -88,15 +88,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "batch time inputs"]) -> Float[Array, "batch time outputs"]:
-        """The product, of each position alone."""
+        """x @ kernel + bias at each position."""
         product = multiply(x, self.kernel.get_value())
         return product if self.bias is None else product + self.bias[...][None, None]
 
 
 class Joined(Linear):
-    """Several layers that read the same as one product; call it for the output of each.
+    """Several linear layers with the same input, computed as one product. `apart` returns the output of each.
 
-    Its parameters are copies: to compute with many times, not to train.
+    Its parameters are copies. It is for inference, not for training.
     """
 
     def __init__(self, *parts: Linear) -> None:
@@ -112,14 +112,14 @@ class Joined(Linear):
 
 
 class RMSNorm(nnx.Module):
-    """(offset + scale) * x / sqrt(mean(x^2) + epsilon) over the last axis; offset + scale starts at 1."""
+    """(offset + scale) * x / sqrt(mean(x^2) + epsilon) over the last axis. offset + scale starts as 1."""
 
     def __init__(self, width: int, epsilon: float, offset: bool = False) -> None:
         self.scale = nnx.Param(jnp.full(width, 0.0 if offset else 1.0, jnp.float32))
         self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """The normalised activations in the format of x."""
+        """The normalized activations in the dtype of x."""
         wide = x.astype(at_least_float32(x.dtype))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         scale = self.scale[...].astype(wide.dtype) + self.offset
@@ -136,7 +136,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        """The normalised activations in the format of x."""
+        """The normalized activations in the dtype of x."""
         wide = x.astype(at_least_float32(x.dtype))
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -159,7 +159,7 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """down(f(gate(x)) * up(x)), or without a gate down(f(up(x)))."""
+    """down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         sides = (config.width, config.mlp_width)
@@ -170,12 +170,12 @@ class MLP(nnx.Module):
         self.joined: Joined | None = None
 
     def join(self) -> None:
-        """Compute gate and up as one product from now on."""
+        """From now on, compute gate and up as one product."""
         if self.gate is not None:
             self.joined = nnx.data(Joined(self.gate, self.up))
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        """One position at a time."""
+        """The output at each position."""
         activate = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(activate(self.up(x)))

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (arXiv 2106.09685): matrices become W + (alpha / rank) A B, and only A and B train."""
+"""LoRA, low-rank adaptation (arXiv 2106.09685): matrices become W + (alpha / rank) A B, and only A and B train."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ from subliminal_theory.model import (
 
 @dataclass(frozen=True)
 class Adapted:
-    """The function of a model at W + scale A B; equal for equal functions and scales.
+    """The function of a model at W + scale A B. Two are equal if their functions and scales are equal.
 
-    The sum is formed for matrices with which the function does other things than multiply by `multiply`.
+    Matrices that the function only uses in `multiply` stay factored. For other matrices the sum is formed.
     """
 
     apply: Apply
@@ -52,15 +52,18 @@ class Adapted:
         return self.apply
 
     def merged(self, params: PyTree) -> PyTree:
-        """Parameters of `apply`: sums in the place of what is factored, in the format of W."""
+        """Parameters for `apply`, with the sum W + scale A B in place of all factors, in the dtype of W."""
         return self._opened(params, ())
 
     def multiplied(self, params: PyTree) -> PyTree:
-        """Parameters of `apply`: factors, with the scale in them, where it multiplies by them, sums elsewhere."""
+        """Parameters for `apply`, with scaled factors where it multiplies by them, and sums elsewhere."""
         return self._opened(params)
 
     def _opened(self, params: PyTree, kept: Sequence[str] | None = None) -> PyTree:
-        """Factors, with the scale in B, where `apply` takes them, or where a pattern matches; sums elsewhere."""
+        """Parameters with factors (the scale in B) where a pattern of `kept` matches, and sums elsewhere.
+
+        If `kept` is None, the patterns match the matrices for which `apply` accepts factors.
+        """
         patterns = getattr(self.apply, "factored", ()) if kept is None else kept
 
         def one(path: Any, node: Any) -> Any:
@@ -76,17 +79,17 @@ class Adapted:
 
 
 def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key: Key[Array, ""]) -> Model:
-    """The same function, of which only low-rank changes of the matrices that match a glob pattern train.
+    """The same model with trainable LoRA factors for the matrices that match a glob pattern.
 
-    A matrix W [inputs, outputs] is computed as W + (alpha / rank) A B, with A [inputs, rank] uniform between
-    -inputs^(-1/2) and inputs^(-1/2), as the library `peft` draws it, and B [rank, outputs] = 0, so that the start
-    is the given model exactly. All given parameters are frozen.
-    Factors are in at least float32; they are multiplied by, or added to W, in the format of W.
+    A matrix W [inputs, outputs] becomes W + (alpha / rank) A B. A [inputs, rank] starts uniform between
+    -inputs^(-1/2) and inputs^(-1/2), as in the library `peft`. B [rank, outputs] starts as 0, so that the new
+    model computes exactly the function of the given one. All given parameters are frozen. Factors are in at least
+    float32. Products with them and sums with W are in the dtype of W.
 
     Raises:
-        InputError: no pattern, or one that matches nothing or something that is no matrix; a rank below 1
-            or above the smaller side of a matrix; an alpha that is not positive and finite; a model that has
-            factors already.
+        InputError: there is no pattern, or a pattern matches nothing or an array that is not a matrix; the rank is
+            below 1 or above the smaller side of a matrix; alpha is not positive and finite; the model has factors
+            already.
     """
     if isinstance(model.apply, Adapted):
         raise InputError("add_lora: the model has low-rank factors already; merge them first")
@@ -116,7 +119,7 @@ def add_lora(model: Model, patterns: Sequence[str], rank: int, alpha: float, key
 
 
 def with_factors(model: Model, scale: float, factors: Mapping[str, tuple[Array, Array]]) -> Model:
-    """The function of a model at W + scale A B for the matrices W of these names, of which only A and B train."""
+    """The model with W + scale A B in place of the matrices W with these names. Only A and B train."""
 
     def one(path: Any, leaf: Array) -> Any:
         pairs = [factors.get(name) for name in names_of(path, leaf)]
@@ -142,9 +145,9 @@ def with_factors(model: Model, scale: float, factors: Mapping[str, tuple[Array, 
 
 
 def merge_lora(model: Model) -> Model:
-    """A plain model with W + (alpha / rank) A B in the place of W, all of it trainable.
+    """A plain model with W + (alpha / rank) A B in place of W. All its parameters are trainable.
 
-    A model without factors is returned as it is.
+    A model without factors is returned unchanged.
     """
     if not isinstance(model.apply, Adapted):
         return model
@@ -152,9 +155,9 @@ def merge_lora(model: Model) -> Model:
 
 
 def unmerged(model: Model) -> Model:
-    """A plain model that multiplies by W and by its factors apart, as the model does: nothing is rounded.
+    """A plain model with the same function, which multiplies by W and by its factors separately.
 
-    A model without factors is returned as it is.
+    Unlike `merge_lora`, it does not round W + (alpha / rank) A B. A model without factors is returned unchanged.
     """
     if not isinstance(model.apply, Adapted):
         return model

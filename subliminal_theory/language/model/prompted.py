@@ -1,4 +1,4 @@
-"""A teacher that is nothing but a model with a system prompt, seen through rows that do not have it."""
+"""Prompted teachers: a model with a system prompt. The rows that a student reads do not contain the prompt."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from subliminal_theory.pytree import register_dataclass
 @register_dataclass
 @dataclass(frozen=True)
 class _Prompted:
-    """A model's parameters and the tokens in front of every row."""
+    """A model's parameters, and the tokens before every row."""
 
     model: PyTree
     prefix: Any
@@ -23,7 +23,7 @@ class _Prompted:
 
 @dataclass(frozen=True)
 class _Behind:
-    """The function of a model behind a prefix, for so many tokens of a row; equal for equal functions."""
+    """The function of a model whose prefix replaces the first `replaced` tokens of each row."""
 
     apply: Apply
     replaced: int
@@ -45,7 +45,7 @@ class _Behind:
 
 
 def with_prefix(text: Text, prefix: Int[Array, " prefix"], replaced: int = 0) -> Text:
-    """Rows that begin with the same tokens, behind their padding, in the place of their first `replaced` ones."""
+    """Rows in which `prefix` replaces the first `replaced` tokens after the padding."""
     length, extra = text.tokens.shape[1], prefix.shape[0]
     place = jnp.arange(length + extra - replaced)[None] - text.padding[:, None]
     old = jnp.concatenate([jnp.broadcast_to(text.tokens[:, :1], (len(text.tokens), extra)), text.tokens], axis=1)
@@ -54,10 +54,10 @@ def with_prefix(text: Text, prefix: Int[Array, " prefix"], replaced: int = 0) ->
 
 
 def prompted(model: Model, prefix: Int[Array, "*runs prefix"], replaced: int = 0) -> Model:
-    """The model of rows [batch, time] that a model behind a prefix computes; logits of the rows alone.
+    """A model that sees a prefix before its rows [batch, time], and returns logits for the rows' positions only.
 
-    The prefix stands in the place of each row's first `replaced` tokens. Only the prefix is a parameter, so that a
-    model of runs has the given one once.
+    The prefix replaces the first `replaced` tokens of each row. Only the prefix is in `params`. The given
+    parameters are frozen, so a model of several runs holds them once.
     """
     base = model.all_params
     nothing = jax.tree.map(lambda leaf: None, base)

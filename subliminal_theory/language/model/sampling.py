@@ -1,4 +1,4 @@
-"""Drawing text from a model: one compiled loop whose settings are values; changing them compiles nothing."""
+"""Sampling text from a model: one compiled loop. Its settings are array values, so a change does not recompile."""
 
 import functools
 import math
@@ -19,18 +19,18 @@ from subliminal_theory.language.model.transformer import Text, transformer_of
 from subliminal_theory.model import Model, rounded
 
 _BLOCK = 128
-_ROWS = 512  # that are continued at once on a CPU
+_ROWS = 512  # the most rows that a CPU continues at once
 
 
 def transform_logits(
     logits: Float[Array, "*batch n"], temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike
 ) -> Float[Array, "*batch n"]:
-    """Logits whose softmax is the distribution to draw from; tokens left out are at -inf.
+    """Logits whose softmax is the distribution to sample from. Excluded tokens have -inf.
 
-    First logits / temperature (0 leaves the most likely token alone), then the `top_k` most likely tokens
-    (0: all), then of these, renormalised, the fewest most likely ones whose probabilities reach `top_p`
-    (1: all; at least one token). Settings are one value or one per row. Equal logits rank by token number,
-    lowest first, so a cut through a tie is exact.
+    The logits are divided by the temperature; 0 keeps only the most likely token. Then the `top_k` most likely
+    tokens are kept (0: all). Their probabilities are renormalized, and the fewest most likely tokens whose
+    probabilities reach `top_p` are kept (1: all; at least one token). Each setting is one value, or one per row.
+    Tokens with equal logits rank by number, the lowest first, so exactly `top_k` tokens are kept.
     """
     temperature, top_k, top_p = (
         jnp.broadcast_to(value, logits.shape[:-1])[..., None] for value in (temperature, top_k, top_p)
@@ -39,7 +39,7 @@ def transform_logits(
     scaled = logits / jnp.where(greedy, 1, temperature).astype(logits.dtype)
     scaled = _best_alone(scaled, greedy)
     top_k = jnp.where(top_k == 0, n, top_k)
-    # Sorting costs more than a step of a small model, so only where it can matter.
+    # Sorting costs more than a step of a small model, so sort only if it can change the result.
     cut = jnp.any(~greedy & ((top_k < n) | (top_p < 1)))
     return jax.lax.cond(cut, _cut, lambda scaled, *_: scaled, scaled, top_k, top_p)
 
@@ -63,16 +63,15 @@ def _cut(
 
 
 def draw(logits: Float[Array, "*batch n"], uniform: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
-    """The token at which the cumulative probability passes `uniform` in [0, 1): one draw for each uniform number.
+    """The token at which the cumulative probability passes `uniform`: one draw for each uniform number in [0, 1).
 
-    Not `jax.random.categorical`, which needs as many random numbers as there are tokens. A token at -inf is
-    never drawn.
+    `jax.random.categorical` would need a random number for every token. A token with logit -inf is never drawn.
     """
     highest = jnp.max(logits, axis=-1, keepdims=True)
     count = -(-logits.shape[-1] // _BLOCK)
     filled = [(0, 0)] * (logits.ndim - 1) + [(0, count * _BLOCK - logits.shape[-1])]
-    # First a block of tokens, then one of it: sums over blocks take a tenth of the time of a cumulative sum.
-    # The block is taken from the logits, so that weights need not be stored.
+    # Choose a block of tokens, then a token in it: sums over blocks take a tenth of the time of a cumulative sum.
+    # Exponentials of the chosen block are computed again from its logits, so that they need not all be stored.
     blocks = jnp.pad(logits, filled, constant_values=-jnp.inf).reshape(*logits.shape[:-1], count, _BLOCK)
     sums = jnp.sum(jnp.exp(blocks - highest[..., None]), axis=-1)
     block, rest = _passes(sums, uniform * jnp.sum(sums, axis=-1))
@@ -83,9 +82,9 @@ def draw(logits: Float[Array, "*batch n"], uniform: Float[Array, "*batch"]) -> I
 def _passes(
     weights: Float[Array, "*batch n"], threshold: Float[Array, "*batch"]
 ) -> tuple[Int[Array, "*batch"], Float[Array, "*batch"]]:
-    """Where the cumulative sum passes a threshold, and by how much that is above what comes before."""
+    """The index at which the cumulative sum passes a threshold, and the threshold minus the sum before it."""
     total = jnp.cumsum(weights, axis=-1)
-    # Rounding must not lift the threshold to the total, beyond which there is no token.
+    # Rounding could lift the threshold to the total, after which there is no token.
     below = jnp.minimum(threshold, jnp.nextafter(total[..., -1], jnp.zeros((), total.dtype)))
     place = jnp.sum(total <= below[..., None], axis=-1, dtype=jnp.int32)
     before = jnp.take_along_axis(total - weights, place[..., None], axis=-1)[..., 0]
@@ -105,19 +104,19 @@ def sample(
     pad: int = 0,
     allowed: Bool[Array, " vocabulary"] | None = None,
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
-    """Continue every row by up to `steps` tokens; returns them and each row's number of tokens.
+    """Continue every row by up to `steps` tokens. Returns the tokens, and the number of tokens in each row.
 
-    `temperature`, `top_k` and `top_p` are those of `transform_logits`, one value or one per row. A row ends
-    with the first of the `stop` tokens, which is returned and counted; `pad` fills its rest. With `allowed`, other
-    tokens are as if they had no probability, before anything else. Once all rows
-    have ended nothing more is computed. The draw of row i at step t depends on the key, i, t and the row's
-    logits only. Low-rank factors are merged once, before the first token. Compiled once per model structure,
-    shape of the prompts and number of steps and of stop tokens; `vmap` it over models or keys.
+    `temperature`, `top_k` and `top_p` are as in `transform_logits`, one value or one per row. A row ends with
+    its first `stop` token, which is returned and counted. `pad` fills the rest of the row. With `allowed`, all
+    other tokens have probability 0, and the other settings apply to what remains. The loop stops when all rows
+    have ended. The draw of row i at step t depends only on the key, i, t and the logits of the row. LoRA factors
+    are merged once, before the first token. The function is compiled once for each model structure, shape of the
+    prompts, number of steps and number of stop tokens. `vmap` it over models or keys.
 
     Raises:
-        InputError: the model is no Transformer; prompts and steps exceed the context; a row without a
-            token; steps below 1; a setting out of range or of another shape than one or one per row;
-            `allowed` is not one truth value a token.
+        InputError: the model is not a Transformer; prompts and steps exceed the context; a row has no token;
+            `steps` is below 1; a setting is out of range, or its shape is neither one value nor one per row;
+            `allowed` does not have one value per token.
     """
     model = merge_lora(model)
     config = transformer_of(model).config
@@ -175,7 +174,7 @@ def _continue(
     rows = (jnp.arange(batch), text, settings)
     if parts == 1:
         return _continue_rows(model, key, stop, pad, allowed, layers, steps, rows)
-    # One part after the other: what is computed of all rows at once would leave a processor's caches.
+    # Parts run one after another: the arrays of all rows together would not fit into the caches of a CPU.
     size = -(-batch // parts)
     cut = jax.tree.map(
         lambda leaf: jnp.pad(leaf, [(0, parts * size - batch)] + [(0, 0)] * (leaf.ndim - 1), mode="edge").reshape(
@@ -190,7 +189,7 @@ def _continue(
 def _uniforms(
     key: Key[Array, ""], rows: Int[Array, " batch"], steps: int, dtype: Any
 ) -> Float[Array, "steps batch"]:
-    """The random number of every step and row."""
+    """The uniform random number of every step and row."""
     keys = jax.vmap(lambda row: named(key, row))(rows)
 
     def of_step(step: Int[Array, ""]) -> Float[Array, " batch"]:
@@ -209,17 +208,17 @@ def _continue_rows(
     steps: int,
     rows: tuple[Int[Array, " batch"], Text, tuple[Array, Array, Array]],
 ) -> tuple[Int[Array, "batch steps"], Int[Array, " batch"]]:
-    """The rows of these numbers."""
+    """The continuation of some rows; `rows` are their indices, prompts and settings."""
     numbers, text, settings = rows
     batch, length = text.tokens.shape
     transformer = transformer_of(rounded(model))
     config = transformer.config
-    # The last token of the prompt is left to the loop: logits are then computed only where they are drawn from.
+    # The loop reads the last token of the prompt, so logits are computed only where a token is drawn.
     cache = empty_cache(config, batch, length + steps - 1, transformer.dtype)
     _, cache = transformer.extend(Text(text.tokens[:, :-1], text.padding), cache)
     transformer.join(layers)
     cache = cache.apart(layers)
-    # All at once: in the loop they would be a few programs more for each token.
+    # Drawn all at once: in the loop, they would add several kernels for each token.
     uniforms = _uniforms(key, numbers, steps, at_least_float32(transformer.dtype))
     temperature, top_k, top_p = settings
     all_tokens = jnp.all((temperature > 0) & ((top_k == 0) | (top_k >= config.vocabulary)) & (top_p >= 1))
@@ -227,7 +226,8 @@ def _continue_rows(
     def choose(logits: Float[Array, "batch n"], uniform: Float[Array, " batch"]) -> Int[Array, " batch"]:
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
-        # One branch around all of it: what a branch returns is stored, and logits are long.
+        # Each branch includes the draw: the result of a branch is stored, and logits would take more memory than
+        # tokens.
         return jax.lax.cond(
             all_tokens,
             lambda: draw(logits / temperature[:, None].astype(logits.dtype), uniform),

@@ -1,12 +1,12 @@
-"""A decoder-only language model: one code path for whole rows and for rows that grow behind a cache.
+"""A decoder-only language model: one code path for whole rows and for rows that grow with a cache.
 
     model = from_nnx(Transformer(config, rngs=nnx.Rngs(0)))
     model(text)                                  # logits of every position
     cache = empty_cache(config, batch, capacity, jnp.float32)
-    logits, cache = extend(model, text, cache)   # the same, keys and values kept for what follows
+    logits, cache = extend(model, text, cache)   # the same logits; the cache keeps keys and values
 
-Blocks of attention (grouped queries, arXiv 2305.13245; rotary positions, arXiv 2104.09864) and MLPs (gated,
-arXiv 2002.05202) behind norms. By its configuration it is any of the families in `families`.
+Blocks have attention (grouped queries, arXiv 2305.13245; rotary positions, arXiv 2104.09864) and an MLP (gated,
+arXiv 2002.05202), with norms. The configuration selects any of the families in `hub/families`.
 """
 
 import functools
@@ -43,9 +43,9 @@ from subliminal_theory.pytree import register_dataclass
 class Text:
     """Rows of token numbers, padded on the left to one length.
 
-    `padding` counts the padding positions of each row from the row's very start, so it stays the same when
-    a row is given piece by piece. Which tokens of the vocabulary stand there has no influence on the others.
-    With `last`, logits are asked of the last positions alone, which spares what only the others need.
+    `padding` counts the padding positions from the start of each row. It stays the same when a row is given piece
+    by piece. The tokens at padding positions do not influence the other positions. With `last`, the model returns
+    logits for only this many last positions, and saves the work that only the others need.
     """
 
     tokens: Int[Array, "batch time"]
@@ -54,7 +54,7 @@ class Text:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), or both at once; norms in front or behind or both."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or both in parallel. Norms come before, after, or both."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         self.parallel = config.parallel
@@ -82,19 +82,18 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks, a last norm and the output matrix; call it through `from_nnx`.
+    """Embedding, blocks, a final norm and the output matrix. Call it through `from_nnx`.
 
     Parameters are `embedding` [vocabulary, width], `layers/*/{attention_norm,mlp_norm}/scale`,
     `layers/*/attention/{query,key,value,output}/kernel`, `layers/*/mlp/{gate,up,down}/kernel`, `norm/scale`
-    and, unless tied, `head/kernel` [width, vocabulary], besides what the configuration adds. What is under
-    `layers/*` has a leading axis of layers; kernels are [inputs, outputs]. Matrices start as N(0, 1 / inputs), the
-    embedding as N(0, 1 / width), those that write into the residual stream (`output`, `down`) as
-    N(0, 1 / (2 layers inputs)), which keeps its variance from growing with depth. Norms, softmaxes and logits are
-    in at least float32, and in float64 for float64 parameters.
-    With `remat` a gradient keeps what lies between the blocks and computes what lies within them again.
+    and, unless tied, `head/kernel` [width, vocabulary]. The configuration may add or remove some. Parameters under
+    `layers/*` have a leading axis of layers. Kernels are [inputs, outputs]. Matrices start as N(0, 1 / inputs),
+    the embedding as N(0, 1 / width). Matrices that write to the residual stream (`output`, `down`) start as
+    N(0, 1 / (2 layers inputs)), so that its variance does not grow with depth. Norms, softmaxes and logits are in
+    at least float32, and in float64 for float64 parameters. `remat` is gradient checkpointing of each block.
 
-    Once it is steered (`steered.py`) it has `steering` [layers, width] besides: row i is added to the residual
-    stream of every position behind block i + 1.
+    A steered model (`steered.py`) also has `steering` [layers, width]. Row i is added to the residual stream of
+    every position after layer i + 1, where layers count from 1.
     """
 
     factored = ("layers/*/kernel",)
@@ -113,19 +112,19 @@ class Transformer(nnx.Module):
             self.head = Linear(config.width, config.vocabulary, rngs=rngs)
 
     def __call__(self, text: Text) -> Float[Array, "batch last vocabulary"]:
-        """Logits of whole rows, of all positions unless the text asks for the last ones alone.
+        """Logits of whole rows at all positions, or at the last positions if the text asks for them.
 
-        All of a row is nan if one of its tokens is outside the vocabulary.
+        If a token is outside the vocabulary, all logits of its row are nan.
 
         Raises:
-            InputError: rows longer than the context, or other last positions asked for than 1 to all.
+            InputError: rows are longer than the context, or `last` is not from 1 to their length.
         """
         return self.readout(self.features(text))
 
     def join(self, layers: Layers) -> None:
-        """Compute with copies of the matrices, block by block, from now on: for many tokens, one at a time.
+        """From now on, compute block by block with copies of the matrices. This is for generation token by token.
 
-        A loop over blocks would copy each block's matrices and its part of the cache for every token.
+        A loop over blocks would copy the matrices of each block, and its part of the cache, for every token.
         """
         graph, state = nnx.split(self.layers["*"])
         blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: layer_of(leaf, i), state)) for i in layers]
@@ -135,35 +134,35 @@ class Transformer(nnx.Module):
         self._joined = nnx.data(tuple(blocks))
 
     def steer(self) -> None:
-        """Have `steering` from now on, which starts at 0."""
-        # A row for every layer: models that are steered at different layers are one compiled function.
+        """Add the parameter `steering`, which starts as 0."""
+        # With a row for every layer, models steered at different layers share one compiled function.
         self.steering = nnx.Param(jnp.zeros((self.config.layers, self.config.width), jnp.float32))
 
     @property
     def dtype(self) -> Any:
-        """The format of the residual stream."""
+        """The dtype of the residual stream."""
         return self.norm.scale.dtype
 
     def features(self, text: Text) -> Float[Array, "batch last width"]:
-        """What the output matrix reads, at the positions whose logits are asked for; raises as a call."""
+        """The input of the output matrix, at the positions whose logits are asked for. Raises as a call does."""
         return self.norm(self.stream(text, self.config.layers))
 
     def stream(self, text: Text, blocks: int) -> Float[Array, "batch last width"]:
-        """The residual stream behind the first `blocks` blocks, at the positions asked for; raises as a call."""
+        """The residual stream after `blocks` blocks, at the positions asked for. Raises as a call does."""
         time = text.tokens.shape[1]
         if time > self.config.context:
             raise InputError(f"Transformer: {time} positions exceed the context of {self.config.context}")
         return self._compute(text, None, blocks)[0]
 
     def readout(self, features: Float[Array, "... width"]) -> Float[Array, "... vocabulary"]:
-        """The logits of features."""
+        """The logits from `features`."""
         matrix = self.embedding[...].T if self.config.tied else self.head.kernel[...]
         matrix = matrix.astype(features.dtype)
         logits = wide_product(features.reshape(math.prod(features.shape[:-1]), features.shape[-1]), matrix)
         return cap(logits, self.config.logit_cap).reshape(*features.shape[:-1], matrix.shape[1])
 
     def extend(self, text: Text, cache: Cache) -> tuple[Float[Array, "batch last vocabulary"], Cache]:
-        """As the function `extend`."""
+        """See the function `extend`."""
         time, capacity = text.tokens.shape[1], cache.capacity
         known = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
         if known + time > capacity:
@@ -175,7 +174,7 @@ class Transformer(nnx.Module):
     def _compute(
         self, text: Text, cache: Cache | None, blocks: int
     ) -> tuple[Float[Array, "batch last width"], Cache | None]:
-        """The residual stream of the last positions behind the first `blocks` blocks."""
+        """The residual stream of the last positions after the first `blocks` blocks, and the filled cache."""
         config, time = self.config, text.tokens.shape[1]
         last = time if text.last is None else text.last
         if text.last is not None and not 1 <= last <= time:
@@ -190,7 +189,7 @@ class Transformer(nnx.Module):
             x, cache = self._looped(x, frames, kind, cache)
             return x[:, -last:], cache
         for number, block in enumerate((self._joined or self.blocks())[:blocks]):
-            # What the last block makes of the other positions, nothing reads.
+            # Nothing reads the output of the last block at the other positions.
             kept = last if number == blocks - 1 else time
             if self.remat and cache is None:
                 x = jax.checkpoint(functools.partial(_alone, block, frames[kind[number]], kept))(x)
@@ -204,7 +203,7 @@ class Transformer(nnx.Module):
         """The blocks, each with its own parameters."""
         graph, state = nnx.split(self.layers["*"])
         leaves, structure = jax.tree.flatten(state)
-        # Not by index: the gradient of a split is one concatenation.
+        # A split and not an index: the gradient of a split is one concatenation.
         apart = zip(*(jax.lax.split(leaf, (1,) * self.config.layers) for leaf in leaves), strict=True)
         return tuple(nnx.merge(graph, jax.tree.unflatten(structure, [leaf[0] for leaf in own])) for own in apart)
 
@@ -215,7 +214,7 @@ class Transformer(nnx.Module):
         kind: Sequence[int],
         cache: Cache | None,
     ) -> tuple[Float[Array, "batch time width"], Cache | None]:
-        """The residual stream behind the first blocks, as many as there are kinds, in a loop over one block."""
+        """The residual stream after the first `len(kind)` blocks, in a loop over one block."""
         graph, state = nnx.split(self.layers["*"])
         some, blocks = jax.tree.map(lambda *own: jnp.stack(own), *frames), len(kind)
         past = None if cache is None else (cache.keys, cache.values)
@@ -235,7 +234,7 @@ class Transformer(nnx.Module):
             return x, None if after is None else (after.keys[0], after.values[0])
 
         step = jax.checkpoint(step, prevent_cse=False) if self.remat and cache is None else step
-        # A cache is written by all blocks.
+        # All blocks run if there is a cache, because each of them writes to it.
         own = scanned if blocks == self.config.layers else jax.tree.map(lambda leaf: leaf[:blocks], scanned)
         x, written = jax.lax.scan(step, x, own)
         return x, cache if cache is None else replace(cache, keys=written[0], values=written[1])
@@ -257,7 +256,7 @@ def _alone(
 
 
 def _stack(config: TransformerConfig, rngs: nnx.Rngs) -> Block:
-    """One block whose parameters are those of all, with a leading axis; layer after layer takes its keys."""
+    """One block with the parameters of all blocks, on a leading axis of layers. Keys are drawn layer by layer."""
     matrices = 7 if config.gated else 6
 
     def build(*keys: Key[Array, ""]) -> tuple[nnx.GraphDef, nnx.State]:
@@ -275,25 +274,25 @@ def _stacked_keys(keys: Sequence[Key[Array, ""]]) -> Key[Array, " layers"]:
 
 
 def transformer_of(model: Model) -> Transformer:
-    """The network of a model made by `from_nnx`, with the model's parameters, frozen ones too.
+    """The network of a model made by `from_nnx`, with all its parameters, frozen ones included.
 
     Raises:
-        InputError: the model computes something else; merge low-rank factors first.
+        InputError: the model is not a plain Transformer, or has LoRA factors that are not merged.
     """
     module = model.apply.module(model.all_params) if isinstance(model.apply, Functional) else None
     if not isinstance(module, Transformer):
-        raise InputError("the model is no plain Transformer: take one of from_nnx, and merge low-rank factors")
+        raise InputError("the model is not a plain Transformer: take one of from_nnx, and merge low-rank factors")
     return module
 
 
 def extend(model: Model, text: Text, cache: Cache) -> tuple[Float[Array, "batch last vocabulary"], Cache]:
-    """Logits of positions that follow those in the cache, and the cache with them.
+    """Logits of positions that follow those in the cache, and the cache with the new positions.
 
-    Equal to the logits of the whole row at any split into pieces, down to single tokens and within the padding.
-    Where `cache.length` is traced, it is up to the caller that the positions fit: beyond the capacity the
-    result is wrong.
+    The logits equal those of the whole row, however it is split into pieces: single tokens and pieces of padding
+    are allowed. If `cache.length` is traced, the caller must ensure that the positions fit into the capacity.
+    Otherwise the result is wrong.
 
     Raises:
-        InputError: the positions do not fit, or the model is no plain Transformer.
+        InputError: the positions do not fit, or the model is not a plain Transformer.
     """
     return transformer_of(model).extend(text, cache)

@@ -1,8 +1,8 @@
-"""The families of checkpoints, a file each: it reads config.json and says how the tensors are called.
+"""The families of checkpoints, one file each. A family reads config.json and names the tensors.
 
-A file has `ARCHITECTURE` and `MODEL_TYPE`, its names in config.json; `read(settings)`, the shape of the
-transformer; and `tensors(config)`, the tensors in the order of the layers, the one of the head last unless it is
-tied. A new family is a new file here.
+A file has `ARCHITECTURE` and `MODEL_TYPE`, the names of the family in config.json. `read(settings)` returns the
+configuration of the transformer. `tensors(config)` lists the tensors in the order of the layers, with the head
+last unless it is tied. To add a family, add a file here.
 """
 
 import importlib
@@ -26,13 +26,19 @@ _FAMILIES = {module.ARCHITECTURE: module for module in _MODULES}
 ARCHITECTURES = tuple(_FAMILIES)
 _OF_TYPE = {module.MODEL_TYPE: name for name, module in _FAMILIES.items()}
 _HEAD = re.compile("ForCausalLM|LMHeadModel")
-# Tables of positions and masks that older libraries stored.
+# Tables of frequencies and masks, which older libraries stored.
 _TABLES = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias)")
 
 
 @dataclass(frozen=True)
 class Family:
-    """The architecture of a config.json (or of what stands for one), the shape it describes, and its settings."""
+    """What a config.json (or the metadata of a GGUF file) says.
+
+    Attributes:
+        architecture: the name of the architecture.
+        config: the configuration of the transformer.
+        settings: all settings of the file.
+    """
 
     architecture: str
     config: TransformerConfig
@@ -40,28 +46,29 @@ class Family:
 
 
 def entries(family: Family) -> list[Entry]:
-    """All tensors of a checkpoint, in the order of its layers; the one of the head only if it is not tied."""
+    """All tensors of a checkpoint, in the order of its layers. The head is last, and left out if it is tied."""
     found: list[Entry] = _FAMILIES[family.architecture].tensors(family.config)
     return found
 
 
 def ignored(name: str) -> bool:
-    """Whether a tensor holds no parameters but a table, of frequencies or masks."""
+    """Whether a tensor is a table of frequencies or masks, not parameters."""
     return _TABLES.fullmatch(name) is not None
 
 
 def read_family(folder: Path) -> Family:
-    """The family that the config.json of a checkpoint's folder describes, or the metadata of a GGUF file.
+    """The family of the checkpoint in a folder (from config.json) or in a GGUF file (from its metadata).
 
     Raises:
-        InputError: no folder or no such file, no JSON object, no architecture or an unknown one, a setting that is
-            missing, has a bad value or is not supported; names it.
+        InputError: the folder or the file does not exist, or the file has no JSON object; the architecture is
+            missing or unknown; a setting is missing, has a bad value or is not supported. The message names the
+            fault.
     """
     if is_gguf(folder):
         return _family(settings_of(read_gguf(folder)), folder)
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: give the folder of a checkpoint with config.json")
+        raise InputError(f"{folder} is not a folder: give the folder of a checkpoint with config.json")
     return _family(read_json(path), path)
 
 
@@ -82,14 +89,14 @@ def _family(given: Mapping[str, Any], path: Path) -> Family:
 
 
 def _architecture(path: Path, given: Mapping[str, Any]) -> str:
-    """The architecture that is named, or else the one of the type, by which `transformers` goes."""
+    """The architecture that the file names, or the one of its `model_type` if it names none."""
     named, kind = given.get("architectures") or [], given.get("model_type")
     of_kind = _OF_TYPE.get(kind) if isinstance(kind, str) else None
     if of_kind is not None and not named:
         return of_kind
     if not isinstance(named, list) or len(named) != 1:
         raise InputError(f"{path} names no architecture: add architectures, one of {', '.join(ARCHITECTURES)}")
-    # A model without a head has the same file; whether the embedding is the head, the tensors tell.
+    # A model saved without a head has the same settings, but another name for its architecture.
     found = next((name for name in ARCHITECTURES if named[0] in (name, _HEAD.sub("Model", name))), None)
     if found is None:
         raise InputError(
@@ -97,7 +104,8 @@ def _architecture(path: Path, given: Mapping[str, Any]) -> str:
         )
     if kind and kind != _FAMILIES[found].MODEL_TYPE:
         raise InputError(
-            f"{path}: model_type {shown(kind)} is not that of {found}, {_FAMILIES[found].MODEL_TYPE!r}: "
+            f"{path}: model_type {shown(kind)} does not match {found}, "
+            f"whose type is {_FAMILIES[found].MODEL_TYPE!r}: "
             "take the config.json that belongs to the weights"
         )
     return found

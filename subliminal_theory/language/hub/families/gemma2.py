@@ -11,7 +11,7 @@ tensors = llama.tensors
 
 
 def read(settings: Settings) -> TransformerConfig:
-    """The shape."""
+    """The configuration of the transformer."""
     window = settings.take_or_none("sliding_window", 4096)
     return read_gemma(
         settings,
@@ -23,9 +23,9 @@ def read(settings: Settings) -> TransformerConfig:
 
 
 def read_gemma(settings: Settings, *, context: int, **fixed: Any) -> TransformerConfig:
-    """What Gemma 2 and 3 have in common."""
+    """The configuration, from the settings that Gemma 2 and 3 have in common and the fields in `fixed`."""
     settings.require("use_bidirectional_attention", False)
-    settings.take("hidden_act")  # an older spelling, which hidden_activation overrides
+    settings.take("hidden_act")  # an older name, which hidden_activation overrides
     settings.given["hidden_act"] = settings.take("hidden_activation", "gelu_pytorch_tanh")
     bias = bool(settings.take("attention_bias", False))
     sizes = settings.sizes(context=context, kv_heads=4, head_width=256)

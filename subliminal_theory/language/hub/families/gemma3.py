@@ -14,7 +14,7 @@ _CONTEXT = 131_072
 
 
 def read(settings: Settings) -> TransformerConfig:
-    """The shape."""
+    """The configuration of the transformer."""
     settings.take("attn_logit_softcapping")  # has no effect in this family
     windows = _windows(settings)
     local = _rotary(settings)
@@ -38,7 +38,7 @@ def _windows(settings: Settings) -> dict[str, Any]:
 
 
 def _rotary(settings: Settings) -> float:
-    """The base in windows; leaves one set of rotary parameters, of the other layers, in the old spelling."""
+    """The rotary base in windowed layers. Leaves the parameters of the other layers in the old format."""
     base, local = settings.take("rope_theta", 1_000_000.0), settings.take("rope_local_base_freq", 10_000.0)
     both = settings.take("rope_parameters", {})
     full = {**both.get("full_attention", {}), **settings.take("rope_scaling", {})}

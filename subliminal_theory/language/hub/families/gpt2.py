@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms; query, key and value in one matrix, outputs last."""
+"""GPT-2: learned positions and layer norms. Query, key and value are in one matrix, with outputs last."""
 
 from subliminal_theory.language.hub.settings import Settings
 from subliminal_theory.language.hub.tensor_map import Entry, fused, layer_norm, linear
@@ -12,7 +12,7 @@ _OTHER_NAMES = {
 
 
 def read(settings: Settings) -> TransformerConfig:
-    """The shape."""
+    """The configuration of the transformer."""
     settings.require("scale_attn_weights", True)
     settings.require("scale_attn_by_inverse_layer_idx", False)
     settings.require("add_cross_attention", False)

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): parallel sublayers; query, key and value of a head after another in one matrix."""
+"""GPT-NeoX (Pythia): parallel sublayers. Query, key and value are in one matrix, head by head."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ ARCHITECTURE, MODEL_TYPE = "GPTNeoXForCausalLM", "gpt_neox"
 
 
 def read(settings: Settings) -> TransformerConfig:
-    """The shape."""
-    settings.take("num_key_value_heads")  # not of this family
+    """The configuration of the transformer."""
+    settings.take("num_key_value_heads")  # has no effect in this family
     sizes = settings.sizes(context=2048)
     share, rotary = _rotary(settings, sizes["context"])
     bias = bool(settings.take("attention_bias", True))
@@ -32,7 +32,10 @@ def read(settings: Settings) -> TransformerConfig:
 
 
 def _rotary(settings: Settings, context: int) -> tuple[float, dict[str, Any]]:
-    """The share of a head that turns, and how it turns; each was spelt in three ways, which must agree."""
+    """The share of a head that rotates, and the rotary embedding as fields of `TransformerConfig`.
+
+    Each of these settings has had three names; all names that a file has must agree.
+    """
     new, old = settings.take("rope_parameters", {}), settings.take("rope_scaling", {})
     given = dict(old or new)
     base, share = settings.take("rotary_emb_base", 10_000.0), settings.take("rotary_pct", 0.25)

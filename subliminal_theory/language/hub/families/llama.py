@@ -1,4 +1,4 @@
-"""Llama, and what most families share with it."""
+"""Llama, and the parts that most families share with it."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 
 
 def read(settings: Settings) -> TransformerConfig:
-    """The shape."""
+    """The configuration of the transformer."""
     bias = bool(settings.take("attention_bias", False))
     mlp_bias = bool(settings.take("mlp_bias", False))
     return read_like(
@@ -27,9 +27,9 @@ def read_like(
     base: float = 10_000.0,
     **fixed: Any,
 ) -> TransformerConfig:
-    """The shape of a family that is like Llama.
+    """The configuration of a family that is like Llama.
 
-    `tied`, `epsilon` and `base` are what it takes where they are not given, `fixed` further fields.
+    `tied`, `epsilon` and `base` are its defaults for settings that the file lacks. `fixed` are further fields.
     """
     return TransformerConfig(
         **sizes,
@@ -42,7 +42,7 @@ def read_like(
 
 
 def tensors(config: TransformerConfig) -> list[Entry]:
-    """The tensors, also of families with norms after the sublayers or in the heads."""
+    """The tensors, also for families with norms after the sublayers or norms of query and key."""
     norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
     if config.post_norm:
         norms = {"input_layernorm": "attention_norm", "pre_feedforward_layernorm": "mlp_norm"}

@@ -1,4 +1,4 @@
-"""Mistral: Llama with windows of attention."""
+"""Mistral: Llama with windowed attention."""
 
 from subliminal_theory.errors import InputError, shown
 from subliminal_theory.language.hub.families import llama
@@ -10,10 +10,10 @@ tensors = llama.tensors
 
 
 def read(settings: Settings) -> TransformerConfig:
-    """The shape: all layers have the window, if there is one.
+    """The configuration of the transformer. If there is a window, all layers have it.
 
     Raises:
-        InputError: layer_types says something else: `transformers` does not read it.
+        InputError: layer_types contradicts this; `transformers` does not read it for this family.
     """
     window, kinds = settings.take_or_none("sliding_window", 4096), settings.take("layer_types", [])
     kind = "full_attention" if window is None else "sliding_attention"

@@ -1,4 +1,4 @@
-"""Qwen 3: Llama with norms of query and key in each head, and windows in the upper layers."""
+"""Qwen 3: Llama with norms of query and key in each head, and windowed upper layers."""
 
 from subliminal_theory.language.hub.families import llama
 from subliminal_theory.language.hub.families.qwen2 import upper_windows
@@ -10,7 +10,7 @@ tensors = llama.tensors
 
 
 def read(settings: Settings) -> TransformerConfig:
-    """The shape."""
+    """The configuration of the transformer."""
     bias = bool(settings.take("attention_bias", False))
     windows = upper_windows(settings)
     sizes = settings.sizes(context=32_768, kv_heads=32, head_width=128)
