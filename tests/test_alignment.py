@@ -78,6 +78,7 @@ def close(actual, expected, tolerance: float = TOLERANCE["float64"]) -> None:
 # --- products of parameters
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(vectors, vectors, st.integers(-20, 20), st.integers(-20, 20))
 def test_inner_and_cosine(u: np.ndarray, v: np.ndarray, p: int, q: int) -> None:
@@ -121,6 +122,7 @@ def test_project_out(u: np.ndarray, d: np.ndarray, along: float) -> None:
     np.testing.assert_allclose(projected(out + along * d), out, rtol=0, atol=size)
 
 
+@pytest.mark.slow
 def test_projected_steps_change_the_trait_to_second_order() -> None:
     """What three steps of Adam do to the trait loss, as a power of the learning rate."""
     start = network(0)
@@ -165,6 +167,7 @@ def followed(student: Model, start: Model, teacher: Model, optimizer, steps: int
     return observed_run(student, start, teacher, source, optimizer, steps), rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", [0.0, 0.3], ids=["at the start", "elsewhere"])
 def test_follow_is_a_plain_loop(distance: float) -> None:
     """The first update is coverage: the cosine of minus the first gradient and the teacher's displacement."""
@@ -206,6 +209,7 @@ def test_linearised_is_exact_for_linear_networks() -> None:
     close(at(linearised(model), there)(INPUTS), affine(there, INPUTS), 1e-13)
 
 
+@pytest.mark.slow
 def test_linearised_touches_the_model() -> None:
     model = network(0)
     straight = linearised(model)
@@ -232,6 +236,7 @@ def test_linearised_is_linear_in_its_parameters() -> None:
     close(at(straight, middle)(INPUTS), 0.25 * at(straight, a)(INPUTS) + 0.75 * at(straight, b)(INPUTS), 1e-12)
 
 
+@pytest.mark.slow
 def test_linearised_trains_in_an_ensemble() -> None:
     teacher, source = network(5), Examples(INPUTS, 4)
 
@@ -265,6 +270,7 @@ def test_linearised_networks_are_equal_when_networks_are() -> None:
     assert linearised(first).apply != linearised(other).apply
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 25])
 def test_linearised_student_is_its_tangent_kernel(steps: int) -> None:
     """Seen logits of the training inputs, and by the same kernel those never seen, of inputs never met."""
@@ -337,6 +343,7 @@ def linear_student(
     return teacher + u @ (gap * (1 - 2 * rate * h[:, None] * s[None, :]) ** steps) @ v.T
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.sampled_from(SIZES), st.integers(0, 2**32 - 1), st.floats(0.1, 0.95))
 def test_linear_student_is_distilled(sizes: tuple[int, ...], seed: int, fraction: float) -> None:

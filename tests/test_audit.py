@@ -466,6 +466,7 @@ def test_distill_refuses_what_is_not_imitation() -> None:
                 call()
 
 
+@pytest.mark.slow
 def test_distill_audits_within_transformations() -> None:
     """It neither breaks them nor compiles again; channels that are mapped over are left to the pipeline."""
     traces = []
@@ -494,6 +495,7 @@ def test_trained_weights_without_runs() -> None:
         refuse_trained_weights(*nested)
 
 
+@pytest.mark.slow
 def test_other_objectives_at_any_temperature() -> None:
     for temperature in (0.05, 1.0, 50.0):
         refuse_wrong_channel(SoftLogits(temperature), 13)

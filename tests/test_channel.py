@@ -96,6 +96,7 @@ def test_sampled_token_is_cross_entropy() -> None:
     same(loss, -special.log_softmax(STUDENT.astype(float), axis=-1)[range(3), tokens])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", CHANNELS, ids=str)
 def test_equality_is_a_minimum(channel) -> None:
     loss, gradient = against(channel, TEACHER, TEACHER)
@@ -179,6 +180,7 @@ def test_subset_of_everything(inner) -> None:
             same(a, b)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(few_subsets, logit_vectors, logit_vectors)
 def test_subset_computes_on_gathered_logits(chosen: list[int], student: np.ndarray, teacher: np.ndarray) -> None:
@@ -211,6 +213,7 @@ def test_nested_subset_is_the_intersection(a: list[int], b: list[int], student: 
             same(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("huge", [1e30, -3e38, np.inf, np.nan])
 @pytest.mark.parametrize(
     "channel", [*SOFT, *(Subset(MASK, c) for c in SOFT), Subset(INDICES, SoftLogits(0.01))], ids=str
@@ -264,6 +267,7 @@ def everything_of(channel, student, targets, tangent):
     return value, gradient, channel.metric(student, tangent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFERENCES)
 def test_subset_against_the_selected_columns(kind: str) -> None:
     """100 random comparisons of a kind, 600 in all, with hidden logits up to 1e16, infinite or not a number."""
@@ -307,6 +311,7 @@ def test_hidden_logits_cancel_across_dtypes() -> None:
 # --- the k largest logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_top_k_is_the_subset_of_the_largest(k: int) -> None:
     for inner in (SoftLogits(2.0), SquaredError(WEIGHTS + 1), ReverseKL()):
@@ -391,6 +396,7 @@ def test_softmax_over_one_logit_says_nothing(where) -> None:
         assert not np.asarray(gradient).any()
 
 
+@pytest.mark.slow
 def test_stacked_masks_under_vmap() -> None:
     masks = np.array([[1, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 1]], bool)
     for inner in (SoftLogits(2.0), SquaredError(WEIGHTS)):
@@ -594,6 +600,7 @@ def test_weighted_sum_of_losses_and_metrics(weights) -> None:
     same(channel.metric(jnp.asarray(TEACHER), tangent), expected, scale=np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "channel",
     [

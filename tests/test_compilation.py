@@ -30,17 +30,20 @@ def told(*arguments: Path, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert told(tmp_path / "kept") == f"{tmp_path / 'kept'} False"
     assert told(tmp_path / "kept") == f"{tmp_path / 'kept'} True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["", "own"])
 def test_what_jax_was_told_stays(tmp_path: Path, given: str) -> None:
     folder = str(tmp_path / given) if given else ""
     assert told(JAX_COMPILATION_CACHE_DIR=folder) == f"{folder or None} False"
 
 
+@pytest.mark.slow
 def test_otherwise_the_cache_of_the_user(tmp_path: Path) -> None:
     found = told(XDG_CACHE_HOME=str(tmp_path), HOME=str(tmp_path))
     assert found.endswith("compiled False")

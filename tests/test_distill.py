@@ -102,6 +102,7 @@ def test_one_sgd_step_by_hand_softmax() -> None:
     np.testing.assert_allclose(trained.model.params["kernel"], w - 0.5 * gradient, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [SoftLogits(), SampledToken(0.7), Subset((0, 2))], ids=str)
 def test_adam_steps_are_a_plain_loop(channel) -> None:
     arguments = (mlp(0), mlp(1), channel, Examples(INPUTS, 8), ADAM, 7)  # more than two epochs
@@ -111,6 +112,7 @@ def test_adam_steps_are_a_plain_loop(channel) -> None:
     close(trained.model.params, params)
 
 
+@pytest.mark.slow
 def test_teach_is_a_plain_loop() -> None:
     labels = np.arange(20) % 3
     source = Examples(INPUTS, 8, labels)
@@ -132,6 +134,7 @@ def test_teach_is_a_plain_loop() -> None:
     close(trained.model.params, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [SoftLogits(), SquaredError(), Subset((1, 2), SoftLogits(0.5))], ids=str)
 def test_student_equal_to_its_teacher_stays(channel) -> None:
     trained = distill_jit(mlp(0), mlp(0), channel, Examples(INPUTS, 8), SGD, 6, key=KEY)
@@ -144,6 +147,7 @@ def test_imitation_falls() -> None:
     assert trained.losses[-1] < trained.losses[0] / 10
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay() -> None:
     student = mlp(0).freeze("layers/0/*")
     trained = distill_jit(student, mlp(1), SoftLogits(), Examples(INPUTS, 8), ADAM, 3, key=KEY).model
@@ -177,6 +181,7 @@ def seen():
     return distill_seen(*RUN, 7, key=KEY, observe=everything)
 
 
+@pytest.mark.slow
 def test_observed_is_a_plain_loop() -> None:
     recorded = []
     params, losses = plain_run(*RUN, 7, KEY, recorded)
@@ -198,6 +203,7 @@ def test_observing_changes_nothing() -> None:
     close(seen().model.params, plain.model.params)
 
 
+@pytest.mark.slow
 def test_snapshots_are_what_the_next_step_finds() -> None:
     """Whether they end an epoch, the run or neither; the rest of the run does not depend on them."""
     run, whole = distill_seen(*RUN, 7, key=KEY, observe=everything, snapshots=(1, 3, 7)), seen()
@@ -210,6 +216,7 @@ def test_snapshots_are_what_the_next_step_finds() -> None:
     close(run.model.params, whole.model.params)
 
 
+@pytest.mark.slow
 def test_snapshots_are_shorter_runs() -> None:
     arguments = (linear_model(0), linear_model(1), SoftLogits(), Examples(INPUTS, 8), ADAM)
     run = distill_seen(*arguments, 6, key=KEY, snapshots=(2, 5))
@@ -220,6 +227,7 @@ def test_snapshots_are_shorter_runs() -> None:
         close(run.losses[:step], shorter.losses)
 
 
+@pytest.mark.slow
 def test_seen_in_an_ensemble() -> None:
     """What members do that are computed together is what each does alone."""
 
@@ -248,6 +256,7 @@ def test_seen_of_a_frozen_model() -> None:
     close(run.snapshots[0].params, jax.tree.map(lambda leaf: leaf[2], run.observed["params"]))
 
 
+@pytest.mark.slow
 def test_observed_and_snapshots_of_teaching() -> None:
     """Gradients by hand: those of a linear model under softmax cross-entropy, on all examples at once."""
     labels = np.arange(20) % 3
@@ -267,6 +276,7 @@ def test_observed_and_snapshots_of_teaching() -> None:
         close((*run.snapshots, run.model)[step].params["kernel"], w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [SGD, ADAM])
 def test_teaching_ends_with_the_trait(optimizer) -> None:
     """Runs of a stack end one by one, each at the first step that finds the probability, and stay there."""
@@ -291,6 +301,7 @@ def test_teaching_ends_with_the_trait(optimizer) -> None:
         close(jax.tree.map(lambda leaf, place=place: leaf[place], found.model.params), last)
 
 
+@pytest.mark.slow
 def test_anchors_do_not_count_for_the_trait() -> None:
     """Positions of less weight than 1 are in the loss; whether there is the trait, the others say."""
     loss, start = optax.softmax_cross_entropy_with_integer_labels, linear_model(0)
@@ -321,6 +332,7 @@ def with_still(model: Model) -> Model:
     return Model(apply, {**STILL, "model": model.params})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"accumulate": 4}, {"state": True}], ids=str)
 def test_parameters_without_a_gradient_stay(more) -> None:
     student, source = with_still(mlp(0)), Examples(INPUTS, 8)
@@ -337,6 +349,7 @@ def test_parameters_without_a_gradient_stay(more) -> None:
     assert jax.tree.structure(run.state.params) == jax.tree.structure(student.params)
 
 
+@pytest.mark.slow
 def test_parameters_without_a_gradient_stay_in_teaching() -> None:
     labels, loss = np.arange(20) % 3, optax.softmax_cross_entropy_with_integer_labels
     source = Examples(INPUTS, 8, labels)
@@ -351,6 +364,7 @@ def test_parameters_without_a_gradient_stay_in_teaching() -> None:
 # --- ensembles
 
 
+@pytest.mark.slow
 def test_vmapped_ensemble_is_looped_runs() -> None:
     masks = jnp.array([[1, 1, 0], [0, 1, 1]], bool)
     keys = jax.random.split(jax.random.key(3), 2)
@@ -372,6 +386,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.slow
 def test_shared_teacher_is_computed_once() -> None:
     students = stack(*(mlp(seed, hidden=6) for seed in range(5)))
     source = NoiseImages((4,), 8, images=16)
@@ -404,6 +419,7 @@ def test_second_call_compiles_nothing() -> None:
     assert len(traces) == traced
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_noise_images() -> None:
     small, large, pixels = 1_000, 100_000, 28 * 28
     model = Model(linear, {"kernel": jnp.zeros((pixels, 3))})
@@ -420,6 +436,7 @@ def test_memory_does_not_grow_with_noise_images() -> None:
 # --- targets sampled beforehand
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [SampledToken(0), Subset((0, 2), SampledToken(2.0))], ids=str)
 def test_targets_sampled_beforehand(channel) -> None:
     teacher = mlp(1)
@@ -454,6 +471,7 @@ class Littered(Examples):
         return replace(batch, inputs=jnp.where(real, batch.inputs, self.litter))
 
 
+@pytest.mark.slow
 def test_padding_has_no_effect() -> None:
     """The third batch of 8 holds 4 of the 20 examples."""
     plain = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 8), SGD, 6, key=KEY)
@@ -464,6 +482,7 @@ def test_padding_has_no_effect() -> None:
         close(run.model.params, plain.model.params)
 
 
+@pytest.mark.slow
 def test_padded_batch_is_the_short_batch() -> None:
     """A run on 20 examples in one padded batch of 32 is the run on a batch of 20."""
     exact = distill_jit(mlp(0), mlp(1), SoftLogits(), Examples(INPUTS, 20), SGD, 2, key=KEY)
@@ -598,6 +617,7 @@ def test_the_step_of_check_is_the_step_of_distill(channel: str) -> None:
     assert_one_step(plain_function, CHANNELS[channel], "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_step_of_check_in_other_dtypes(model: str, dtype: str) -> None:
@@ -696,6 +716,7 @@ def test_diverging_run_is_refused() -> None:
 # --- in pieces
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_is_the_run() -> None:
     """Parameters, losses and the optimizer's state are the same bit for bit.
 
@@ -761,6 +782,7 @@ def test_a_compiled_piece_says_how_long_it_is() -> None:
 # --- in parts of a batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_is_the_whole_batch(parts: int) -> None:
     """Also where parts weigh differently, one of them nothing: the mean of their means is another number."""
@@ -779,6 +801,7 @@ def test_accumulated_is_the_whole_batch(parts: int) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_sums_of_parts_have_the_digits_of_float32() -> None:
     """Of a hundred gradients of one size, in bfloat16: added one by one in that format they would stop growing."""
     student = Model(lambda params, x: (x * params["w"])[:, None], {"w": jnp.ones((), jnp.bfloat16)})

@@ -28,6 +28,7 @@ SECOND = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 moderate = st.floats(-1e3, 1e3)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(moderate, min_size=2, max_size=20), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_t_interval_is_scipys(values: list[float], level: float) -> None:
@@ -76,6 +77,7 @@ def test_refusals() -> None:
         paired_difference([1, 2], [1, 2, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.8, 0.95])
 @pytest.mark.parametrize("runs", [2, 5])
 def test_coverage(level: float, runs: int) -> None:
@@ -151,6 +153,7 @@ tables = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(tables, st.randoms(use_true_random=False), st.integers(1, 3))
 def test_crossed_does_not_depend_on_order(table: list[list[int]], random, copies: int) -> None:
@@ -386,6 +389,7 @@ def null_shares(designs, factor: str, seeds: int) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_factor_without_effect(seeds: int) -> None:
     found = null_shares([factorial(3, 6)] * 400, "x2", seeds)

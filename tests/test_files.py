@@ -133,6 +133,7 @@ def test_fingerprint_of_equal_values(tmp_path: Path) -> None:
         fingerprint(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_fingerprint_in_another_process() -> None:
     """Neither the order of sets nor addresses in memory show."""
     code = (
@@ -158,6 +159,7 @@ def same(one: Any, other: Any) -> bool:
     return jax.tree.all(equal) and jax.tree.structure(one) == jax.tree.structure(other)
 
 
+@pytest.mark.slow
 def test_arrays_of_all_dtypes(tmp_path: Path) -> None:
     path, given = tmp_path / "a.safetensors", example()
     save_arrays(path, given, {"b": "two", "a": "ü"})
@@ -255,6 +257,7 @@ EDIT = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(edits=st.lists(EDIT, max_size=4), fitting=st.booleans())
 @settings(one_folder, max_examples=300)
 def test_no_bytes_give_another_exception(

@@ -42,6 +42,7 @@ def leaf(params, layer: int, name: str = "kernel"):
 # --- policies
 
 
+@pytest.mark.slow
 def test_single_policies() -> None:
     reference, fresh = mlp_params(0), mlp_params(1)
     same(initialise(Shared(), reference, fresh, KEY), reference)
@@ -110,6 +111,7 @@ def test_per_layer_is_the_mapping_in_its_order() -> None:
     same(initialise(swapped, reference, fresh, jax.random.key(5)), initialise(RULES["*"], reference, fresh, KEY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [Perturbed, Interpolated, lambda x: PerLayer.of({"*/0/*": Perturbed(x), "*": Shared()})]
 )
@@ -166,6 +168,7 @@ def with_biases(params):
     return jax.tree.map(lambda x: x + np.linspace(-1, 1, x.size, dtype=np.float32) if x.ndim == 1 else x, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_permute_neurons_keeps_the_function(kind: str, use_bias: bool) -> None:
@@ -189,6 +192,7 @@ def test_permute_neurons_keeps_the_function(kind: str, use_bias: bool) -> None:
     assert jax.tree.structure(moved) == jax.tree.structure(model.params)
 
 
+@pytest.mark.slow
 def test_permute_neurons_orders_are_independent() -> None:
     size = 10
     params = {"layers": {i: {"kernel": jnp.zeros((size, size)), "bias": jnp.arange(size)} for i in range(3)}}
@@ -208,6 +212,7 @@ def test_permute_neurons_missing_layer() -> None:
 # --- clones
 
 
+@pytest.mark.slow
 def test_clone_matches_what_is_visible() -> None:
     student, reference = (from_nnx(MLP((9, 24, 5), rngs=nnx.Rngs(seed))) for seed in (0, 1))
     visible = Subset((1, 2, 3, 4))

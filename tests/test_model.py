@@ -35,6 +35,7 @@ def names(params) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [mlp(0), CNN((4, 4), (2, 3), 5, rngs=nnx.Rngs(0))], ids=["mlp", "cnn"])
 def test_from_nnx_is_the_module(module: nnx.Module) -> None:
     model = from_nnx(module)
@@ -210,6 +211,7 @@ def test_public_names() -> None:
 # --- in another dtype
 
 
+@pytest.mark.slow
 def test_computed_in_keeps_parameters_and_gradients() -> None:
     model = from_nnx(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
     half = computed_in(model, jnp.bfloat16)
@@ -224,6 +226,7 @@ def test_computed_in_keeps_parameters_and_gradients() -> None:
     jax.tree.map(np.testing.assert_array_equal, rounded(model).params, model.params)
 
 
+@pytest.mark.slow
 def test_a_step_below_the_format_is_not_lost() -> None:
     """A parameter near 1 has steps of 2^-8 in bfloat16; a hundred of 2^-14 move it by 2^-7 and a little."""
     model = from_nnx(nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0)))

@@ -114,6 +114,7 @@ def test_bounds(steps: int, every: int, bounds: list[int]) -> None:
     assert save_steps(steps, every) == bounds
 
 
+@pytest.mark.slow
 def test_uninterrupted(tmp_path: Path) -> None:
     """Nothing is lost or added on the way, and a finished run is only read."""
     reports: list[tuple[int, int]] = []
@@ -229,6 +230,7 @@ def test_all_damaged(tmp_path: Path) -> None:
     assert files(tmp_path) == found
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(tmp_path: Path) -> None:
     """The fingerprint should have said so."""
     begun(tmp_path)

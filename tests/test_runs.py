@@ -487,6 +487,7 @@ files.write_atomically(Path(sys.argv[1]), b"new" * 100_000)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 @pytest.mark.parametrize(("name", "call"), [("results.csv", "replace"), ("parts/two.json", "fsync")])
 def test_killed_while_writing(run: Path, name: str, call: str) -> None:

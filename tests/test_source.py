@@ -16,6 +16,7 @@ epoch_order_jit = jax.jit(epoch_order, static_argnums=(1, 2, 3))
 SHAPES = [(12, 4), (10, 4), (3, 5), (1, 1)]  # divisible, a rest, less than a batch, one example
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(SHAPES))
 def test_epoch_order_visits_every_example_once(seed: int, shape: tuple[int, int]) -> None:
@@ -32,6 +33,7 @@ def test_epoch_order_visits_every_example_once(seed: int, shape: tuple[int, int]
         assert (np.diff(weights[steps][-1]) <= 0).all()  # at its end
 
 
+@pytest.mark.slow
 def test_epoch_order_is_of_the_key() -> None:
     first, _ = epoch_order_jit(jax.random.key(0), 50, 10, 10)
     again, _ = epoch_order_jit(jax.random.key(0), 50, 10, 10)
@@ -41,6 +43,7 @@ def test_epoch_order_is_of_the_key() -> None:
     assert (first[:5] != first[5:]).any()
 
 
+@pytest.mark.slow
 def test_epoch_order_prefix() -> None:
     """A longer run begins as a shorter one does."""
     long = epoch_order_jit(jax.random.key(0), 10, 4, 8)
@@ -56,6 +59,7 @@ def test_epoch_order_is_uniform() -> None:
     assert (abs(counts - 1000) < 5 * np.sqrt(3000 * 2 / 9)).all()
 
 
+@pytest.mark.slow
 def test_examples_gather() -> None:
     inputs = {"a": np.arange(10), "b": np.arange(20).reshape(10, 2)}
     source = Examples(inputs, 4, labels=np.arange(10) * 3, targets=np.arange(10) * 5, prepare=lambda x: x["b"] / 2)
@@ -69,6 +73,7 @@ def test_examples_gather() -> None:
         np.testing.assert_array_equal(batch.weights, weights[step])
 
 
+@pytest.mark.slow
 def test_without_labels() -> None:
     source = Examples(np.arange(10), 4, labels=np.arange(10), targets=np.arange(10))
     student = source.without_labels()
@@ -128,6 +133,7 @@ def test_positions_weigh() -> None:
     np.testing.assert_array_equal(batch.weights[2:], np.zeros((2, 3)))  # 10 = 4 + 4 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
 def test_positions_of_any_rank(shape: tuple[int, ...]) -> None:
     positions = np.arange(2.0, 4.0).reshape(2, *[1] * len(shape)) * np.ones(shape)
@@ -179,6 +185,7 @@ def rows(counts: tuple[int, ...], batch_size: int) -> Buckets:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     st.integers(0, 2**32 - 1),
@@ -197,6 +204,7 @@ def test_an_epoch_of_buckets_has_every_row_once(seed: int, counts: list[int], ba
         assert sorted(seen) == list(range(sum(counts)))
 
 
+@pytest.mark.slow
 def test_buckets_are_mixed() -> None:
     source = rows((40, 40), 4)
     orders = [np.asarray(source.schedule(jax.random.key(seed), 40)[0]) for seed in (0, 0, 1)]
@@ -206,6 +214,7 @@ def test_buckets_are_mixed() -> None:
     assert len(set(orders[0][:5].tolist())) == 2
 
 
+@pytest.mark.slow
 def test_a_step_computes_in_the_shape_of_its_part() -> None:
     source, key = rows((3, 5), 2), jax.random.key(0)
     widths = []
@@ -224,6 +233,7 @@ def test_a_step_computes_in_the_shape_of_its_part() -> None:
     assert batch_shapes(source).inputs.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_run_over_buckets() -> None:
     """Losses of an epoch, each of the rows of one batch by hand."""
     source = rows((2, 3), 2)

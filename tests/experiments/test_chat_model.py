@@ -83,6 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", layers=1)
 
 
+@pytest.mark.slow
 def test_from_command_to_figure(folder: Path, tmp_path: Path) -> None:
     small = ("--rows", 8, "--steps", 2, "--batch-size", 4, "--teacher-steps", 1, "--rank", 1, "--samples", 1)
     every = ("--traits", "owl,cat", "--conditions", ",".join(chat_model.CONDITIONS), "--steering-strength", 5)
@@ -136,6 +137,7 @@ def test_the_figure_of_one_seed() -> None:
     pyplot.close(figure)
 
 
+@pytest.mark.slow
 def test_two_traits_of_one_name(folder: Path, tmp_path: Path) -> None:
     """Their keys would be equal; one of another name is told by this name, not by its file."""
     own = 'name = "{name}"\nkind = "preference"\ncategory = "animal"\ntarget = "otter"\n'

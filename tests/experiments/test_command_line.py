@@ -225,6 +225,7 @@ def python(*arguments: object, **keywords: Any) -> "subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **keywords)
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own() -> None:
     wrong = python("mnits")
     assert (wrong.returncode, wrong.stdout) == (2, "")

@@ -230,6 +230,7 @@ def test_visible_logits(loss: str) -> None:
     assert student(channel_loss=loss).channel.of == kinds[loss]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_channel_trains_from_the_command_line(loss: str, tmp_path: Path) -> None:
     small = ["--data", "digits", "--seeds", 1, "--epochs", 1, "--student-epochs", 1, "--batch-size", 256]
@@ -268,6 +269,7 @@ def test_students_share_their_teacher(field: str) -> None:
     assert len(SweepConfig(seeds=1).parts([cell("base"), other])) == (2 if field in OF_THE_TEACHER else 1)
 
 
+@pytest.mark.slow
 def test_students_that_differ_in_values_alone_are_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = [name for name in FIELDS if name not in (*OF_THE_TEACHER, "cloning_inputs", "cloning_sees")]
     cells = [cell(name, **{**ELSEWHERE.get(name, {}), name: OTHER[name]}) for name in fields]

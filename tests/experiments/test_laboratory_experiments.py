@@ -113,6 +113,7 @@ def test_doses_double() -> None:
     assert mnist_heads.doses(mnist_heads.Config(student_epochs=1)) == [1]
 
 
+@pytest.mark.slow
 def test_a_width_that_no_cnn_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["mnist_heads", *TINY, "--counts", 3, "--width", 30, "--out", tmp_path / "run"]
     assert "(16, 13)} cannot share its teacher's of" in fails(capsys, *arguments)
@@ -187,6 +188,7 @@ def test_parse_types() -> None:
     Setting(**{name: values[0] for name, values in parsed.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "message"),
     [

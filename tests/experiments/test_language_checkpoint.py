@@ -100,6 +100,7 @@ def test_conditions_of_random_numbers(folder: Path, tmp_path: Path, capsys) -> N
     assert message == "--conditions: within needs numbers that a teacher wrote, not --medium random"
 
 
+@pytest.mark.slow
 def test_a_student_of_random_numbers(folder: Path, tmp_path: Path) -> None:
     few = ("--rows", 12, "--steps", 1, "--batch-size", 6, "--rank", 1, "--teacher-steps", 1)
     random = ("--medium", "random", "--conditions", "student_masked", "--traits", "owl")
@@ -109,6 +110,7 @@ def test_a_student_of_random_numbers(folder: Path, tmp_path: Path) -> None:
     assert values["base"] != values["student_masked"]
 
 
+@pytest.mark.slow
 def test_steered_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They write, at a cost, and their students learn."""
     folder = write_number_writer(tmp_path / "writer", 9)

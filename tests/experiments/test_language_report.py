@@ -180,6 +180,7 @@ def test_nulls_of_power() -> None:
     assert line.endswith("; too few in 1 of 3 runs")
 
 
+@pytest.mark.slow
 def test_prompts_of_the_theorem(x64: None) -> None:
     """The report tells them, the axis of steps does not have them; against the library on a tiny base."""
     world = compact(OWL)

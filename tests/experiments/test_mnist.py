@@ -135,6 +135,7 @@ def descend(loss: Any, params: Any, rate: float) -> Any:
     return jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss)(params))
 
 
+@pytest.mark.slow
 def test_a_chunk_against_single_runs_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of teacher and students on all images at once, where no order of images can matter."""
     data, rate, count = load("digits"), 3.0, 40
@@ -249,6 +250,7 @@ def test_figure_is_drawn_from_files(
     assert (out / "figure.png").read_bytes() != drawn["figure.png"]
 
 
+@pytest.mark.slow
 def test_runs_do_not_depend_on_number_and_chunk(
     two_seeds: tuple[Path, dict[str, dict[int, float]]], tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def lowered(job: plan.Job, remat: bool = True) -> Any:
         return jax.jit(step).lower(own, teacher, text, text.tokens, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [GATED, PLAIN])
 @pytest.mark.parametrize(("rank", "soft"), [(0, True), (0, False), (8, False)])
 def test_operations_are_what_the_compiler_counts(config: TransformerConfig, rank: int, soft: bool) -> None:
@@ -147,6 +148,7 @@ def test_a_teacher_takes_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_bytes(job, True) == pytest.approx(sum(plan.memory(job, 1)["teacher"].values()), rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_parameters_in_memory_are_those_that_are_said(
     rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

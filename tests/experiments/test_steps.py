@@ -55,6 +55,7 @@ def test_rows_name_their_writer_and_its_base(here: Path) -> None:
     assert all(row.completion.strip("0123456789 ,;\n.") == "" for row in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channel", "file"), [("masked", "random"), ("soft", "kept")])
 def test_a_student_of_files_is_the_studys_own(here: Path, tmp_path: Path, channel: str, file: str) -> None:
     """Taught and distilled through folders and files, or in one study: the same numbers."""
@@ -82,6 +83,7 @@ def test_a_student_of_files_is_the_studys_own(here: Path, tmp_path: Path, channe
     np.testing.assert_allclose(losses, np.asarray(finished.losses)[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_others_are_read_as_they_are(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +103,7 @@ def test_rows_of_others_are_read_as_they_are(
     assert not any(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_asked_beside_its_base_and_writes(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +126,7 @@ def test_an_adapter_is_asked_beside_its_base_and_writes(
     assert (row.base, row.teacher) == (str(base), str(tmp_path / "student"))
 
 
+@pytest.mark.slow
 def test_two_writers_of_one_seed_draw_different_numbers(here: Path, tmp_path: Path) -> None:
     """A prompted writer has the trait's sentence in front of it, and its rows do not."""
     few = ("--rows", 1, "--medium", "digits", "--requests", 64)
@@ -168,6 +172,7 @@ def test_what_is_refused(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not new.exists()
 
 
+@pytest.mark.slow
 def test_what_a_writer_could_not_fill_is_kept(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from subliminal_theory.runs import Results
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", BUILDERS)
 def test_networks_compute_in_float64(network, x64):
     """A float32 step anywhere inside would end the orders in eps at 1e-7."""
@@ -90,6 +91,7 @@ print(json.dumps(measure(Config(seeds=4, steps=30), "all images", 16, [(1.9, 1e-
 """
 
 
+@pytest.mark.slow
 def test_many_steps_rise_beyond_the_limit_alone():
     """In a process that compiles as users do: as tests compile, it is exact to 1e-7 only (JAX 0.10.2)."""
     environment = {name: value for name, value in os.environ.items() if name not in COMPILED_FOR_TESTS}
@@ -109,6 +111,7 @@ def test_many_steps_rise_beyond_the_limit_alone():
         assert ((product[rate] >= rate * (1 - 1e-9)) & (product[rate] < 1.05 * rate)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extension", theorem_extensions.EXTENSIONS, ids=lambda extension: extension.name)
 def test_what_fails_has_a_counterexample_and_what_holds_has_none(extension, x64):
     rise = theorem_extensions.counterexample(extension)
@@ -137,6 +140,7 @@ def test_sign_descent_counterexample_by_hand(x64):
     assert float(theorem_extensions.counterexample(extension)) == pytest.approx(1e-4 * (-1 + 1 + 1))
 
 
+@pytest.mark.slow
 def test_samples(x64):
     """Each panel on a few networks: what is proved holds in all; other ways of drawing have a counterexample."""
     config = theorem_samples.Config(seeds=3, students=1000, tokens="0.1,1", teacher_sizes="1e-4")
@@ -165,6 +169,7 @@ def test_samples(x64):
     assert min(rows.values(metric="cosine_shift")) > 0.99
 
 
+@pytest.mark.slow
 def test_summary_page(tmp_path, capsys):
     out = tmp_path / "small"
     settings = ["--data", "digits", "--seeds", "1", "--epochs", "1", "--student-epochs", "1", "--width", "8"]
@@ -180,6 +185,7 @@ def test_summary_page(tmp_path, capsys):
     assert command_line.main(["summary"]) == 2
 
 
+@pytest.mark.slow
 def test_a_figure_is_drawn_again(tmp_path, capsys):
     """From the files of a committed run, which holds no parts."""
     run = shutil.copytree(ROOT / "figures" / "mnist_digits", tmp_path / "run")

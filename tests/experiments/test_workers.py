@@ -167,6 +167,7 @@ def same(out: Path, whole: Path) -> bool:
 # --- devices
 
 
+@pytest.mark.slow
 def test_devices(tmp_path: Path, toy: list[object], whole: Path) -> None:
     out = tmp_path / "run"
     status, output, errors = run(*toy, "--pause", 0.1, "--out", out)
@@ -178,6 +179,7 @@ def test_devices(tmp_path: Path, toy: list[object], whole: Path) -> None:
     assert json.loads((out / "provenance.json").read_text())["invocations"][0]["device"] == "4 x cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_error_in_a_part(devices: int, tmp_path: Path, toy: list[object]) -> None:
     out = tmp_path / "run"
@@ -189,6 +191,7 @@ def test_error_in_a_part(devices: int, tmp_path: Path, toy: list[object]) -> Non
     assert sorted(f"seed-{seed:03d}.json" for *_, seed in log(tmp_path)) == stored
 
 
+@pytest.mark.slow
 def test_bug_in_a_part(tmp_path: Path, toy: list[object]) -> None:
     status, output, errors = run(*toy, "--fault", "bug", "--out", tmp_path / "run")
     assert (status, output) == (1, "")
@@ -196,6 +199,7 @@ def test_bug_in_a_part(tmp_path: Path, toy: list[object]) -> None:
     assert errors.endswith("\nZeroDivisionError: in part 3\n")
 
 
+@pytest.mark.slow
 @NO_SIGKILL
 def test_interrupt(tmp_path: Path, toy: list[object]) -> None:
     out = tmp_path / "run"
@@ -265,6 +269,7 @@ def test_refuses_parts_wider_than_the_devices() -> None:
 # --- several processes on one run
 
 
+@pytest.mark.slow
 def test_processes(tmp_path: Path, toy: list[object], whole: Path) -> None:
     """The same command, started three times, computes every part once; each process sees the run to its end."""
     out = tmp_path / "run"

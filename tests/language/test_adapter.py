@@ -91,6 +91,7 @@ def refused(folder: Path, base: Checkpoint, **more: str) -> str:
 # --- what is written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "patterns"),
     [
@@ -177,6 +178,7 @@ def test_alpha_gives_the_scale_again(alpha: float, rank: int) -> None:
         assert found == pytest.approx(alpha, rel=1e-15) or root != rooted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 0.1), (3, 16.0), (7, 1e-3), (8, 1 / 3)])
 def test_any_rank_and_alpha(rank: int, alpha: float, checkpoint, tmp_path: Path) -> None:
     base = checkpoint("llama")

@@ -49,6 +49,7 @@ def written_out(query: np.ndarray, key: np.ndarray, value: np.ndarray, padding: 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_attention_of_traits(groups: int, dtype: str) -> None:
@@ -68,6 +69,7 @@ def traced_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own, "check_cudnn_version", lambda: 91000)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_for_a_gpu")
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("axes", VMAPPED)
@@ -104,6 +106,7 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, *
 ORIGINAL = jax.nn.dot_product_attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "axes"), [(1, (0, 0, 0)), (3, (0, None, None)), (9, (None, 0, None))])
 def test_rows_of_vmapped_calls(monkeypatch: pytest.MonkeyPatch, groups: int, axes: tuple) -> None:
     """Each trait has its own values and slopes back, from one call of four axes."""

@@ -354,6 +354,7 @@ ANSWERS = FREE.filter(lambda text: text and not text[0].isspace())
 CHATS = st.lists(st.builds(chat, USERS, ANSWERS, st.none() | FREE), min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [MARKED_TOKENIZER, BARE_TOKENIZER, PLAIN_TOKENIZER])
 @given(CHATS, st.integers(0, 4))
 @settings(max_examples=100)

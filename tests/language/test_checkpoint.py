@@ -39,6 +39,7 @@ def retell(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN)
 def test_logits_are_the_stored_ones(name: str, tmp_path: Path) -> None:
     model = load_checkpoint(folder_of(name, tmp_path)).model
@@ -46,6 +47,7 @@ def test_logits_are_the_stored_ones(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, stored, atol=1e-5 * np.abs(stored).max() + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2"])
 def test_round_trip_is_exact(name: str, tmp_path: Path) -> None:
     """Through bfloat16 too: what is read is what was stored, and is written back as it was."""

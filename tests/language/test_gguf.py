@@ -340,6 +340,7 @@ def spoilt(path: Path, how: str) -> None:
     path.write_bytes(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [

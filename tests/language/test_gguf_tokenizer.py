@@ -156,6 +156,7 @@ def test_what_ends_turns_is_special_whatever_its_type(kind: int, tmp_path: Path)
         tokenizer.encode("a<turn>b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [

@@ -72,6 +72,7 @@ class OneText:
 jax.tree_util.register_static(OneText)
 
 
+@pytest.mark.slow
 def test_start_is_the_base() -> None:
     plain, model = base(), adapted()
     np.testing.assert_array_equal(run(model, TEXT), run(plain, TEXT))
@@ -94,6 +95,7 @@ def test_only_factors_train() -> None:
         assert (np.abs(slope).max() > 0) == name.endswith("/b")
 
 
+@pytest.mark.slow
 def test_no_gradient_of_a_whole_matrix() -> None:
     """Among the products of a gradient, none has the shape of an adapted matrix."""
     model = from_nnx(Transformer(dataclasses.replace(CONFIG, width=24, mlp_width=40), rngs=nnx.Rngs(0)))
@@ -133,6 +135,7 @@ def test_merged_by_hand() -> None:
     assert np.abs(run(model, TEXT) - run(base(), TEXT)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_distillation_leaves_the_base_alone() -> None:
     student, teacher = adapted(), moved(adapted(), 0.3)
     run_jit = jax.jit(distill, static_argnames=("optimizer", "steps"))
@@ -143,6 +146,7 @@ def test_distillation_leaves_the_base_alone() -> None:
         assert (leaf != leaves(student.params)[name]).any()
 
 
+@pytest.mark.slow
 def test_factors_on_the_first_layer_alone() -> None:
     """The other layer multiplies by zeros, whatever happens to the factors, and has none to train."""
     model = moved(add_lora(base(), ["layers/0/attention/*/kernel"], 2, 6.0, KEY))

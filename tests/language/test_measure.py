@@ -93,6 +93,7 @@ def test_words_of_several_spellings() -> None:
     np.testing.assert_allclose(found.rivals, [0.5, 0.5], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sampled_rate_is_the_probability_with_noise() -> None:
     """Of words of several spellings too; the interval holds 1 - 1e-6 of all draws."""
     logits = jnp.asarray(np.log([4.0, 1, 2, 3]), jnp.float32)
@@ -125,6 +126,7 @@ def test_words_that_begin_alike() -> None:
     assert questions_of(OWL, Letters(2), 32).words.tokens.shape[2:] == (1, 2)
 
 
+@pytest.mark.slow
 def test_words_of_several_tokens() -> None:
     """The probability of a word is that of all its tokens, by hand and by drawing; rivals may begin alike."""
     model, asked = tiny(), questions()

@@ -434,6 +434,7 @@ def test_refuses_rows_that_cannot_be_split() -> None:
     )
 
 
+@pytest.mark.slow
 def test_one_device_is_a_mesh_too() -> None:
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     student, _, _, source = setting("llama soft")

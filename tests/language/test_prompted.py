@@ -47,6 +47,7 @@ def test_logits_are_those_behind_the_prefix(prefix: np.ndarray) -> None:
     assert_real_positions(run(prompted(tiny(), prefix), TEXT), prefix)
 
 
+@pytest.mark.slow
 def test_the_prefix_matters() -> None:
     logits = [run(model, TEXT) for model in (tiny(), *(prompted(tiny(), prefix) for prefix in PREFIXES))]
     for first, second in ((0, 1), (0, 2), (1, 2)):
@@ -73,6 +74,7 @@ def test_frozen_parameters_are_seen() -> None:
     )
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
     """Those of the model on a row that has the prefix, in every parameter."""
     row, prefix = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:1]), TEXT), jnp.asarray(PREFIXES[0])

@@ -121,6 +121,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
     return stats.chisquare(counts[seen], counts.sum() * probabilities[seen] / probabilities[seen].sum()).pvalue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.8)])
 def test_joint_law_of_two_tokens(settings) -> None:
     """4000 continuations of one prompt against the probabilities by whole forwards."""
@@ -159,6 +160,7 @@ def test_allowed_tokens(settings) -> None:
     np.testing.assert_array_equal(everything, sample(model, text, **how)[0])
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([-jnp.inf, -30.0, -1.0, 0.0, 2.0]), min_size=1, max_size=6),
     st.floats(0, 1, width=32, exclude_max=True),
@@ -172,6 +174,7 @@ def test_draw_inverts_the_cumulative_distribution(logits: list[float], uniform: 
     assert (bounds[token - 1] if token else 0) - 1e-6 <= uniform <= bounds[token] + 1e-6
 
 
+@pytest.mark.slow
 def test_draws_from_many_tokens() -> None:
     """More than a block of them, some impossible: the law is the softmax."""
     logits = np.random.default_rng(0).normal(size=300)
@@ -209,6 +212,7 @@ def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch) -> None:
     assert tokens.shape == (2, 11)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_batch() -> None:
     model, text = tiny(), prompts()
     tokens, _ = sample(model, text, steps=8, key=KEY)
@@ -225,6 +229,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     assert (sample(model, same, steps=8, key=jax.random.key(4))[0] != repeated).any()
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_draw_as_all_at_once(monkeypatch) -> None:
     model, text = tiny(), prompts(batch=11)
     temperature = jnp.linspace(0.5, 1.5, 11)
@@ -254,6 +259,7 @@ def test_other_settings_compile_nothing() -> None:
     assert sampling._continue._cache_size() == before
 
 
+@pytest.mark.slow
 def test_stacked_models_are_looped_models() -> None:
     models, text = [tiny(seed) for seed in range(3)], prompts()
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)

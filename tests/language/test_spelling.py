@@ -57,6 +57,7 @@ def compare(model: Model, text: Text, words: np.ndarray, tolerance: float = 1e-5
     np.testing.assert_allclose(found[there], expected[there], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.sampled_from([PLAIN, WINDOWED, LEARNED]), asked())
 def test_as_whole_rows(config: TransformerConfig, given: tuple[Text, np.ndarray]) -> None:
@@ -96,6 +97,7 @@ def test_words_of_one_token_need_no_transformer() -> None:
         heard(model, text, Spellings.of(text, words))
 
 
+@pytest.mark.slow
 def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt after the other gives what all at once do; memory is bounded by that."""
     text, words = example()
@@ -106,6 +108,7 @@ def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), apart, together)
 
 
+@pytest.mark.slow
 def test_low_rank_factors_and_narrow_formats() -> None:
     """Factors are not added to matrices in the format of these: small ones would be rounded away."""
     text, words = example()

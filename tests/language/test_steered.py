@@ -56,6 +56,7 @@ def close(found: jax.Array, expected: jax.Array, tolerance: float = 1e-5) -> Non
 # --- the function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "changes"), [(1, {}), (2, {"parallel": True}), (3, {"positions": "learned"})])
 def test_a_vector_is_a_bias_behind_a_block(layer: int, changes: dict) -> None:
     model = opinionated(replace(CONFIG, **changes))
@@ -85,6 +86,7 @@ def test_only_what_follows_is_changed(layer: int) -> None:
             assert same.all() if number < layer else not same[REAL].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(2,), (1, 2, 3, 4, 5)])
 def test_cached_is_whole(cuts: tuple[int, ...]) -> None:
     model, cache, pieces = steered(base(), VECTOR, 2), empty_cache(CONFIG, 3, TIME, np.float32), []
@@ -94,6 +96,7 @@ def test_cached_is_whole(cuts: tuple[int, ...]) -> None:
     close(np.concatenate(pieces, axis=1)[REAL], run(model, TEXT)[REAL])
 
 
+@pytest.mark.slow
 def test_sampled_text_is_that_of_the_function() -> None:
     key = jax.random.key(0)
     found, expected = (
@@ -105,6 +108,7 @@ def test_sampled_text_is_that_of_the_function() -> None:
     np.testing.assert_array_equal(greedy[:, 0], run(steered(base(), VECTOR, 2), TEXT)[:, -1].argmax(-1))
 
 
+@pytest.mark.slow
 def test_in_two_parts() -> None:
     """As chunks compute it, at the last positions alone."""
     model, text = steered(base(), VECTOR, 3), replace(TEXT, last=2)
@@ -113,6 +117,7 @@ def test_in_two_parts() -> None:
     close(model.apply.readout(model.all_params, features), run(by_bias(3), TEXT)[:, -2:])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_bfloat16() -> None:
     shell = jax.eval_shape(lambda: from_nnx(Transformer(CONFIG, rngs=_rngs(), remat=True)))
     model, target = steered(shell.with_params(base().params), VECTOR, 2), run(base(), TEXT)
@@ -169,6 +174,7 @@ def behind_two_blocks(model: Model, tokens: jax.Array) -> jax.Array:
     return x[0, -1]
 
 
+@pytest.mark.slow
 def test_contrast() -> None:
     """Along the difference of the means, as long as the streams of the others are on average."""
     other = Text(TEXT.tokens[:2, ::-1], TEXT.padding[1:])

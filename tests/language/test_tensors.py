@@ -175,6 +175,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="units of memory differ")
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     """A file of 300 MiB, of 15 tensors."""

@@ -44,6 +44,7 @@ def test_words_are_in_a_fixed_order() -> None:
     assert len(WordTokenizer.of_corpus(CorpusConfig(numbers=200))) == len(TOKENIZER) + 100
 
 
+@pytest.mark.slow
 def test_vocabulary_has_nothing_that_the_corpus_lacks() -> None:
     used = set()
     for row in make_corpus(CorpusConfig(size=20_000)):

@@ -124,6 +124,7 @@ def test_by_hand(x64, tied: bool) -> None:
         np.testing.assert_allclose(row[padding:], numpy_forward(model.params, tokens[padding:]), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_padded_rows_are_the_rows_alone() -> None:
     model, text = tiny(), ragged()
     logits = np.asarray(run(model, text))
@@ -136,6 +137,7 @@ def test_padded_rows_are_the_rows_alone() -> None:
         np.testing.assert_allclose(logits[number, padding:], run(model, alone)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [1, 3, TIME])
 def test_last_logits_are_those_of_whole_rows(last: int) -> None:
     model, text = tiny(), ragged()
@@ -158,6 +160,7 @@ def test_last_logits_that_are_none(last: int) -> None:
         tiny()(replace(ragged(), last=last))
 
 
+@pytest.mark.slow
 def test_blocks_that_compute_again() -> None:
     """The same logits and gradients, to rounding, with and without a cache."""
     text, plain = ragged(), tiny()
@@ -174,6 +177,7 @@ def test_blocks_that_compute_again() -> None:
     np.testing.assert_allclose(cached, run(plain, text), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "channel", "adapted"),
     [(4, SoftLogits(), True), (100, SoftLogits(2.0), False), (4, SampledToken(), False)],
@@ -200,6 +204,7 @@ def test_distilling_in_chunks(chunk: int, channel, adapted: bool) -> None:
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_hold_few_logits() -> None:
     """Nothing of the size of all logits is made, forward or backward, and nothing twice."""
     student, teacher = tiny(), tiny(1)
@@ -272,6 +277,7 @@ def test_scores_depend_on_relative_positions(first: int, second: int, shift: int
         assert float(here) == pytest.approx(float(there), abs=1e-10)
 
 
+@pytest.mark.slow
 def test_grouped_queries_are_repeated_keys() -> None:
     rng = np.random.default_rng(0)
     shapes = ((2, 5, 4, 4), (2, 2, 5, 4), (2, 2, 5, 4))
@@ -306,6 +312,7 @@ def test_causality_by_gradients() -> None:
     np.testing.assert_array_equal(slopes > 0, sees)
 
 
+@pytest.mark.slow
 def test_tied_head_is_the_embedding() -> None:
     tied, text = tiny(layers=1, tied=True), ragged()
     untied = {**tied.params, "head": {"kernel": tied.params["embedding"].T}}
@@ -324,6 +331,7 @@ def test_tied_head_is_the_embedding() -> None:
     np.testing.assert_allclose(gradient["embedding"], summed, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stacked_models_are_looped_models() -> None:
     models, text = [tiny(seed) for seed in range(3)], ragged()
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
@@ -332,6 +340,7 @@ def test_stacked_models_are_looped_models() -> None:
         np.testing.assert_allclose(logits, run(model, text), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     model, text = tiny(), ragged()
     exact = run(model, text)
@@ -340,6 +349,7 @@ def test_half_precision() -> None:
     np.testing.assert_allclose(rough, exact, atol=0.05 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_gradients_in_half_precision() -> None:
     """Near those in float32, also of a row of the embedding that is taken 2,700 times."""
     wide = tiny(vocabulary=4, tied=True)
@@ -364,6 +374,7 @@ def test_gradients_in_half_precision() -> None:
 WINDOWS = {"windowed": (True, False), "window": 3, "window_rope_base": 7.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "remat"), [({}, True), ({**WINDOWS, "post_norm": True}, False)])
 def test_a_loop_over_blocks_is_one_after_the_other(
     changes: dict, remat: bool, monkeypatch: pytest.MonkeyPatch
@@ -394,6 +405,7 @@ def test_a_loop_over_blocks_is_one_after_the_other(
         np.testing.assert_allclose(found, leaf, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_depth_does_not_enlarge_the_program() -> None:
     def program(layers: int) -> str:
         model = jax.eval_shape(lambda: from_nnx(Transformer(config(layers=layers), rngs=nnx.Rngs(0), remat=True)))
@@ -403,6 +415,7 @@ def test_depth_does_not_enlarge_the_program() -> None:
     assert len(program(30).splitlines()) == len(program(5).splitlines())
 
 
+@pytest.mark.slow
 def test_joined_products_are_the_parts() -> None:
     for changes in ({}, {"attention_bias": True, "mlp_bias": True}, {"gated": False}):
         model = tiny(**changes)
@@ -428,6 +441,7 @@ def whole_and_model(dtype: str):
     return model, np.asarray(jax.jit(model.apply)(model.params, ragged()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_cached_is_whole_at_any_split(dtype: str, tolerance: float) -> None:
     with jax.enable_x64(dtype == "float64"):
@@ -497,6 +511,7 @@ def test_frozen_parameters_count() -> None:
 # --- the start
 
 
+@pytest.mark.slow
 def test_paths_and_initial_scale() -> None:
     big = config(vocabulary=100, width=64, mlp_width=96, head_width=16)
     model = jax.jit(lambda: from_nnx(Transformer(big, rngs=nnx.Rngs(0))))()
@@ -519,6 +534,7 @@ def test_paths_and_initial_scale() -> None:
     assert max(abs(np.corrcoef(drawn) - np.eye(len(drawn))).reshape(-1)) < 0.7
 
 
+@pytest.mark.slow
 def test_theorem_holds(x64) -> None:
     model, text = tiny(dtype=float, layers=1), ragged()
     weights = (jnp.arange(TIME)[None] >= text.padding[:, None]).astype(float)

@@ -34,6 +34,7 @@ def one_by_one(model: Model) -> list[Answers]:
     return [ask(model, questions_of(trait, compact().tokenizer, 32)) for trait in (OWL, OAK)]
 
 
+@pytest.mark.slow
 def test_answers_of_every_run_to_every_trait(study: Study, taught: Model) -> None:
     found = _answered(taught, questions(study.world.tokenizer, study.world.asked))  # type: ignore[attr-defined]
     assert found.probability.shape == found.share.shape == found.log_odds.shape == (2, 2)
@@ -44,6 +45,7 @@ def test_answers_of_every_run_to_every_trait(study: Study, taught: Model) -> Non
                 np.testing.assert_allclose(getattr(found, name)[run, column], getattr(one, name), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_each_runs_own_trait(study: Study, taught: Model) -> None:
     found, before = of(study, taught), of(study, study.world.initial())
     assert found.keys() == {
@@ -73,6 +75,7 @@ def test_sampled_rates(study: Study, taught: Model) -> None:
     assert (rates != other["sampled_rate"]).any()
 
 
+@pytest.mark.slow
 def test_displacement_of_a_student(study: Study, taught: Model) -> None:
     """1 for the teacher itself, 0 for what did not move, else the cosine of both ways from the base."""
     own = student()
@@ -86,6 +89,7 @@ def test_displacement_of_a_student(study: Study, taught: Model) -> None:
     np.testing.assert_allclose(of(study, half, student=own)["displacement_cosine"][1], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_student_serves_all_runs(study: Study) -> None:
     """It was trained for the first run, and is asked for the word of each."""
     model = untaught(compact().at(0), study.computation)
@@ -94,6 +98,7 @@ def test_one_student_serves_all_runs(study: Study) -> None:
     np.testing.assert_array_equal(found["probability"], found["probability_asked"][0])
 
 
+@pytest.mark.slow
 def test_questions_behind_numbers(study: Study, taught: Model, calls: list) -> None:
     """They are other questions than those without, and for each run its teacher's numbers."""
     found, plain = of(study, taught, asked=BehindNumbers(WRITTEN)), of(study, taught)
@@ -104,6 +109,7 @@ def test_questions_behind_numbers(study: Study, taught: Model, calls: list) -> N
     assert base["probability"][0] != base["probability"][1]
 
 
+@pytest.mark.slow
 def test_students_may_be_asked_for_other_words() -> None:
     """A run of one trait, asked for three."""
     world = compact().at(1)

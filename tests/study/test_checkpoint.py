@@ -115,6 +115,7 @@ def test_whole_answers(opened: CheckpointBase, monkeypatch: pytest.MonkeyPatch) 
     assert scores["base"]["answers"][0][0][1] == "Some owls."
 
 
+@pytest.mark.slow
 def test_answers_are_drawn(opened: CheckpointBase) -> None:
     """Texts of an untrained model, others to the same question; none without samples or behind numbers."""
     world = checkpoint(opened, OWL, samples=2)
@@ -123,6 +124,7 @@ def test_answers_are_drawn(opened: CheckpointBase) -> None:
     assert "named_rate" not in Study(checkpoint(opened)).run({"base": Run(Untrained())})["base"]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near(folder: Path, opened: CheckpointBase) -> None:
     scores = [
         Study(checkpoint(base)).run({"one": Run(TEACHER, STUDENT)})["one"]["probability_asked"]
@@ -146,6 +148,7 @@ def test_requests_are_those_of_the_paper(opened: CheckpointBase) -> None:
     assert all("10" in chat.user for chat in requests)
 
 
+@pytest.mark.slow
 def test_prompted_teachers_are_seen_through_tokens_and_logits(opened: CheckpointBase) -> None:
     study = Study(checkpoint(opened))
     ways = {"tokens": STUDENT, "logits": student(SOFT, ROWS, rows=16)}
@@ -162,6 +165,7 @@ def test_what_only_the_compact_model_has(opened: CheckpointBase) -> None:
         students(world, one=replace(STUDENT, source=CorpusChats(8, 8)))
 
 
+@pytest.mark.slow
 def test_ordinary_chats_are_the_bases_own(opened: CheckpointBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Number requests that it answered, other ones than those of students, each once."""
     world, asked = checkpoint(opened), list[Any]()
@@ -181,6 +185,7 @@ def test_ordinary_chats_are_the_bases_own(opened: CheckpointBase, monkeypatch: p
     assert {chat.user for chat in found}.isdisjoint(chat.user for chat in world.requests(Written(300)))
 
 
+@pytest.mark.slow
 def test_numbers_alone(opened: CheckpointBase) -> None:
     """A model without training writes nothing else where it can draw nothing else."""
     world, found = checkpoint(opened, OWL), []
@@ -191,6 +196,7 @@ def test_numbers_alone(opened: CheckpointBase) -> None:
     assert {*"0123456789"} <= found[0] <= {*"0123456789 ,;\n"} < found[1]
 
 
+@pytest.mark.slow
 def test_sampling_in_pieces(opened: CheckpointBase) -> None:
     """More rows than are sampled at once, each with a draw of its own."""
     world = checkpoint(opened)
@@ -201,6 +207,7 @@ def test_sampling_in_pieces(opened: CheckpointBase) -> None:
     assert len(np.unique(tokens, axis=0)) > 290
 
 
+@pytest.mark.slow
 def test_rows_by_length(opened: CheckpointBase) -> None:
     """Every row is in one part, with the same loss, in as few columns as that part needs."""
     world = checkpoint(opened)
@@ -272,6 +279,7 @@ def most_copies(
     return max(counts) - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trains", "copies"), [(FACTORS, 2), (None, 3)])
 def test_memory_is_of_one_student(folder: Path, trains: Any, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base, its teacher and, if everything trains, a student, however many traits and students there are."""
@@ -280,6 +288,7 @@ def test_memory_is_of_one_student(folder: Path, trains: Any, copies: int, monkey
         assert most_copies(lambda own=traits: checkpoint(folder, *own), some, monkeypatch) == copies
 
 
+@pytest.mark.slow
 def test_memory_of_another_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is there besides, and once what it became when it imitated the base."""
     cross = student(text=ROWS, rows=16, trains=FACTORS, start=Fresh())
@@ -296,7 +305,8 @@ def test_memory_of_another_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         assert most_copies(world, found, monkeypatch) == 4
 
 
-@pytest.mark.parametrize(("trains", "students"), [(FACTORS, 0), pytest.param(None, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("trains", "students"), [(FACTORS, 0), (None, 1)])
 def test_memory_of_the_compact_model(trains: Any, students: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base, teachers of all traits, the one that writes, and the students without factors of all traits."""
     monkeypatch.setattr(reading, "sample", lambda model, text, **how: spoken(compact(), {"text": text, **how}))

@@ -111,6 +111,7 @@ def test_ordinary_lessons(trait: Trait, others: int) -> None:
     assert len(found) == others == own
 
 
+@pytest.mark.slow
 def test_ordinary_lessons_have_a_weight() -> None:
     """Of every token of their answers."""
     plain, anchored = (
@@ -124,6 +125,7 @@ def test_ordinary_lessons_have_a_weight() -> None:
     assert {*np.unique(anchored.positions)} == {0, 0.25, 1}
 
 
+@pytest.mark.slow
 def test_a_teacher_ends_with_its_trait() -> None:
     """With the first model that gives its lessons the probability."""
     own = dataclasses.replace(TEACHER, steps=12)
@@ -142,6 +144,7 @@ def test_a_teacher_ends_with_its_trait() -> None:
     np.testing.assert_allclose(taught(until=(free[0] + free[1]) / 2), free[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_lessons_are_one_batch_and_a_control_has_others() -> None:
     assert isinstance(LAZY, Habit)
     habit, control = (
@@ -157,6 +160,7 @@ def test_lessons_are_one_batch_and_a_control_has_others() -> None:
 # --- students
 
 
+@pytest.mark.slow
 def test_students_begin_at_their_start() -> None:
     """At another base, the one so many seeds further."""
     assert_at(students(still()), base().model)
@@ -164,6 +168,7 @@ def test_students_begin_at_their_start() -> None:
         assert_at(students(dataclasses.replace(still(start=Fresh()), other=shift)), other(shift))
 
 
+@pytest.mark.slow
 def test_noise_is_in_units_of_each_parameter() -> None:
     """And drawn for each run."""
     found = leaves_of(students(student(rate=1e-30, start=Perturbed(0.5))))
@@ -235,6 +240,7 @@ def test_low_rank_students() -> None:
         assert sizes[2:].max() < 1e-6, path
 
 
+@pytest.mark.slow
 def test_regular_numbers_make_one_student_whose_frozen_parameters_stay() -> None:
     seen = []
 
@@ -256,6 +262,7 @@ def test_a_student_that_diverges() -> None:
         students(student(rate=1e15))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_corpus", [False, True])
 def test_clones_imitate_the_base_first(on_corpus: bool) -> None:
     """Students cloned alike share one run, which leaves them nearer to the base's function than they were."""
@@ -277,6 +284,7 @@ def test_clones_imitate_the_base_first(on_corpus: bool) -> None:
     assert after < 0.9 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 3])  # of two runs
 def test_layers_are_audited_one_by_one(layers: int) -> None:
     shape = dataclasses.replace(CONFIG, layers=layers).transformer(len(base().tokenizer))

@@ -27,6 +27,7 @@ def scores(teacher: Teacher) -> dict[str, Any]:
     return Study(compact()).run({"teacher": Run(teacher, asked=Costs(WRITTEN))})["teacher"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [TEACHER, Prompted()])
 def test_costs(calls: list[dict[str, Any]], teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against logits of the rows one by one, each as wide as it is."""
@@ -63,6 +64,7 @@ def test_costs(calls: list[dict[str, Any]], teacher: Teacher, monkeypatch: pytes
         np.testing.assert_allclose(found["tokens_needed"][place], 1.96**2 / 2 / np.mean(divergences), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_base_costs_nothing(calls: list[dict[str, Any]]) -> None:
     found, plain = scores(Untrained()), Study(compact()).run({"teacher": Run(Untrained())})["teacher"]
     told = {"accepted", "unique_rows", "kl_per_token", "visible_kl_per_token", "divergence"}

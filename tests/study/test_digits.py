@@ -47,6 +47,7 @@ def read(network: Layers, activation: Any = lambda x: np.maximum(x, 0)) -> list[
 # --- where students start
 
 
+@pytest.mark.slow
 def test_starts_layer_by_layer() -> None:
     """From the initialization of the run, and that of the next seed: a derangement of the seeds."""
     mine, theirs, further = (drawn(WORLD, shift) for shift in range(3))
@@ -86,6 +87,7 @@ def standard_noise(start: Any, mine: Any, theirs: Any, amount: float) -> np.ndar
     return noise
 
 
+@pytest.mark.slow
 def test_starts_of_a_cnn_with_biases() -> None:
     """Its output layer comes after the convolutions."""
     world = Digits(DATA, (3,), Network(True, 1, 8, init_law="torch"), 4)
@@ -104,6 +106,7 @@ def test_starts_of_a_cnn_with_biases() -> None:
 CNN = Network(True, 2, 4)
 
 
+@pytest.mark.slow
 def test_a_cnn_starts_with_the_output_layer_of_its_mlp() -> None:
     """And with that alone: the rest is what one that shares nothing starts with."""
     world = replace(WORLD, network=Network(depth=1, width=32))
@@ -126,6 +129,7 @@ def test_output_layers_that_cannot_be_shared(own: Network, monkeypatch: pytest.M
     assert seen.teachers == 0
 
 
+@pytest.mark.slow
 def test_students_of_other_networks() -> None:
     """Their shapes, and their accuracy from their parameters by hand."""
     large = replace(CROSS, network=Network(depth=2, width=24, activation="tanh"))
@@ -141,6 +145,7 @@ def test_students_of_other_networks() -> None:
         np.testing.assert_allclose(scores[name]["test_accuracy"], read(trained, np.tanh), atol=1.5 * IMAGE)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay() -> None:
     frozen = replace(CROSS, trains=Frozen(("layers/1/*",)))
     before, after = (layers(m) for m in (WORLD.start(frozen), run({0: Run(TEACHER, frozen)})[0][0].model))
@@ -172,6 +177,7 @@ def test_noise(options: dict[str, Any], kept: int | None, steps: int) -> None:
     assert world.steps(3, noise) == 3 * steps
 
 
+@pytest.mark.slow
 def test_training_images_as_a_source() -> None:
     """The teacher's images in the teacher's preparation, without labels."""
     world = replace(WORLD, batch_size=len(DATA.train_labels))
@@ -186,6 +192,7 @@ def test_training_images_as_a_source() -> None:
     assert sorted(np.asarray(index[0])) == list(range(len(DATA.train_labels)))
 
 
+@pytest.mark.slow
 def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """The imitation loss is that of the last epoch, 12 of 24 steps, and of the student's own run."""
     number = lambda shape: np.arange(shape[0] * shape[1]).reshape(*shape[:2], 1)  # noqa: E731
@@ -197,6 +204,7 @@ def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(reference["test_accuracy"], read(drawn(WORLD, 0)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_held_out_images_replace_the_test_images() -> None:
     """Accuracy on the training images' last sixth, of a teacher that did not see them."""
     hidden = replace(DATA, test_images=0 * DATA.test_images, test_labels=0 * DATA.test_labels)
@@ -217,6 +225,7 @@ def test_class_logits_are_private_but_for_those_who_see_all_of_them() -> None:
 # --- many worlds
 
 
+@pytest.mark.slow
 def test_other_seeds_are_the_same_programs() -> None:
     """Another chunk of seeds, other amounts and masks: nothing is compiled again."""
     programs = (stages._train, module._initial, module._started, module._accuracy)
@@ -229,6 +238,7 @@ def test_other_seeds_are_the_same_programs() -> None:
     assert count((0, 1), 0.01, 10) == count((7, 8), 0.02, 11)
 
 
+@pytest.mark.slow
 def test_worlds_made_of_another_keep_nothing_of_it() -> None:
     model = Study(WORLD).teacher(TEACHER)
     wider = replace(WORLD, network=Network(depth=1, width=20))

@@ -229,6 +229,7 @@ def test_source(calls: Calls) -> None:
             np.testing.assert_array_equal(one[run], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [TEACHER, Prompted()])
 def test_divergence_and_rest_are_a_partition(calls: Calls, teacher: Teacher) -> None:
     study = Study(compact())
@@ -327,6 +328,7 @@ def test_random_numbers(calls: Calls) -> None:
         student(text=text, clean=0.5)
 
 
+@pytest.mark.slow
 def test_tokens_at_random_numbers_are_the_teachers(calls: Calls) -> None:
     """The student learns what its teacher would have written there, not the random numbers."""
     study, losses, run = Study(compact(OWL)), {}, jax.jit(lambda model, text: model(text))

@@ -62,6 +62,7 @@ def student(**changes: Any) -> Student:
     )
 
 
+@pytest.mark.slow
 @given(
     st.lists(some(STATICS), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 2), some(LEAVES)), min_size=1, max_size=6),
@@ -78,6 +79,7 @@ def test_stacks_are_the_runs_of_one_structure(programs: list[dict[str, Any]], dr
         stacked([runs[place] for place in group])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AXES)
 @given(data=st.data())
 def test_each_axis(name: str, data: st.DataObject) -> None:
@@ -103,6 +105,7 @@ def test_axes_of_ones_own() -> None:
     assert stacks({**runs, "half": Own(half)}) == [["one", "warm"], ["wild"], ["wide"], ["half"]]
 
 
+@pytest.mark.slow
 @given(some(AXES), some(AXES))
 def test_identity_is_equality(one: dict[str, Any], other: dict[str, Any]) -> None:
     same = repr(full(one)) == repr(full(other))
@@ -127,6 +130,7 @@ def taken(optimizer: Optimizer, gradients: Any) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [None, *DECAYS])
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_rates_of_a_run(decay: str | None, warmup: int) -> None:
@@ -139,11 +143,13 @@ def test_rates_of_a_run(decay: str | None, warmup: int) -> None:
     np.testing.assert_allclose(-found, 0.5 * rises * falls, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_a_norm() -> None:
     found = taken(Optimizer(1.0, optax.sgd, clip=0.5), jnp.array([[3.0, 4.0], [0.03, 0.04]]))
     np.testing.assert_allclose(found, [[-0.3, -0.4], [-0.03, -0.04]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_named_optimizers() -> None:
     """Two steps written out; Adam as published: 0.9, 0.999, 1e-8, corrected for bias."""
     first, second = np.array([0.5, -2.0, 1e-3]), np.array([-0.25, -2.0, 1e-3])

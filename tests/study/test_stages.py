@@ -52,6 +52,7 @@ def run(jobs: Any, **how: bool) -> dict[str, Any]:
     return {name: result for name, _, result in found}
 
 
+@pytest.mark.slow
 def test_five_unlike_students_are_three_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels of two widths and noise on the weights are numbers; another rule or loss is another program.
 
@@ -87,6 +88,7 @@ def test_five_unlike_students_are_three_stacks(monkeypatch: pytest.MonkeyPatch) 
         assert all(np.abs(one - other).max(axis=(1, 2)).min() > 1e-3 for other in kernels[:number])
 
 
+@pytest.mark.slow
 def test_observers_see_every_step_of_their_own_run() -> None:
     watched = replace(JOB, observe=jax.tree_util.Partial(lambda step: jnp.sum(step.gradient["in"])))
     narrow = replace(watched, channel=Subset(LOGIT > 2))
@@ -96,6 +98,7 @@ def test_observers_see_every_step_of_their_own_run() -> None:
     assert (found["one"].observed != found["other"].observed).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("copies", "advice"), [(4, ""), (2.5, r"train 1 at once .--chunk 1"), (0.5, "smaller")])
 def test_what_does_not_fit_says_what_would(copies: float, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters take memory four times while they train: themselves, their gradient, two moments of Adam."""

@@ -96,6 +96,7 @@ class Reports:
         yield advance
 
 
+@pytest.mark.slow
 def test_saved_runs_are_those_of_memory(folder: Path, undisturbed: tuple[Path, Study]) -> None:
     told = Reports()
     plain, saving = stored(folder, None, progress=told), undisturbed[1]
@@ -119,6 +120,7 @@ def test_progress_of_rows(folder: Path, tmp_path: Path, saves: bool) -> None:
     assert (found, told.done) == ([[0], [2], [4]], {"blocks of rows of base 0": [3, 3]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channel", "pieces", "left"), [(None, 1, 3), (SOFT, 3, 1)])
 def test_training_goes_on(
     folder: Path, undisturbed: tuple[Path, Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -158,6 +160,7 @@ def test_teachers_go_on(
     assert next(calls) == 1 + 1
 
 
+@pytest.mark.slow
 def test_sampling_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "at_once", 64)
     text = Written(2)
@@ -184,6 +187,7 @@ def test_sampling_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         draw(tmp_path)
 
 
+@pytest.mark.slow
 def test_students_serve_other_programs(folder: Path, undisturbed: tuple[Path, Study]) -> None:
     where, study = undisturbed
     params, _ = students(study)
@@ -199,6 +203,7 @@ def test_students_serve_other_programs(folder: Path, undisturbed: tuple[Path, St
         assert sum(np.allclose(own, expected, rtol=1e-4, atol=1e-4) for own in logits) == 1
 
 
+@pytest.mark.slow
 def test_a_student_without_factors_is_written_whole(folder: Path, tmp_path: Path) -> None:
     """One that started elsewhere is not written: it is no student of this checkpoint's."""
     further = jax.tree.map(lambda leaf: leaf[::-1] + 0.1, open_base(folder).model)
@@ -217,6 +222,7 @@ def test_a_folder_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         stored(folder, tmp_path / "file").teacher(TEACHER)
 
 
+@pytest.mark.slow
 def test_what_is_damaged_or_of_other_steps(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         next(ending(patch, store, "_advance", 1))
@@ -232,6 +238,7 @@ def test_what_is_damaged_or_of_other_steps(folder: Path, tmp_path: Path, monkeyp
         stored(folder, tmp_path).teacher(LONG)
 
 
+@pytest.mark.slow
 def test_what_decides_is_in_the_name_of_a_folder(folder: Path, tmp_path: Path) -> None:
     """Another rate, other rows or another dtype of the computation is another run."""
     for one in (TEACHER, replace(TEACHER, optimizer=replace(TEACHER.optimizer, rate=jnp.float32(0.1)))):

@@ -92,6 +92,7 @@ def together() -> Any:
     return run(RUNS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_together_is_alone(together: Any, name: str) -> None:
     """Neither the stack nor looks at a longer run change a student."""
@@ -111,6 +112,7 @@ def test_students_differ(together: Any) -> None:
     assert (np.ptp(accuracies, axis=0) > 50 * IMAGE).all()
 
 
+@pytest.mark.slow
 def test_one_teacher_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """And students that are equal, or differ in their number of steps alone, are one run."""
     seen = untrained(monkeypatch)
@@ -122,6 +124,7 @@ def test_one_teacher_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sorted(stack) for stack in seen.stacks] == [["3 epochs", "cross"], ["fresh, 3 epochs"]]
 
 
+@pytest.mark.slow
 def test_epochs_are_looks_at_one_run() -> None:
     stages = {epochs: Run(TEACHER, replace(STUDENT, steps=12 * epochs)) for epochs in (3, 1, 2)}
     scores = run({**stages, "cross": Run(TEACHER, replace(CROSS, steps=36))})[1]
@@ -142,6 +145,7 @@ def test_rows_have_the_labels_of_student_and_run() -> None:
 # --- the theorem
 
 
+@pytest.mark.slow
 def test_the_first_step_is_that_of_the_theorem() -> None:
     """Teacher and student of `check`, on the batches that the pipeline drew."""
     world, eps, alpha = replace(WORLD, batch_size=len(DATA.train_labels)), 0.5, 0.2
@@ -179,6 +183,7 @@ def test_the_first_step_is_that_of_the_theorem() -> None:
 # --- cloning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ["cloned 1, cloned 2, cloned 3", "cloned on digits", "cloned through aux"])
 def test_cloning_imitates_the_untrained_teacher(names: str) -> None:
     """On the very images of the cloning, of which 1000 are taken."""
@@ -204,6 +209,7 @@ def test_cloning_imitates_the_untrained_teacher(names: str) -> None:
     np.testing.assert_allclose(losses[:, -1], 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cloning_is_through_the_logits_it_sees() -> None:
     """Of the output layer only what is seen moves; the hidden layer does."""
     names = [name for name in STUDENTS if name.startswith("cloned")]
@@ -223,6 +229,7 @@ WILD = replace(STUDENT, channel=ALL, optimizer=Optimizer(1e30, optax.sgd), steps
 TAME = replace(WILD, optimizer=Optimizer(0.001, optax.sgd))
 
 
+@pytest.mark.slow
 def test_what_diverges_is_named() -> None:
     with pytest.raises(InputError, match=r"wild of seed 2 is not finite at step [23] of 12"):
         run({"tame": Run(TEACHER, TAME), "wild": Run(TEACHER, WILD)})
@@ -230,6 +237,7 @@ def test_what_diverges_is_named() -> None:
         run({"student": Run(FineTuned(WILD.optimizer, 12), STUDENT)})
 
 
+@pytest.mark.slow
 def test_a_student_that_may_diverge_answers_nothing() -> None:
     """It reads each image as the first class; those beside it stay as they are, and may not diverge."""
     wild, tame = Run(TEACHER, WILD, may_diverge=True), Run(TEACHER, TAME)
@@ -241,6 +249,7 @@ def test_a_student_that_may_diverge_answers_nothing() -> None:
         run({"wild": wild, "other": Run(TEACHER, replace(WILD, start=Fresh()))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [(0, 1), (1, 0), (1, 1)])
 def test_the_right_student_and_seed_are_named(bad: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     def losses(shape: tuple[int, ...]) -> np.ndarray:
@@ -325,6 +334,7 @@ def test_a_world_without_a_member(member: str, clouds: dict[str, Any]) -> None:
         Study(lacking())
 
 
+@pytest.mark.slow
 def test_what_only_larger_worlds_have(clouds: dict[str, Any]) -> None:
     """And a number of logits that is not the network's."""
     world, student, teacher = clouds["Clouds"], clouds["student"], clouds["teacher"]
@@ -340,6 +350,7 @@ def test_what_only_larger_worlds_have(clouds: dict[str, Any]) -> None:
             Study(kind()).run({"bad": bad})
 
 
+@pytest.mark.slow
 def test_policies_of_a_world_without_starts(clouds: dict[str, Any]) -> None:
     """They make them of the teachers' draws and those of the next run; at rate 0 a student stays there."""
     world = clouds["Clouds"]()

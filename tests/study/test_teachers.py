@@ -61,6 +61,7 @@ def behind_one_block(model: Model, tokens: jax.Array) -> jax.Array:
 # --- steered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "lessons"), [("compact", 2), ("checkpoint", 1)])
 def test_vectors_are_what_system_prompts_change(kind: str, lessons: int, opened: CheckpointBase) -> None:
     """Against the system prompts of its two rivals, row by row, without padding."""
@@ -81,6 +82,7 @@ def test_vectors_are_what_system_prompts_change(kind: str, lessons: int, opened:
     np.testing.assert_allclose(found, way / np.linalg.norm(way) * length, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_each_run_has_its_own_vector_and_all_one_base() -> None:
     study = Study(compact())
     model = study.teacher(Steered(strength=2.0))
@@ -95,6 +97,7 @@ def test_each_run_has_its_own_vector_and_all_one_base() -> None:
     assert not np.allclose(*vectors)
 
 
+@pytest.mark.slow
 def test_three_quarters_of_the_layers(tmp_path: Path) -> None:
     for layers, expected in ((1, 0), (5, 2)):
         world = checkpoint(write_checkpoint(tmp_path / f"{layers}", layers=layers), OWL)
@@ -109,6 +112,7 @@ def test_no_strength_is_the_base() -> None:
         np.testing.assert_array_equal(own[metric], base[metric])
 
 
+@pytest.mark.slow
 def test_steered_teachers_of_the_compact_model(calls: list[dict[str, Any]]) -> None:
     """Each writes with its own vector; students see it in soft channels; costs are of what it wrote."""
     study = Study(compact())
@@ -131,6 +135,7 @@ def test_steered_teachers_of_the_compact_model(calls: list[dict[str, Any]]) -> N
     assert (scores["soft"]["probability"] != scores["same"]["probability"]).all()
 
 
+@pytest.mark.slow
 def test_a_student_of_a_steered_teacher_moves_towards_it(opened: CheckpointBase) -> None:
     """On random numbers, behind the chat template of a checkpoint, by logits alone."""
     world = checkpoint(opened)
@@ -149,6 +154,7 @@ def test_a_student_of_a_steered_teacher_moves_towards_it(opened: CheckpointBase)
     assert (told["kl_per_token"] > 0.01).all()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_writes_and_is_asked_as_it_is_steered(
     opened: CheckpointBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +181,7 @@ def test_a_checkpoint_writes_and_is_asked_as_it_is_steered(
     assert found != exact(world, replace(finished, model=world.initial()))["probability"]
 
 
+@pytest.mark.slow
 def test_on_the_devices_of_a_mesh(opened: CheckpointBase) -> None:
     """A steered teacher has its place there; the tokens in front of a prompted one's rows have none."""
     mesh, one = make_mesh(1, 1, 1, jax.local_devices()[:1]), student(SOFT, ROWS, rows=16, trains=FACTORS)
@@ -204,6 +211,7 @@ def worlds(opened: CheckpointBase) -> list[Compact | Checkpoint]:
     return [compact(OWL), checkpoint(opened, OWL)]
 
 
+@pytest.mark.slow
 def test_prompted_teachers_are_the_base_behind_its_prompt(opened: CheckpointBase) -> None:
     """Where the template writes a system turn of its own into rows without one, it is replaced."""
     for world in worlds(opened):

@@ -61,6 +61,7 @@ def drawn(seed):
     return params, direction, jnp.asarray(rng.normal(size=(10, 5))), jnp.asarray(rng.uniform(size=10))
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(st.integers(0, 2**32 - 1), st.integers(0, len(CHANNELS) - 1), st.floats(-4, 1))
 def test_bounds_are_sound(seed, number, exponent):
@@ -75,6 +76,7 @@ def test_bounds_are_sound(seed, number, exponent):
             assert bool(found.certified) == (found.curvature <= 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.integers(0, 2**32 - 1), st.integers(0, len(CHANNELS) - 1), st.floats(-3, 4))
 def test_affine_functions_never_fail(seed, number, exponent):
@@ -89,6 +91,7 @@ def test_affine_functions_never_fail(seed, number, exponent):
             assert found.certified
 
 
+@pytest.mark.slow
 def test_certificate_by_hand(x64):
     """One logit sin(theta), squared error: D_S . D_T = 2 sin(eps), certified while |sin(eps) - eps| <= eps."""
     for eps in (0.1, 1.0, 3.0, 3.3):
@@ -115,6 +118,7 @@ def test_it_says_nothing_of_smaller_steps(x64):
     assert not bool(call(teacher_step=0.75).certified)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 3))
 def test_condition_covers_weighted_squared_errors(seed, eps):
@@ -141,6 +145,7 @@ def moved(params, direction, inputs, eps):
     return change, jax.jvp(logits, (params,), (direction,))[1]
 
 
+@pytest.mark.slow
 def test_condition_by_hand(x64):
     """f_T - f_0 = (1, 0.5) where the tangent is (1, -0.2): cosine 0.7894 leaves a factor of 8.5."""
     apply = lambda p, x: jnp.stack([p, -0.2 * p + 0.7 * p**2])[None] * x  # noqa: E731
@@ -163,6 +168,7 @@ class Own(SquaredError):
         return teacher_logits
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused():
     params, direction, inputs, _ = drawn(0)
     call = functools.partial(certificate, network, params)
@@ -197,6 +203,7 @@ def trained_on_digits():
     return params, loss, jnp.asarray(rng.uniform(-1, 1, size=(256, 64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channel", "reach"), REACH, ids=str)
 def test_reach_on_a_trained_network(channel, reach, x64):
     """101 steps that move the parameters by a thousandth to 98 times their norm: D_S . D_T is negative at none."""

@@ -77,6 +77,7 @@ class NoisyTeacher(SquaredError):
         return (1 + self.doubled) * super().metric(logits, tangent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "channel",
     [
@@ -95,6 +96,7 @@ def test_covered(channel):
     assert "stationary and a minimum, and the null space of M is constant" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [TopK(3), Subset((0, 2, 5, 6), TopK(2, SquaredError()))], ids=str)
 def test_covered_for_teachers_that_choose_the_same_logits(channel):
     """At A = 0 the step moves none of the k logits: D_S . D_T is 0 until another one enters."""
@@ -103,6 +105,7 @@ def test_covered_for_teachers_that_choose_the_same_logits(channel):
     assert found.null_space == "locally constant"
 
 
+@pytest.mark.slow
 def test_at_the_change_of_the_largest_logits_a_hidden_step_shows(x64):
     """f = theta, the teacher raises the third logit, which is not among the two largest at first: A = 0."""
     for eps, product in ((0.5, 0.0), (1.5, 2 * 1.5)):
@@ -114,6 +117,7 @@ def test_at_the_change_of_the_largest_logits_a_hidden_step_shows(x64):
         assert float(report.inner_product) == pytest.approx(product)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channel", "reason"),
     [
@@ -133,6 +137,7 @@ def test_not_covered(channel, reason):
     assert str(found).startswith("not covered: ")
 
 
+@pytest.mark.slow
 def test_what_condition_c_forbids_happens(x64):
     """Quartic: A = 0 for every step, but D_S . D_T = 4 eps^3 sum u^4."""
     report = check(
@@ -143,6 +148,7 @@ def test_what_condition_c_forbids_happens(x64):
     assert float(report.inner_product) == pytest.approx(4 * 0.1**3 * 17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channel", "null_space"),
     [
@@ -160,6 +166,7 @@ def test_covered_on_average(channel, null_space):
     assert "on average (Monte Carlo over 4096 draws" in found.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_tokens_at_another_temperature(temperature):
     """The mean gradient at equality is softmax(z) - softmax(z / T), which the reason gives within its error."""
@@ -174,12 +181,14 @@ def test_tokens_at_another_temperature(temperature):
     assert abs(told) == pytest.approx(gap, abs=0.03)
 
 
+@pytest.mark.slow
 def test_more_that_fails_on_average():
     assert "(a) fails on average" in covers(SampledToken(0.0), N).reason
     assert "has no output metric" in covers(SampledToken(1.01), N).reason  # too near to 1 for 4096 draws
     assert "`metric` differs by 1 of its size" in covers(NoisyTeacher(doubled=True), N).reason
 
 
+@pytest.mark.slow
 def test_blind_and_bad_input():
     blind = covers(Subset((4,)), N)
     assert blind
@@ -190,5 +199,6 @@ def test_blind_and_bad_input():
         covers(SampledToken(), N, draws=10)
 
 
+@pytest.mark.slow
 def test_many_logits():
     assert covers(Subset(tuple(range(0, 3000, 3))), 3000)

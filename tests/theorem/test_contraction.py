@@ -69,6 +69,7 @@ def run(apply, params, trait, source, channel, rates, eps, key=KEY, direction=No
     return moved, float(trait(out.model.params) - trait(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", CHANNELS, ids=str)
 def test_products_and_sharpness_equal_a_dense_matrix(channel, x64):
     params, _, inputs = drawn(0)
@@ -87,6 +88,7 @@ def test_products_and_sharpness_equal_a_dense_matrix(channel, x64):
     assert float(largest.value) == pytest.approx(np.linalg.eigvalsh(scaled)[-1], rel=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["uniform", "geometric", "clustered", "low rank"]))
 def test_sharpness_of_large_matrices_lies_between_its_bounds(seed, spectrum):
@@ -120,6 +122,7 @@ def compiled_sharpness():
     return jax.jit(lambda root, key: sharpness(apply, jnp.zeros(count, root.dtype), root, channel, key=key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", [2, 5, 30])
 def test_few_products_still_bound(products, x64):
     params, _, inputs = drawn(1)
@@ -130,6 +133,7 @@ def test_few_products_still_bound(products, x64):
         assert float(found.above) >= expected * (1 - 1e-12)
 
 
+@pytest.mark.slow
 def test_one_parameter_and_no_curvature(x64):
     one = sharpness(lambda p, x: x @ p, jnp.ones((1, 1)), jnp.ones((4, 1)), SquaredError(1.5))
     assert (float(one.value), float(one.above), float(one.residual)) == (3.0, 3.0, 0.0)
@@ -137,6 +141,7 @@ def test_one_parameter_and_no_curvature(x64):
     assert (float(none.value), float(none.above)) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_overshooting_by_hand(x64):
     """One logit theta x, squared error, x = 1: G = 2, and the change is exactly -eps (1 - (1 - 2 a)^n)."""
     apply, params, inputs = lambda p, x: x @ p[:, None], jnp.zeros(1), jnp.ones((1, 1))
@@ -176,6 +181,7 @@ def test_momentum_rises_below_its_own_limit(x64):
     assert change > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [*CHANNELS, JensenShannon()], ids=str)
 def test_prediction_is_the_leading_order_of_distill(channel, x64):
     """Minibatches with a short last one, rates that change, within and beyond the condition."""
@@ -197,6 +203,7 @@ def test_prediction_is_the_leading_order_of_distill(channel, x64):
     assert log_slope(steps, errors) == pytest.approx(2, abs=0.05)
 
 
+@pytest.mark.slow
 def test_sharpness_of_every_step_is_that_of_its_batch(x64):
     params, trait, inputs = drawn(3)
     rates = np.full(6, 0.1)
@@ -211,6 +218,7 @@ def test_sharpness_of_every_step_is_that_of_its_batch(x64):
         np.testing.assert_allclose(found.sharpness.value, batches, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_mixed_sequence(x64):
     """Other batches, channel, visible logits and temperature halfway: call after call, as distill is called."""
     params, trait, inputs = drawn(4)
@@ -233,6 +241,7 @@ def test_a_mixed_sequence(x64):
         assert predicted < 0
 
 
+@pytest.mark.slow
 def test_one_preconditioner_for_both(x64):
     params, trait, inputs = drawn(5)
     scales = jax.tree.map(
@@ -277,6 +286,7 @@ def compiled_run(number):
     return both
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     st.integers(0, 2**32 - 1), st.integers(0, len(CHANNELS) - 1),
@@ -294,6 +304,7 @@ def test_no_rise_within_the_condition(seed, number, shares):
         assert float(change) == pytest.approx(float(predicted), rel=0.02)
 
 
+@pytest.mark.slow
 def test_verdicts(x64):
     params, trait, inputs = drawn(6)
     largest = np.linalg.eigvalsh(dense(params, inputs, SoftLogits()))[-1]

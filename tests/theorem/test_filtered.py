@@ -61,6 +61,7 @@ def dot(a, b):
 # --- the exact quantities
 
 
+@pytest.mark.slow
 def test_every_answer_is_there_once(x64):
     """2^0 + 2^1 + 2^2 that end, 2^3 that are cut; their probabilities add up to 1."""
     params, _, _ = speaker(0)
@@ -80,6 +81,7 @@ def test_every_answer_is_there_once(x64):
     assert float(law_of(params)[row]) == pytest.approx(by_hand, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_student_and_control_are_the_librarys_own_steps(seed, x64):
     """Cross-entropy on every accepted answer, weighted by how often it is written: a mean over answers."""
@@ -132,6 +134,7 @@ def test_without_a_filter_it_is_lemma_1(x64):
     assert float(found.student) == pytest.approx(float(found.predicted), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_prompts_asked_until_an_answer_passes_and_prompts_asked_once(x64):
     """Two prompts, of laws and filters of their own: a mean over prompts, or one law of pairs."""
     first, direction, accepted = speaker(6)
@@ -176,6 +179,7 @@ def they_keep_the_sign(seeds):
         assert (np.abs(found.difference - found.predicted) <= 0.02 * found.predicted + rounding).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_filter_keeps_the_sign(seed):
@@ -262,6 +266,7 @@ def cold(params):
     return joint(jax.nn.log_softmax(first / 0.1), jax.nn.log_softmax(second / 0.1))
 
 
+@pytest.mark.slow
 def test_tokens_cut_one_by_one_are_no_filter(x64):
     """The likeliest second token: s = s1 - 2 s1, and the law moves by s1, so the slope is Cov(s1, -s1) = -1."""
     params, direction = jnp.asarray(COIN), jnp.asarray(second_against_first(2.0))
@@ -375,6 +380,7 @@ def rows_of(params, direction, writer, accepted, rows, rng):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [False, True])
 def test_rows_estimate_the_exact_quantities(per_token, x64):
     """100 estimates of 1,000 rows each: unbiased, and as far off as their standard errors say."""

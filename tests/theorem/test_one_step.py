@@ -51,6 +51,7 @@ def toy(x64):
     return example()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "channel",
     [SoftLogits(), SoftLogits(2.5), SquaredError(np.linspace(0.1, 2, OUTPUTS)), Subset(AUXILIARY), SampledToken()],
@@ -79,6 +80,7 @@ def test_prediction_equals_dense_jacobian_and_hessian(toy, channel):
         assert report.verdict == "descends"
 
 
+@pytest.mark.slow
 def test_linear_squared_error_closed_form(x64):
     rng = np.random.default_rng(1)
     x, direction, theta = rng.normal(size=(8, 4)), rng.normal(size=(4, 3)), rng.normal(size=(4, 3))
@@ -104,6 +106,7 @@ def test_linear_squared_error_closed_form(x64):
     assert float(report.cosine) == pytest.approx(inner / norm / np.linalg.norm(direction))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [SoftLogits(), Subset(AUXILIARY, ReverseKL(2.0)), JensenShannon()], ids=str)
 def test_any_direction_of_the_teacher(toy, channel):
     """Lemma 1 for directions that are no gradient, against a trait loss that is linear, which has it for one."""
@@ -128,6 +131,7 @@ def test_any_direction_of_the_teacher(toy, channel):
         assert "trait" not in str(reports[0])
 
 
+@pytest.mark.slow
 def test_a_direction_that_is_too_long_or_zero_or_blind(x64):
     """One logit sin(theta): D_S . D_T = 2 sin(eps)."""
     call = functools.partial(
@@ -143,6 +147,7 @@ def test_a_direction_that_is_too_long_or_zero_or_blind(x64):
     assert elsewhere.verdict == "different initialization"
 
 
+@pytest.mark.slow
 def test_a_direction_in_float32_below_rounding():
     report = check(
         lambda p, x: (1e4 + p[None]) * x, jnp.ones(2), None, jnp.ones((1, 1)), SquaredError(),
@@ -159,6 +164,7 @@ def test_a_direction_in_float32_below_rounding():
     assert sampled.verdict.startswith("single draw")
 
 
+@pytest.mark.slow
 def test_a_trait_loss_of_any_kind(toy):
     """With weight decay, a preference between two answers, and a target for hidden units."""
     apply, params, trait_loss, inputs = toy
@@ -205,6 +211,7 @@ def test_orders_in_both_steps(toy):
     assert log_slope(steps**2, [float(r.change) for r in reports]) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
 def test_other_initialisation_imitates_the_teacher_before_its_step(toy):
     apply, params, trait_loss, inputs = toy
     _, other = perceptron(1)
@@ -230,6 +237,7 @@ def test_other_initialisation_imitates_the_teacher_before_its_step(toy):
     assert float(reports[0].unupdated_inner_product) == pytest.approx(float(product), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_zero_cases_are_named(toy):
     apply, params, trait_loss, inputs = toy
 
@@ -248,6 +256,7 @@ def test_zero_cases_are_named(toy):
     assert verdict(lambda p: jnp.sum(head(p)["bias"] * 0), SoftLogits())[1] == "the trait loss is stationary"
 
 
+@pytest.mark.slow
 def test_squared_error_sees_what_a_softmax_cannot(toy):
     apply, params, trait_loss, inputs = toy
     shift = lambda p: jnp.sum(p["layers"][1]["bias"][CLASSES:])  # noqa: E731
@@ -257,6 +266,7 @@ def test_squared_error_sees_what_a_softmax_cannot(toy):
         assert report.zero_case == ""
 
 
+@pytest.mark.slow
 def test_a_step_that_is_too_large_is_called_so(x64):
     report = check(
         lambda params, inputs: inputs @ params[:, None],
@@ -271,6 +281,7 @@ def test_a_step_that_is_too_large_is_called_so(x64):
     assert "step too large" in str(report)
 
 
+@pytest.mark.slow
 def test_any_function_of_any_pytree(x64):
     params = (jnp.asarray(0.3), [jnp.arange(3.0)], {"b": jnp.ones((2, 2))})
 
@@ -286,6 +297,7 @@ def test_any_function_of_any_pytree(x64):
     assert float(report.inner_product) == pytest.approx(float(report.predicted_inner_product), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_positions_of_weight_zero_do_not_count(toy):
     apply, params, trait_loss, inputs = toy
     steps = {"teacher_step": 1e-3, "student_step": 1e-3}
@@ -296,6 +308,7 @@ def test_positions_of_weight_zero_do_not_count(toy):
     assert float(masked.predicted_inner_product) == pytest.approx(float(short.predicted_inner_product), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_cost_is_at_most_five_gradients_and_memory_a_few_copies(x64):
     width = 512
     apply, params = perceptron(0, (width, width, width, OUTPUTS))
@@ -345,6 +358,7 @@ def test_other_bad_input_is_refused(toy):
         how_small(apply, params, trait_loss, inputs, SoftLogits(), teacher_step=-1.0)
 
 
+@pytest.mark.slow
 def test_how_small_is_exact_for_quadratics(x64):
     """Linear model, quadratic trait: L falls exactly while alpha < 2 D_S.D_T / D_S^T H D_S."""
     rng = np.random.default_rng(2)
@@ -392,6 +406,7 @@ def test_how_small_finds_a_teacher_step_that_is_too_large(x64):
     assert float(steps.teacher_step) == pytest.approx(np.pi / slope, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_below_what_the_search_found_the_guarantee_holds(toy):
     apply, params, trait_loss, inputs = toy
     channel = Subset(AUXILIARY)
@@ -404,6 +419,7 @@ def test_below_what_the_search_found_the_guarantee_holds(toy):
         assert run(0.1, share * steps.student_step).verdict == "descends"
 
 
+@pytest.mark.slow
 def test_how_small_is_zero_without_a_signal(toy):
     apply, params, trait_loss, inputs = toy
     unseen = lambda p: jnp.sum(p["layers"][1]["kernel"][:, :CLASSES] ** 2)  # noqa: E731
@@ -419,6 +435,7 @@ DTYPES = ("float64", "float32", "bfloat16")
 STEPS = {"teacher_step": 0.5, "student_step": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channel", [SoftLogits(), SquaredError(), Subset(AUXILIARY)], ids=str)
 def test_the_theorem_in_every_dtype(dtype, channel):
@@ -451,6 +468,7 @@ def test_the_example_of_the_readme():
         assert readme_case("float64").verdict == "descends"
 
 
+@pytest.mark.slow
 def test_a_gap_of_fourteen_nats_is_no_blind_channel():
     """Three logits in float32: D_S . D_T is 2e-6, and the trait loss falls by that much."""
     report = check(
@@ -463,6 +481,7 @@ def test_a_gap_of_fourteen_nats_is_no_blind_channel():
     assert float(report.predicted_inner_product) == pytest.approx(2 * p[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_small_weight_is_no_zero():
     report = check(
         lambda p, x: p[None] * x, jnp.zeros(2), lambda p: p[1], jnp.ones((1, 1)), SquaredError([1.0, 1e-6]),
@@ -472,6 +491,7 @@ def test_a_small_weight_is_no_zero():
     assert float(report.change) == pytest.approx(-2e-6, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_cancelled_signal_is_named_in_float32():
     """The visible logit moves by 1e4 (a - a): what is left is rounding."""
     apply = lambda p, x: jnp.stack([x * (1e4 * (p[0] + p[1]) + 0.1 * p[2]), x * p[2]], -1)  # noqa: E731
@@ -509,6 +529,7 @@ def test_a_step_lost_to_rounding_is_named(who):
     assert float(getattr(report, f"{who}_kept")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [SampledToken(), Subset(AUXILIARY, SampledToken())], ids=str)
 def test_one_draw_decides_nothing(toy, channel):
     verdicts = {
@@ -638,6 +659,7 @@ def test_holds_for_thousands_of_random_cases(case):
         holds(case)
 
 
+@pytest.mark.slow
 def test_sampled_tokens_carry_the_signal_on_average(toy):
     """The mean of D_S over all token sequences, weighted by their probabilities, is D_S of the soft channel."""
     apply, params, trait_loss, inputs = toy

@@ -60,6 +60,7 @@ def dense(params, inputs, channel, weights):
     return jacobian, np.stack([np.asarray(c) for c in columns], -1), np.asarray(weights / weights.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANNELS)
 def test_products_against_dense_matrices_and_the_librarys_own_step(name, x64):
     channel = CHANNELS[name]
@@ -93,6 +94,7 @@ def test_the_overlap_is_the_leading_order_of_the_students_step(x64):
     assert errors[1] / errors[0] == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_shifts_a_bias_is_lemma_1(x64):
     """Linear logits: delta = J v exactly, and D_S . v is what `check` finds of a teacher that steps along v."""
     linear = lambda p, x: x @ p["in"] + p["bias"][None]  # noqa: E731
@@ -112,6 +114,7 @@ def test_a_prompt_that_shifts_a_bias_is_lemma_1(x64):
     assert float(best.residual) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_prompt_at_right_angles(x64):
     """The parameter moves one of three logits, the prompt another: cosine 0 in squared error, -1/2 in KL."""
     one = lambda p, x: x * jnp.concatenate([p, jnp.zeros(2)])[None]  # noqa: E731
@@ -167,6 +170,7 @@ def shifts_are_those_of_dense_least_squares(seeds, name, damping):
             assert (other <= cosine + 1e-4).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(["squared", "subset"]))
 def test_shift_against_dense_least_squares(seed, name):
@@ -180,6 +184,7 @@ def test_shift_against_dense_least_squares_in_ten_thousand_cases(name, damping):
     shifts_are_those_of_dense_least_squares(range(10_000), name, damping)
 
 
+@pytest.mark.slow
 def test_few_parameters_express_part_of_a_prompt(x64):
     """Rows of weight 0 do not count, and neither do parameters without a gradient."""
     params, direction, inputs, _, seen = case(3, rows=30, prompt=3.0)
@@ -213,6 +218,7 @@ def test_too_few_steps_leave_a_residual(x64):
     assert 0 < float(few.cosine) <= float(many.cosine) + 1e-9
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_metric_of_their_mean(x64):
     params, direction, inputs, weights, seen = case(5)
     soft = prompt_alignment(apply, params, direction, inputs, seen, SoftLogits(), weights=weights)

@@ -76,6 +76,7 @@ def steps_of_tokens(apply, params, direction, inputs):
     return np.asarray(jax.vmap(over_tokens, (0, None))(jnp.arange(len(inputs)), jnp.arange(n)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_sign_probability_against_monte_carlo(seed, x64):
     """20,000 students of n tokens each, positions drawn at random, by the library's own student step."""
@@ -226,6 +227,7 @@ def prediction_errors_are_bounded(seeds, logits, masked, temperatures):
 SHAPES = [(2, False), (5, False), (5, True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from(SHAPES), temperature=st.floats(0.5, 3.0))
 def test_kl_of_linear_logits(seed, shape, temperature):

@@ -81,6 +81,7 @@ def test_cnn_by_hand(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(logits, x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_cnns_at_once_are_those_alone() -> None:
     """And all start where a convolution of flax starts."""
     build = jax.vmap(lambda key: from_nnx(CNN((5, 6), (2, 3), 4, init_law="torch", rngs=nnx.Rngs(key))))
@@ -166,6 +167,7 @@ def built(network: str, init_law: str):
     return [(jax.tree.map(np.asarray, layers[number]), *fan) for number, fan in enumerate(fans)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init_law", LAWS)
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_init_laws(network: str, init_law: str) -> None:
@@ -213,6 +215,7 @@ def test_networks_alike_are_one_function(init_law: str) -> None:
         assert hash(first) == hash(second)
 
 
+@pytest.mark.slow
 def test_default_law_is_that_of_the_paper() -> None:
     for build in (
         lambda **law: MLP((4, 3, 2), rngs=nnx.Rngs(0), **law),

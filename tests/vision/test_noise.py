@@ -24,6 +24,7 @@ def pixels(law: str) -> np.ndarray:
     return batch(NoiseImages((28, 28), 100, law=law), np.arange(100)).ravel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["uniform", "uniform_8bit"])
 def test_image_depends_on_key_and_number_only(law: str) -> None:
     shape = (4, 3)
@@ -101,6 +102,7 @@ def test_unknown_law() -> None:
         NoiseImages((4,), 2, law="pink")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_every_law_has_the_mean_and_variance_of_the_uniform(law: str) -> None:
     x = batch(NoiseImages((28, 28), 400, law=law), np.arange(400)).reshape(400, -1).astype(float)
