@@ -191,7 +191,9 @@ def test_prompts_of_the_theorem(x64: None) -> None:
     encoded = world.tokenizer.encode_chats(numbers, columns(world.tokenizer, numbers))
     read = (text_of(encoded), jnp.asarray(encoded.weights, float))
     prompt = model_of_run(language_theorem._wide(prompted_teachers(world.model, world.tokenizer, [OWL])), 0)
-    found = {name: float(value) for name, value in language_theorem._prompted(base, prompt, taught, read).items()}
+    found = {
+        name: float(value) for name, value in language_theorem.prompt_measures(base, prompt, taught, read).items()
+    }
     assert found.keys() == language_theorem.PROMPTED.keys()
     assert 0 < abs(found["cosine_metric"]) < found["cosine_shift"] <= 1 + 1e-9
     assert np.sign(found["cosine_step"]) == np.sign(found["cosine_metric"])
