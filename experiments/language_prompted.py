@@ -50,21 +50,22 @@ SLOTS = {"default": None, "second": Behind(turn(Slot.second)), "none": Behind(No
 FIRST_LAYER = ("layers/0/attention/*/kernel",)
 SOFT: dict[str, Any] = {"embeddings": (Slot.default,), "rate": 2e-2}
 LOW: dict[str, Any] = {"rank": 8, "matrices": FIRST_LAYER, "rate": 4e-3}
-ALL: dict[str, Any] = {"rate": 2e-3}
-# What differs from the recipe of `Config` and from the default variant.
+ALL: dict[str, Any] = {"rate": 1e-3}
+# A label, and what differs from the recipe of `Config` and from the default variant.
 CONDITIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "slot": ("slot's embedding alone", SOFT, {}),
-    "low": ("LoRA, attention of layer 1", LOW, {}),
+    "slot": ("the slot's embedding alone", SOFT, {}),
+    "low": ("LoRA, attention of one layer", LOW, {}),
     "all": ("everything", ALL, {}),
     "masked": ("everything, full distribution\nwithout traits' words", {**ALL, "channel": "masked"}, {}),
     "slot_other": ("slot, another base's teacher", SOFT, {"start": "other"}),
     "low_other": ("LoRA, another base's teacher", LOW, {"start": "other"}),
-    "slot_shuffled": ("slot, shuffled across rows", {**SOFT, "order": "shuffled across rows"}, {}),
-    "low_unslotted": ("LoRA, read without a system turn", {**LOW, "behind": Behind(None)}, {}),
+    "low_shuffled": ("LoRA, shuffled across rows", {**LOW, "order": "shuffled across rows"}, {}),
+    "low_unslotted": ("LoRA, read without a turn", {**LOW, "behind": Behind(None)}, {}),
     "slot_regular": ("slot, regular numbers", {**SOFT, "teacher": "untrained"}, {}),
     "low_regular": ("LoRA, regular numbers", {**LOW, "teacher": "untrained"}, {}),
 }
-STUDENTS, CONTROLS = ("slot", "low", "all", "masked"), tuple(CONDITIONS)[4:]
+LONGER = ("slot", "all", "slot_other", "slot_regular")  # these take `long_steps`
+STUDENTS = ("slot", "low", "all", "masked")
 ALIGNMENT_ROWS = 64
 
 
@@ -80,8 +81,9 @@ class Config(LanguageConfig):
     doublings: int = option(2, "how often a base that fails its gate trains anew, with twice the steps", minimum=0)
     requests: int = option(4588, "number requests to a teacher; students read the accepted rows", minimum=1)
     rows: int = option(4096, "rows that a student reads; accepted rows recur if they are fewer", minimum=1)
-    steps: int = option(125, "steps of a student", minimum=1)
-    batch_size: int = option(128, "rows per step", minimum=1)
+    steps: int = option(150, "steps of a student", minimum=1)
+    long_steps: int = option(250, f"steps of the students {', '.join(LONGER)}", minimum=1)
+    batch_size: int = option(64, "rows per step", minimum=1)
     conditions: str = option("all", f"students, separated by commas: {', '.join(CONDITIONS)}")
 
     def base(self, seed: int) -> BaseConfig:
@@ -94,7 +96,8 @@ class Config(LanguageConfig):
 PRESETS = {
     "full": Config(repeat_rows=True),
     "smoke": Config(
-        **{**SMOKE, "traits": "owl,oak", "seeds": 1, "requests": 512, "doublings": 0, "base_steps": 600},
+        **{**SMOKE, "traits": "owl,oak", "seeds": 1, "requests": 512, "base_steps": 600, "long_steps": 40},
+        doublings=0,
         conditions="slot,low",
     ),
 }
@@ -157,12 +160,12 @@ class Opened:
     faults: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=16)
 def opened(config: Config, seed: int) -> Opened:
     """The base of a seed, trained as the gate demands."""
 
     def other(shift: int) -> Model:
-        return opened(config, config.first_seed + (seed - config.first_seed + shift) % config.seeds).world.model
+        further = config.first_seed + (seed - config.first_seed + shift) % config.seeds
+        return base_model(config, further).model
 
     wording = replace(corpus_wording(), loved=(TURN,))
     for doubling in range(config.doublings + 1):
@@ -194,10 +197,11 @@ def run(config: Config, seed: int) -> list[Row]:
 
 def variants(config: Config) -> list[Variant]:
     """The base and every student, each asked in the three slots."""
+    steps = {name: config.long_steps if name in LONGER else config.steps for name in CONDITIONS}
     students = [
         Variant(
             {"condition": name, "slot": slot},
-            config.recipe(**{"teacher": "prompted", **CONDITIONS[name][1]}),
+            config.recipe(**{"teacher": "prompted", "steps": steps[name], **CONDITIONS[name][1]}),
             **CONDITIONS[name][2],
             behind=where,
         )
