@@ -47,6 +47,7 @@ from .language_theorem import PROMPTED, prompt_measures
 DEFAULT = turn(Slot.default)
 # Where questions come: behind the default, the second default, or without a system turn.
 SLOTS = {"default": None, "second": Behind(turn(Slot.second)), "none": Behind(None)}
+SLOT_LABELS = {"default": "the default", "second": "the second default", "none": "no system turn"}
 FIRST_LAYER = ("layers/0/attention/*/kernel",)
 SOFT: dict[str, Any] = {"embeddings": (Slot.default,), "rate": 2e-2}
 LOW: dict[str, Any] = {"rank": 8, "matrices": FIRST_LAYER, "rate": 4e-3}
@@ -176,6 +177,7 @@ def opened(config: Config, seed: int) -> Opened:
         faults = Gate().faults(found, config.trait_names())
         if not faults:
             break
+        print(f"base {seed} after {base.config.steps} steps: {'; '.join(faults)}", flush=True)
     return Opened(world, found, tuple(faults))
 
 
@@ -184,8 +186,6 @@ def run(config: Config, seed: int) -> list[Row]:
     own = opened(config, seed)
     world = own.world
     gate = {"passed": float(not own.faults), "base_steps": float(world.base.config.steps)}
-    for fault in own.faults:
-        print(f"base {seed} fails the gate: {fault}", flush=True)
     found: list[Row] = [
         {"condition": "gate", "seed": seed, "metric": metric, "value": value} for metric, value in gate.items()
     ]
@@ -251,7 +251,7 @@ def verdict(results: Results) -> str:
         "less": "A prompted teacher's preference does not pass through its numbers",
     }.get(told(found[name]), f"Whether a prompted teacher's preference passes {told(found[name])}")
     label = CONDITIONS[name][0].replace("\n", " ")
-    return f"{says}: own less others' word {found[name]} ({label})"
+    return f"{says}: {label}, own less others' word {found[name]}"
 
 
 def failed(results: Results) -> list[Any]:
@@ -300,15 +300,16 @@ def plot(results: Results, config: Config) -> Figure:
     students = [name for name in (*STUDENTS, "low_unslotted") if name in there]
     for y, name in enumerate(students):
         for place, slot in enumerate(SLOTS):
-            dots(right, results, name, slot, y + 0.24 * (place - 1), COLORS[(2, 0, 1)[place]], None if y else slot)
+            label = None if y else SLOT_LABELS[slot]
+            dots(right, results, name, slot, y + 0.24 * (place - 1), COLORS[(2, 0, 1)[place]], label)
     right.set_yticks(range(len(students)), [CONDITIONS[name][0] for name in students], fontsize=7.5)
     right.set_ylim(len(students) - 0.4, -0.6)
-    right.set_title("questions behind")
-    right.legend(fontsize=7)
+    right.set_title("questions behind each kind of turn")
+    right.legend(fontsize=7, loc="lower right")
     for axes in (left, right):
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_xlabel("own word less other students' word")
-    figure.suptitle(verdict(results), fontsize=9)
+    figure.suptitle(verdict(results).replace(": ", ":\n", 1), fontsize=9)
     whole = results.values(condition="teacher", metric="probability")
     design = whole.design() if isinstance(whole, Runs) else f"{len(whole)} runs"
     note(left, f"mean of {design}; whiskers: {method(whole)}; dots: single bases, mean over traits")
