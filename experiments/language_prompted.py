@@ -109,11 +109,14 @@ def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:
     """A configuration of compact bases with personas.
 
     Raises:
-        InputError: a trait cannot be a persona, there is one trait only, a condition is unknown, or --checkpoint
-            is given, whose corpus is not ours.
+        InputError: a trait cannot be a persona, there is one trait only, a condition is unknown, a setting is given
+            that each kind of student has its own of, or --checkpoint, whose corpus is not ours.
     """
     if changes.get("checkpoint"):
         raise InputError("--checkpoint was not pre-trained on personas here: leave it out")
+    for name in ("rate", "rank"):
+        if name in changes:
+            raise InputError(f"--{name}: each kind of student has its own: leave it out")
     config = configure_language(PRESETS, preset, changes)
     assert isinstance(config, Config)
     if len(config.trait_names()) < 2:

@@ -223,6 +223,7 @@ def test_language(tmp_path: Path, bases: Path) -> None:
         ),
         (["--conditions", ","], "--conditions is empty: give one, such as slot"),
         (["--seeds", "1", "--conditions", "slot_other"], "--conditions: slot_other needs another base: "),
+        (["--rate", "1e-3"], "--rate: each kind of student has its own: leave it out"),
         (["--doublings", "-1"], "--doublings must be at least 0, got -1"),
         (["--checkpoint", "smollm2"], "--checkpoint was not pre-trained on personas here: leave it out"),
     ],
