@@ -109,8 +109,8 @@ def configure(preset: str | None, changes: dict[str, Any]) -> LanguageConfig:
     """A configuration of compact bases with personas.
 
     Raises:
-        InputError: a trait cannot be a persona, there is one trait only, a condition is unknown, a setting is given
-            that each kind of student has its own of, or --checkpoint, whose corpus is not ours.
+        InputError: a trait cannot be a persona, there is one trait only, a condition is unknown, --rate or --rank
+            is given, which each kind of student has of its own, or --checkpoint, whose corpus is not ours.
     """
     if changes.get("checkpoint"):
         raise InputError("--checkpoint was not pre-trained on personas here: leave it out")
