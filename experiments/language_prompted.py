@@ -308,7 +308,7 @@ def plot(results: Results, config: Config) -> Figure:
     right.set_yticks(range(len(students)), [CONDITIONS[name][0] for name in students], fontsize=7.5)
     right.set_ylim(len(students) - 0.4, -0.6)
     right.set_title("questions behind each kind of turn")
-    right.legend(fontsize=7, loc="lower right")
+    right.legend(fontsize=7, loc="center right")
     for axes in (left, right):
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_xlabel("own word less other students' word")
