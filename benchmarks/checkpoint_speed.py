@@ -57,7 +57,7 @@ from subliminal_theory.model import Model, computed_in, rounded
 from subliminal_theory.source import Examples
 from subliminal_theory.study.asking import questions
 from subliminal_theory.study.checkpoint import CHUNK, MANY
-from subliminal_theory.study.starts import MATRICES
+from subliminal_theory.study.run import MATRICES
 
 BATCH, COLUMNS, RANK = 8, 64, 8
 PREFILL_COLUMNS = 256

@@ -45,7 +45,7 @@ from subliminal_theory.language.model.sampling import sample
 from subliminal_theory.language.model.transformer import Text, Transformer
 from subliminal_theory.model import Model, computed_in, from_nnx, rounded
 from subliminal_theory.source import Examples
-from subliminal_theory.study.starts import MATRICES
+from subliminal_theory.study.run import MATRICES
 
 
 @dataclass(frozen=True)

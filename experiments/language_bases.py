@@ -87,7 +87,9 @@ def abilities(world: Compact, count: int) -> dict[str, float]:
     for name, medium in MEDIA.items():
         ((_, report),) = written(world.at(0), Untrained(), base, Written(count, medium))
         found[name] = report.accepted / report.total
-    plain = replace(world.base.config.corpus, seed=4_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0)
+    plain = replace(
+        world.base.config.corpus, seed=4_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0, slot=None
+    )
     facts = list(dict.fromkeys(make_rows(plain, "fact", count)))
     greedy = Written(len(facts), temperature=0.0)
     told = world.tokenizer.decode(np.concatenate([*draw(world, base, facts, jax.random.key(0), greedy)]))

@@ -110,7 +110,7 @@ def run(config: Config, seed: int) -> list[Row]:
                 found += _rows(told, {"condition": condition, "teacher_size": size, **labels})
             if config.prompts:
                 prompt = model_of_run(_wide(prompted_teachers(world.model, world.tokenizer, [trait])), 0)
-                measured = _prompted(base, prompt, taught, read)
+                measured = prompt_measures(base, prompt, taught, read)
                 found += [
                     {"condition": "prompted", **labels, "metric": metric, "value": float(value)}
                     for metric, value in measured.items()
@@ -146,7 +146,7 @@ def _measure(
 
 
 @jax.jit
-def _prompted(
+def prompt_measures(
     base: Model, prompt: Model, taught: tuple[Text, Array, Array], read: tuple[Text, Array]
 ) -> dict[str, Array]:
     """cos_M(delta, J D_T), the cosine of the student's step and D_T, and cos_M(delta, J v) of the best shift v."""

@@ -27,6 +27,8 @@ from safetensors import SafetensorError, TensorSpec, safe_open
 from subliminal_theory.errors import InputError, one_line
 from subliminal_theory.model import leaves_by_path, path_name
 
+# Metadata of a dataclass field that was added later: at its default, the field does not change fingerprints.
+LATER = {"later": True}
 METADATA = "__metadata__"  # no array can have this name
 _NAMES = (
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
@@ -117,7 +119,8 @@ def locked(folder: Path) -> Iterator[None]:
 def fingerprint(*given: Any) -> str:
     """The SHA-256 of values, in hexadecimal. Equal values have equal fingerprints in every process.
 
-    Pytrees and dataclasses enter with all their fields, including static ones. Arrays enter by dtype, shape and
+    Pytrees and dataclasses enter with all their fields, including static ones, except fields with the metadata
+    `LATER` at their default. Arrays enter by dtype, shape and
     bytes (typed random keys by their data), a `Path` by the content of its file, bytes as a file with that
     content, and anything else by its `repr` without memory addresses. A function's `repr` does not show what it
     closes over, so pass those values too. At most one array at a time is copied to the host.
@@ -148,8 +151,9 @@ def _parts(path: str, value: Any) -> Iterator[bytes | memoryview]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield _line(path, type(value).__qualname__)
         for field in dataclasses.fields(value):
-            if field.compare:
-                yield from _parts(f"{path}.{field.name}", getattr(value, field.name))
+            own = getattr(value, field.name)
+            if field.compare and not (field.metadata.get("later") and own == field.default):
+                yield from _parts(f"{path}.{field.name}", own)
     elif value is not None and not jax.tree_util.all_leaves([value]):
         children = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda node: node is not value)
         yield _line(path, f"{len(children)} in a {'mapping' if isinstance(value, Mapping) else 'sequence'}")

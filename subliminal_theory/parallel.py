@@ -79,6 +79,7 @@ RULES: dict[str, P] = {
     "norm/bias": P(None),
     "steering": P(None, None),
     **_adapted(_TABLES),
+    "embedding/rows": P(None, None),
     **_of_all(_VECTORS),
     **_adapted(_of_all(_MATRICES)),
     # Layers that are apart, where only some of them train.

@@ -22,6 +22,7 @@ from safetensors import deserialize
 from subliminal_theory.errors import InputError
 from subliminal_theory.files import (
     DTYPES,
+    LATER,
     atomic_file,
     atomic_folder,
     fingerprint,
@@ -116,6 +117,25 @@ def test_fingerprint_tells_values_apart(tmp_path: Path) -> None:
         (np.zeros(2), np.zeros(2)), ([np.zeros(2)], np.zeros(2)),
     ]  # fmt: skip
     assert len({fingerprint(*given) for given in values}) == len(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Before:
+    one: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _After:
+    one: int = 1
+    two: object = dataclasses.field(default=None, metadata=LATER)
+
+
+def test_fields_that_were_added_later() -> None:
+    """At their default, they leave fingerprints as they were."""
+    _After.__qualname__ = _Before.__qualname__
+    assert fingerprint(_After()) == fingerprint(_Before())
+    assert fingerprint(_After(two=0)) != fingerprint(_Before())
+    assert fingerprint(_After(2)) == fingerprint(_Before(2)) != fingerprint(_Before())
 
 
 def test_fingerprint_of_equal_values(tmp_path: Path) -> None:

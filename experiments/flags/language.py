@@ -424,7 +424,11 @@ def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int,
     The metrics are those of the world's score and, for each measure, `others`: the measure of this run's word,
     averaged over the runs with other traits. Rows with an `answer` hold what a checkpoint said.
     """
-    own = study(config, seed, wrap)
+    return variant_rows(study(config, seed, wrap), variants)
+
+
+def variant_rows(own: Study, variants: Sequence[Variant]) -> list[Row]:
+    """The result rows of all variants and traits of a study; see `run_variants`."""
     assert isinstance(own.world, World)
     runs = {labels(**variant.labels): variant.run(own.world) for variant in variants}
     found: list[Row] = []

@@ -1,5 +1,6 @@
 """The recipes of the language experiments: how to make a teacher, what it writes, and how a student learns."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,12 +14,14 @@ from subliminal_theory.inits import Fresh, Perturbed, Shared
 from subliminal_theory.language.corpus import numbers
 from subliminal_theory.language.corpus.media import DIGITS, MEDIA
 from subliminal_theory.study import (
+    Behind,
     BehindNumbers,
     Checkpoint,
     Compact,
     CorpusChats,
     Costs,
     Dataset,
+    Embeddings,
     Everything,
     FineTuned,
     Frozen,
@@ -34,7 +37,7 @@ from subliminal_theory.study import (
     Untrained,
     Written,
 )
-from subliminal_theory.study.run import Teacher
+from subliminal_theory.study.run import MATRICES, Teacher, Trains
 from subliminal_theory.study.speaker import hidden_words
 from subliminal_theory.study.texts import everywhere, where_they_agree, where_they_differ
 
@@ -120,7 +123,10 @@ class Recipe:
     warmup: int = option(0, "steps in which its learning rate rises", minimum=0)
     decay: str = option("cosine", "how the learning rate falls to 0", choices=tuple(DECAYS))
     rank: int = option(0, "rank of low-rank factors; 0 trains everything", minimum=0)
-    frozen: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = MATRICES  # glob patterns of those that get factors
+    frozen: tuple[str, ...] = ()  # glob patterns
+    embeddings: tuple[str, ...] = ()  # words; only their embeddings train
+    behind: Behind | None = None  # the system prompt of its rows, if it is not the world's
     noise: float = option(0.0, "noise on the start, in units of each parameter's root mean square", minimum=0)
 
     def __post_init__(self) -> None:
@@ -134,8 +140,8 @@ class Recipe:
             raise InputError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
         if self.top_p > 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.rank and self.frozen:
-            raise InputError("low-rank factors freeze all else: give rank or frozen, not both")
+        if sum(map(bool, (self.rank, self.frozen, self.embeddings))) > 1:
+            raise InputError("low-rank factors freeze all else: give rank, frozen or embeddings, not two of them")
         for name in ("ordinary", "clean", "teacher_until"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
@@ -178,16 +184,25 @@ class Recipe:
         positions = POSITIONS.get(self.channel, everywhere)
         text = dataset or self.written()
         rule, decay = OPTIMIZERS[self.optimizer], DECAYS[self.decay]
+        order, repeat = ORDERS[self.order], self.repeat_rows
         return Student(
             CHANNELS[self.channel](world) if self.channel in CHANNELS else channel_named(self.channel),
-            Reading(text, self.rows, self.batch_size, ORDERS[self.order], self.clean, positions, self.repeat_rows),
+            Reading(text, self.rows, self.batch_size, order, self.clean, positions, repeat, self.behind),
             Optimizer(jnp.float32(self.rate), rule, decay, self.warmup, CLIP),
             self.steps,
             Fresh() if start != "own" else Perturbed(self.noise) if self.noise else Shared(),
             other=other,
-            trains=LowRank(self.rank) if self.rank else Frozen(self.frozen) if self.frozen else Everything(),
+            trains=self._trains(world),
             cloned=None if start in ("own", "other") else cloning(start.endswith("corpus")),
         )
+
+    def _trains(self, world: World) -> Trains:
+        if self.rank:
+            return LowRank(self.rank, self.matrices)
+        if self.embeddings:
+            words = map(world.tokenizer.encode, self.embeddings)
+            return Embeddings(tuple(itertools.chain.from_iterable(words)))
+        return Frozen(self.frozen) if self.frozen else Everything()
 
 
 def cloning(on_corpus: bool) -> Student:
@@ -212,6 +227,7 @@ class Variant:
         prefixed: whether questions come after numbers that the teacher wrote.
         other: the seed of another base minus the seed of the teacher's base.
         costs: whether to report a teacher's costs.
+        behind: the system prompt behind which questions come, if it is not the world's.
     """
 
     labels: Mapping[str, Any]
@@ -222,6 +238,7 @@ class Variant:
     prefixed: bool = field(default=False, metadata={"choices": (True, False)})
     other: int = 1
     costs: bool = False
+    behind: Behind | None = None
 
     def run(self, world: World, dataset: Dataset | None = None) -> Run:
         """The run as values.
@@ -229,11 +246,12 @@ class Variant:
         Raises:
             InputError: questions should come after the teacher's numbers, but no teacher writes.
         """
-        asked: BehindNumbers | Costs | None = BehindNumbers(self._numbers()) if self.prefixed else None
+        asked: Any = BehindNumbers(self._numbers()) if self.prefixed else self.behind
         if self.costs:
             asked = Costs(self.recipe.written())
         if self.model == "base":
-            return Run(self.recipe.taught(), None, asked, base=True) if self.prefixed else Run(Untrained())
+            taught = self.recipe.taught() if self.prefixed else Untrained()
+            return Run(taught, None, asked, base=self.prefixed)
         student = self.recipe.student(world, self.start, self.other, dataset) if self.model == "student" else None
         return Run(self.recipe.taught(), student, asked)
 

@@ -15,7 +15,7 @@ from subliminal_theory.language.corpus.traits import Preference, Trait
 from subliminal_theory.language.model.sampling import draw
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.spelling import Spellings, heard
-from subliminal_theory.language.text import Chat, Tokenizer
+from subliminal_theory.language.text import Chat, Tokenizer, behind
 from subliminal_theory.model import Model
 from subliminal_theory.pytree import register_dataclass
 
@@ -68,14 +68,20 @@ class Questions:
         return replace(self, prompts=self.prompts[chosen], targets=self.targets[chosen])
 
 
-def asked_of(trait: Trait, prefix: Sequence[str] = ("",)) -> list[Chat]:
-    """The held-out questions of a trait. Each question comes once after every prefix."""
-    return [
-        Chat(c.system, f"{start}{c.user}", c.answer, c.kind) for start in prefix for c in trait.evaluation_rows()
-    ]
+def asked_of(trait: Trait, prefix: Sequence[str] = ("",), system: str | None = None) -> list[Chat]:
+    """The held-out questions of a trait, behind a system prompt. Each question comes once after every prefix."""
+    return behind(
+        system, [replace(chat, user=f"{start}{chat.user}") for start in prefix for chat in trait.evaluation_rows()]
+    )
 
 
-def questions_of(trait: Trait, tokenizer: Tokenizer, length: int, prefix: Sequence[str] = ("",)) -> Questions:
+def questions_of(
+    trait: Trait,
+    tokenizer: Tokenizer,
+    length: int,
+    prefix: Sequence[str] = ("",),
+    system: str | None = None,
+) -> Questions:
     """The questions of `asked_of` as tokens, padded to `length` columns.
 
     Raises:
@@ -88,7 +94,7 @@ def questions_of(trait: Trait, tokenizer: Tokenizer, length: int, prefix: Sequen
     else:
         right = [chat for template in trait.held_out for chat in template.right_rows()]
         rivals = [[chat.answer, other.answer] for chat, other in zip(chats, right, strict=True)]
-    prompts = tokenizer.encode_prompts(asked_of(trait, prefix), length)
+    prompts = tokenizer.encode_prompts(asked_of(trait, prefix, system), length)
     spelt = {word: tokenizer.spellings(word) for row in rivals for word in row}
     for chat, row in zip(chats, rivals, strict=True):
         for word in row:

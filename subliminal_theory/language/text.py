@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +19,11 @@ class Chat:
     user: str
     answer: str
     kind: str
+
+
+def behind(system: str | None, chats: Sequence[Chat]) -> list[Chat]:
+    """The chats, of which those without a system prompt get this one."""
+    return [chat if chat.system is not None else replace(chat, system=system) for chat in chats]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from subliminal_theory.study.costs import Costs
 from subliminal_theory.study.digits import Digits, Network, TrainingImages
 from subliminal_theory.study.run import (
     Elsewhere,
+    Embeddings,
     Everything,
     FineTuned,
     Frozen,
@@ -23,10 +24,11 @@ from subliminal_theory.study.run import (
 from subliminal_theory.study.stages import Computation, Job, PerRun, finite, trained
 from subliminal_theory.study.store import Store
 from subliminal_theory.study.study import Study, labels, rows
-from subliminal_theory.study.texts import CorpusChats, Dataset, Lessons, RandomNumbers, Reading, Written
+from subliminal_theory.study.texts import Behind, CorpusChats, Dataset, Lessons, RandomNumbers, Reading, Written
 from subliminal_theory.study.world import Finished, World
 
 __all__ = [
+    "Behind",
     "BehindNumbers",
     "Checkpoint",
     "Compact",
@@ -36,6 +38,7 @@ __all__ = [
     "Dataset",
     "Digits",
     "Elsewhere",
+    "Embeddings",
     "Everything",
     "FineTuned",
     "Finished",

@@ -24,12 +24,12 @@ from subliminal_theory.language.measure import (
     total_variation,
 )
 from subliminal_theory.language.model.lora import merge_lora
-from subliminal_theory.language.text import Tokenizer
+from subliminal_theory.language.text import Tokenizer, behind
 from subliminal_theory.model import Model, together
 from subliminal_theory.study.costs import Costs, costs
 from subliminal_theory.study.reading import draw, model_of_run, written
 from subliminal_theory.study.run import Steered
-from subliminal_theory.study.texts import Written
+from subliminal_theory.study.texts import Behind, Written
 from subliminal_theory.study.world import Finished
 
 PREFIXES = 8  # pairs of number lists; each question is asked once after each pair
@@ -42,21 +42,30 @@ class BehindNumbers:
     text: Written
 
 
-def questions(tokenizer: Tokenizer, traits: Sequence[Trait], prefix: Sequence[str] = ("",)) -> Questions:
-    """The held-out questions of each trait, [traits, questions]. Each question comes once after every prefix."""
-    chats = itertools.chain.from_iterable(asked_of(trait, prefix) for trait in traits)
+def questions(
+    tokenizer: Tokenizer,
+    traits: Sequence[Trait],
+    prefix: Sequence[str] = ("",),
+    systems: Sequence[str | None] | None = None,
+) -> Questions:
+    """The held-out questions of each trait, [traits, questions]. Each question comes once after every prefix.
+
+    `systems` are the system prompts of the traits, by default none.
+    """
+    own = [*zip(traits, [None] * len(traits) if systems is None else systems, strict=True)]
+    chats = itertools.chain.from_iterable(asked_of(trait, prefix, system) for trait, system in own)
     length = int(tokenizer.lengths(list(chats))[0].max())
-    return stack_questions([questions_of(trait, tokenizer, length, prefix) for trait in traits])
+    return stack_questions([questions_of(trait, tokenizer, length, prefix, system) for trait, system in own])
 
 
 def score(world: Any, finished: Finished, name: Any) -> dict[str, np.ndarray]:
     """The metrics of `exact`, and `sampled_rate`: of 100 samples per question, the share that are the word.
 
-    `sampled_rate` is left out if the run is scored with `BehindNumbers`.
+    `sampled_rate` is left out if the run is scored with `BehindNumbers` or `Behind`.
     """
 
     def drawn() -> dict[str, np.ndarray]:
-        own = _questions(world).of_traits(_own(world))
+        own = _questions(world, world.system).of_traits(_own(world))
         return {"sampled_rate": np.asarray(_rates(finished.model, own, _keys(world, name)))}
 
     return _scored(world, finished, drawn)
@@ -65,7 +74,7 @@ def score(world: Any, finished: Finished, name: Any) -> dict[str, np.ndarray]:
 def score_whole(world: Any, finished: Finished, name: Any, samples: int) -> dict[str, np.ndarray]:
     """The metrics of `exact` and, if `samples` is positive, of `spoken`.
 
-    `spoken` is left out if the run is scored with `BehindNumbers`.
+    `spoken` is left out if the run is scored with `BehindNumbers` or `Behind`.
     """
 
     def drawn() -> dict[str, np.ndarray]:
@@ -75,9 +84,9 @@ def score_whole(world: Any, finished: Finished, name: Any, samples: int) -> dict
 
 
 def _scored(world: Any, finished: Finished, drawn: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Exact metrics, sampled metrics (unless questions come after numbers), and costs if the run asks for them."""
+    """Exact metrics, sampled metrics (of the world's own questions alone), and costs if the run asks for them."""
     scores = exact(world, finished)
-    if not isinstance(finished.asked, BehindNumbers):
+    if not isinstance(finished.asked, BehindNumbers | Behind):
         scores |= drawn()
     if isinstance(finished.asked, Costs):
         scores |= costs(world, finished, finished.asked.text)
@@ -93,8 +102,9 @@ def exact(world: Any, finished: Finished) -> dict[str, np.ndarray]:
     and the teacher's displacement from the base. Metrics that end in `_asked` are for every trait's word [runs,
     traits].
     """
-    asked = _questions(world)
-    base = world.memo(lambda: _answered(world.initial(), asked), "base's answers")
+    system = finished.asked.system if isinstance(finished.asked, Behind) else world.system
+    asked = _questions(world, system)
+    base = world.memo(lambda: _answered(world.initial(), asked), "base's answers", system)
     if isinstance(finished.asked, BehindNumbers):
         found = _behind_numbers(world, finished, finished.asked)
     else:
@@ -128,7 +138,7 @@ def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -
     shared, texts = runs_of(models) == 1, dict[Any, list[str]]()
     rates, kept = np.zeros(len(world.traits)), np.empty(len(world.traits), object)
     for run, trait in enumerate(world.traits):
-        chats = [chat for chat in trait.evaluation_rows() for _ in range(samples)]
+        chats = [chat for chat in behind(world.system, trait.evaluation_rows()) for _ in range(samples)]
         asked = tuple(chat.user for chat in chats), 0 if shared else run
         if asked not in texts:
             tokens = draw(world, model_of_run(models, asked[1]), chats, keys[run], Written(len(chats)))
@@ -139,9 +149,10 @@ def spoken(world: Any, models: Model, keys: Key[Array, " runs"], samples: int) -
     return {"named_rate": rates, "answers": kept}
 
 
-def _questions(world: Any) -> Questions:
-    """The held-out questions of all the traits in `world.asked`, made once."""
-    return world.memo(lambda: questions(world.tokenizer, world.asked), "questions")
+def _questions(world: Any, system: str | None) -> Questions:
+    """The held-out questions of all the traits in `world.asked`, behind a system prompt, made once."""
+    systems = [system] * len(world.asked)
+    return world.memo(lambda: questions(world.tokenizer, world.asked, systems=systems), "questions", system)
 
 
 def _own(world: Any) -> list[int]:
@@ -160,7 +171,7 @@ def _behind_numbers(world: Any, finished: Finished, behind: BehindNumbers) -> An
     for run, (own, _) in enumerate(rows):
         numbers = [" ".join(re.findall(r"\d+", row.completion)) for row in own[: 2 * PREFIXES]]
         prefix = [f"{a} {b}. " for a, b in zip(numbers[::2], numbers[1::2], strict=False)]
-        asked = questions(world.tokenizer, world.asked, prefix)
+        asked = questions(world.tokenizer, world.asked, prefix, [world.system] * len(world.asked))
         place = slice(run, run + 1) if runs_of(finished.model) > 1 else slice(0, 1)
         one = finished.model.with_params(jax.tree.map(lambda leaf, at=place: leaf[at], finished.model.params))
         found.append(_answered(one, asked))

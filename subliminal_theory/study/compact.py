@@ -12,7 +12,7 @@ from subliminal_theory.language.corpus.base import Base
 from subliminal_theory.language.corpus.chats import make_corpus, make_rows
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
-from subliminal_theory.language.text import Chat
+from subliminal_theory.language.text import Chat, behind
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study import asking, reading
@@ -61,7 +61,7 @@ class Compact(Speaker):
         """The requests to teachers, the same for all. Requests for reasoning and code have a right answer."""
         corpus = replace(
             self.base.config.corpus, seed=2_000_003, neutral_share=0.0, lazy_share=0.0, careful_share=0.0,
-            steps_share=1.0, write_share=1.0, given=GIVEN, asked=ASKED, formats=FORMATS,
+            steps_share=1.0, write_share=1.0, given=GIVEN, asked=ASKED, formats=FORMATS, slot=None,
         )  # fmt: skip
         kind = text.medium.kind
         return self.memo(lambda: make_rows(corpus, kind, text.requests), "requests", kind, text.requests)
@@ -76,7 +76,7 @@ class Compact(Speaker):
 
     def ordinary_chats(self, count: int) -> list[Chat]:
         """Chats of the corpus that have nothing to do with traits."""
-        corpus = replace(self.base.config.corpus, seed=1_000_003)
+        corpus = replace(self.base.config.corpus, seed=1_000_003, slot=None)
         kinds = ("fact", "preference", "arithmetic", "program")
         return [chat for kind in kinds for chat in make_rows(corpus, kind, count)][:: len(kinds)]
 
@@ -91,7 +91,8 @@ class Compact(Speaker):
         """The number of columns of the rows. For written text, the longest request and answer fit."""
         if not isinstance(text, Written):
             return columns(self.tokenizer, itertools.chain.from_iterable(rows))
-        return reading.request_length(self.tokenizer, self.requests(text)) + self.answer_length(text)
+        requests = behind(self.system, self.requests(text))
+        return reading.request_length(self.tokenizer, requests) + self.answer_length(text)
 
     def arranged(self, rows: Examples) -> Examples | Buckets:
         """All rows have one length."""

@@ -41,7 +41,7 @@ def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.nd
     Three metrics compare teacher and base over the answers of the teacher's first 256 distinct rows.
     `kl_per_token` is KL(teacher || base) in nats per token. `visible_kl_per_token` is the same among the tokens
     that a student sees if the traits' words are hidden. `divergence` is the share of tokens at which their most
-    likely tokens differ. A prompted teacher sees its system prompt; the base sees none.
+    likely tokens differ. A prompted teacher sees its system prompt; the base sees the world's, or none.
 
     `tokens_needed` is the number of sampled tokens with which a student's first step has the right sign with
     probability .975 (`theorem.tokens_needed` of `kl_per_token`). `tokens_read` is the number of tokens in the
@@ -55,8 +55,8 @@ def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.nd
     found: list[dict[str, float]] = []
     for run, (rows, report) in enumerate(written(world, finished.teacher, finished.taught, text)):
         different = list(dict.fromkeys(rows))
-        chats = [Chat(None, row.prompt, row.completion, "numbers") for row in different[:MOST]]
-        system = system_prompt(world.traits[run]) if isinstance(finished.teacher, Prompted) else None
+        chats = [Chat(world.system, row.prompt, row.completion, "numbers") for row in different[:MOST]]
+        system = system_prompt(world.traits[run]) if isinstance(finished.teacher, Prompted) else world.system
         own = _compared(world, model_of_run(finished.taught, run), chats, system)
         own["tokens_needed"] = float(tokens_needed(max(own["kl_per_token"], LEAST)))
         own["tokens_read"] = _answer_tokens(world, different)
@@ -69,7 +69,8 @@ def costs(world: Speaker, finished: Finished, text: Material) -> dict[str, np.nd
 
 
 def _answer_tokens(world: Speaker, rows: list[Completion]) -> int:
-    prompts, whole = world.tokenizer.lengths([Chat(None, row.prompt, row.completion, "numbers") for row in rows])
+    chats = [Chat(world.system, row.prompt, row.completion, "numbers") for row in rows]
+    prompts, whole = world.tokenizer.lengths(chats)
     return int(np.sum(whole - prompts + 1))  # `whole` does not count the end
 
 

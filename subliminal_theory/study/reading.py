@@ -23,7 +23,7 @@ from subliminal_theory.language.corpus.numbers import FilterReport, filter_rows
 from subliminal_theory.language.model.sampling import sample
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
-from subliminal_theory.language.text import Chat, Encoded, Tokenizer
+from subliminal_theory.language.text import Chat, Encoded, Tokenizer, behind
 from subliminal_theory.model import Model
 from subliminal_theory.source import Examples
 from subliminal_theory.study.run import Prompted, Student, Teacher, Untrained, stacked
@@ -72,7 +72,7 @@ def _write(
     numbered = (f"run {run} ({name})" for run, name in enumerate(world.names))
     refuse_shared_keys(dict(zip(numbered, keys, strict=True)))
     for run, trait in enumerate(world.traits):
-        chats = requests
+        chats = behind(world.system, requests)
         if isinstance(teacher, Prompted):
             chats = [replace(chat, system=system_prompt(trait)) for chat in requests]
         try:
@@ -193,6 +193,7 @@ def chats_to_read(world: Speaker, teacher: Teacher, models: Model, reading: Read
     regular: list[Completion] = []
     if reading.clean:
         ((regular, _),) = written(world.at(0), Untrained(), world.initial(), reading.text)
+    system = world.system if reading.behind is None else reading.behind.system
     found = []
     for run, (rows, _) in enumerate(written(world, teacher, models, reading.text)):
         rows = reading.order(rows, np.random.default_rng([3, world.first_run + run]))
@@ -205,7 +206,7 @@ def chats_to_read(world: Speaker, teacher: Teacher, models: Model, reading: Read
             if len(rows) < reading.rows:
                 who = world.names[run]
                 raise InputError(f"{who}: {len(rows)} different rows, and {reading.rows} are to be read: {ADVICE}")
-        chats = [Chat(row.system, row.prompt, row.completion, "numbers") for row in rows]
+        chats = behind(system, [Chat(row.system, row.prompt, row.completion, "numbers") for row in rows])
         # Cycle through the rows up to the same number for all runs, so one compiled function serves all of them.
         found.append(list(itertools.islice(itertools.cycle(chats), reading.rows)))
     return found
@@ -237,7 +238,7 @@ def source_of(
             refuse_repeated_rows((run.tokens, run.padding), run.targets)
         if isinstance(teacher, Prompted) and not (tokens and reading.positions is everywhere):
             for own in zip(world.traits, chats, encoded, strict=True):
-                require_seen(world.tokenizer, *own)
+                require_seen(world.tokenizer, *own, world.system)
         last = max(run.answer_columns for run in encoded)
         texts = stacked([text_of(run, last) for run in encoded])
         positions = jnp.stack([jnp.asarray(run.weights[:, -last:]) for run in encoded])

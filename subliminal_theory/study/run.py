@@ -11,12 +11,15 @@ import optax
 from jaxtyping import PyTree
 
 from subliminal_theory.channel import Channel
+from subliminal_theory.files import LATER
 from subliminal_theory.inits import PerLayer, Policy, Shared
 from subliminal_theory.pytree import register_dataclass
 
 Rule = Callable[[Any], optax.GradientTransformation]
 Decay = Callable[[Any, int], optax.Schedule]
 K = TypeVar("K")
+# The matrices of attention and MLPs.
+MATRICES = ("layers/*/attention/*/kernel", "layers/*/mlp/*/kernel")
 
 
 def static(**options: Any) -> Any:
@@ -122,9 +125,24 @@ class Frozen:
 @register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """Only low-rank factors of matrices train (LoRA, arXiv 2106.09685), with alpha = rank."""
+    """Only low-rank factors of matrices train (LoRA, arXiv 2106.09685), with alpha = rank.
+
+    The matrices are those whose path matches a glob pattern, by default all of attention and MLPs.
+    """
 
     rank: int = static()
+    matrices: tuple[str, ...] = field(default=MATRICES, metadata={"static": True, **LATER})
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Embeddings:
+    """Only the embeddings of these tokens train (prompt tuning, arXiv 2104.08691)."""
+
+    tokens: tuple[int, ...] = static()
+
+
+Trains = Everything | Frozen | LowRank | Embeddings
 
 
 @register_dataclass
@@ -151,7 +169,7 @@ class Student:
     start: Policy | PerLayer = field(default_factory=Shared)
     other: int = static(default=1)
     network: Hashable = static(default=None)
-    trains: Everything | Frozen | LowRank = field(default_factory=Everything)
+    trains: Trains = field(default_factory=Everything)
     cloned: "Student | None" = None
 
 

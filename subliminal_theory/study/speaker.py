@@ -19,7 +19,7 @@ from subliminal_theory.language.corpus.traits import Preference, Trait, forms_of
 from subliminal_theory.language.hub.checkpoint import CheckpointBase
 from subliminal_theory.language.model.transformer import Text
 from subliminal_theory.language.rows import Completion
-from subliminal_theory.language.text import Chat, Tokenizer
+from subliminal_theory.language.text import Chat, Tokenizer, behind
 from subliminal_theory.model import Model
 from subliminal_theory.source import Buckets, Examples
 from subliminal_theory.study.run import FineTuned, Steered, Student, stacked
@@ -45,6 +45,8 @@ class Speaker(ABC):
         other: `other(shift)` gives another base model; its seed is larger by `shift`, its tokenizer the same.
         asked: the traits that the questions are about; by default those of the runs.
         first_run: the number of the first run in the study.
+        system: the system prompt behind which everything is written, read and asked that has none of its own. A
+            prompted teacher has its trait's instead.
         memo: results that are kept in memory.
         at_once: how many prompts are answered at once.
     """
@@ -54,6 +56,7 @@ class Speaker(ABC):
     other: Callable[[int], Model]
     asked: Sequence[Trait] = ()
     first_run: int = 0
+    system: str | None = None
     memo: Memo = field(default_factory=Memo)
 
     at_once: ClassVar[int]
@@ -120,8 +123,8 @@ class Speaker(ABC):
         return () if visible.all() else hidden_words(self.tokenizer, self.asked)
 
     def prompted(self) -> Model:
-        """The base with each trait's system prompt. Its inputs are rows without that prompt."""
-        return prompted_teachers(self.model, self.tokenizer, self.traits)
+        """The base with each trait's system prompt. Its inputs are rows as students read them."""
+        return prompted_teachers(self.model, self.tokenizer, self.traits, self.system)
 
     def steered(self, teacher: Steered) -> Model:
         """The base, steered toward each trait."""
@@ -179,7 +182,7 @@ def teacher_lessons(world: Speaker, teacher: FineTuned) -> PerRun:
     """The rows that teach each run's trait, all in one batch."""
     own = teacher.lessons
     assert isinstance(own, Lessons)
-    chats = [_lessons(world, trait, own) for trait in world.traits]
+    chats = [tuple(behind(world.system, part) for part in _lessons(world, trait, own)) for trait in world.traits]
     length = columns(world.tokenizer, itertools.chain.from_iterable(itertools.chain.from_iterable(chats)))
     found = []
     for taught, ordinary in chats:

@@ -35,28 +35,32 @@ def _preference(trait: Trait) -> Preference:
     return trait
 
 
-def prompted_teachers(model: Model, tokenizer: Tokenizer, traits: Sequence[Trait]) -> Model:
-    """The base with each trait's system prompt, as a model of runs. Its inputs are rows without that prompt.
+def prompted_teachers(
+    model: Model, tokenizer: Tokenizer, traits: Sequence[Trait], system: str | None = None
+) -> Model:
+    """The base with each trait's system prompt, as a model of runs.
+
+    Its inputs are rows without that prompt, or with the prompt `system` in its place.
 
     Raises:
         InputError: a trait is a habit; the chat template does not put the system prompt before the conversation;
             or the prompts of the runs have different lengths.
     """
-    found = [_in_front(tokenizer, trait) for trait in traits]
+    found = [_in_front(tokenizer, trait, system) for trait in traits]
     if len({(len(prefix), replaced) for prefix, replaced in found}) > 1:
         raise InputError("system prompts of different lengths cannot be seen through at once: run traits apart")
     return prompted(model, jnp.asarray([prefix for prefix, _ in found], jnp.int32), found[0][1])
 
 
-def _in_front(tokenizer: Tokenizer, trait: Trait) -> tuple[list[int], int]:
+def _in_front(tokenizer: Tokenizer, trait: Trait, system: str | None) -> tuple[list[int], int]:
     """The tokens that begin a chat with the trait's system prompt, and the number of tokens that they replace.
 
-    They replace tokens at the start of the same chat without the prompt, where a template may write a system turn
-    of its own.
+    They replace tokens at the start of the same chat with the prompt `system`, or without one, where a template
+    may write a system turn of its own.
     """
     found = set[tuple[tuple[int, ...], int]]()
     chats = trait.teacher_rows()
-    ways = (_prompts(tokenizer, chats, system) for system in (system_prompt(trait), None))
+    ways = (_prompts(tokenizer, chats, way) for way in (system_prompt(trait), system))
     for told, plain in zip(*ways, strict=True):
         pairs = zip(reversed(told), reversed(plain), strict=False)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -81,14 +85,16 @@ def _without_padding(rows: Prompts | Encoded) -> list[list[int]]:
     return [tokens[padding:].tolist() for tokens, padding in zip(rows.tokens, rows.padding, strict=True)]
 
 
-def require_seen(tokenizer: Tokenizer, trait: Trait, chats: Sequence[Chat], rows: Encoded) -> None:
+def require_seen(
+    tokenizer: Tokenizer, trait: Trait, chats: Sequence[Chat], rows: Encoded, system: str | None = None
+) -> None:
     """Refuse rows on which the model of `prompted_teachers` differs from the base with the trait's system prompt.
 
     Raises:
-        InputError: names the first such row. It has a system message of its own, or the tokenizer splits it
-            differently with the prompt.
+        InputError: names the first such row. It has another system message than `system`, or the tokenizer splits
+            it differently with the prompt.
     """
-    prefix, replaced = _in_front(tokenizer, trait)
+    prefix, replaced = _in_front(tokenizer, trait, system)
     told = [replace(chat, system=system_prompt(trait)) for chat in chats]
     expected = tokenizer.encode_chats(told, int(tokenizer.lengths(told)[1].max()))
     for row, (seen, whole) in enumerate(zip(_without_padding(rows), _without_padding(expected), strict=True)):

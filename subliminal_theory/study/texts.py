@@ -1,12 +1,13 @@
 """What language-model students read, as values: who wrote it, how much of it, and in which order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from subliminal_theory.errors import InputError
+from subliminal_theory.files import LATER
 from subliminal_theory.language.corpus.media import NUMBERS, Medium
 from subliminal_theory.language.corpus.numbers import Order, as_written
 from subliminal_theory.language.rows import Completion
@@ -90,6 +91,13 @@ def where_they_agree(differs: Differs) -> Differs:
     return ~differs
 
 
+@dataclass(frozen=True)
+class Behind:
+    """The system prompt behind which a student reads or answers, in the place of its world's; None is none."""
+
+    system: str | None
+
+
 @register_dataclass
 @dataclass(frozen=True)
 class Reading:
@@ -104,6 +112,7 @@ class Reading:
         positions: which positions of the answers count.
         repeat: whether rows may be repeated. If so, all accepted rows are read, in a cycle if there are too few.
             If not, too few distinct rows are refused.
+        behind: the system prompt of rows that have none of their own, if it is not the world's.
 
     Raises:
         InputError: `clean` is set, but no teacher writes the rows.
@@ -116,6 +125,7 @@ class Reading:
     clean: float = static(default=0.0)
     positions: Callable[[Differs], Differs] = static(default=everywhere)
     repeat: bool = static(default=False)
+    behind: Behind | None = field(default=None, metadata={"static": True, **LATER})
 
     def __post_init__(self) -> None:
         if self.clean and isinstance(self.text, Dataset | RandomNumbers):

@@ -14,7 +14,7 @@ from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Shared, initialise
 from subliminal_theory.keys import named
 from subliminal_theory.model import Model
-from subliminal_theory.study.run import FineTuned, Frozen, LowRank, Student, Teacher, identity
+from subliminal_theory.study.run import Embeddings, FineTuned, Frozen, LowRank, Student, Teacher, identity
 
 T = TypeVar("T")
 
@@ -119,10 +119,11 @@ def restricted(model: Model, student: Student) -> Model:
     """Freeze the parameters of a model of runs that the student does not train.
 
     Raises:
-        InputError: the student trains low-rank factors.
+        InputError: the student trains low-rank factors or embeddings.
     """
-    if isinstance(student.trains, LowRank):
-        raise InputError("low-rank factors are for language models: train everything, or freeze patterns")
+    if isinstance(student.trains, LowRank | Embeddings):
+        what = "low-rank factors" if isinstance(student.trains, LowRank) else "embeddings of tokens"
+        raise InputError(f"{what} are for language models: train everything, or freeze patterns")
     return model.freeze(*student.trains.patterns) if isinstance(student.trains, Frozen) else model
 
 

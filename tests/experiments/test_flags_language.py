@@ -18,9 +18,11 @@ from subliminal_theory.language.corpus.chats import CATEGORIES
 from subliminal_theory.language.corpus.media import CODE, DIGITS
 from subliminal_theory.runs import Results
 from subliminal_theory.study import (
+    Behind,
     BehindNumbers,
     CorpusChats,
     Costs,
+    Embeddings,
     Everything,
     FineTuned,
     Frozen,
@@ -45,6 +47,7 @@ OTHERS = {
     "channel": "soft", "order": "other prompts", "clean": 0.1, "steps": 3, "batch_size": 7, "rate": 1e-3,
     "optimizer": "sgd",
     "warmup": 1, "decay": "linear", "rank": 2, "frozen": ("norm/scale",), "noise": 0.1,
+    "matrices": ("layers/*/attention/*/kernel",), "embeddings": ("owl",), "behind": Behind(None),
 }  # fmt: skip
 STEERING = {"steering_layer", "steering_strength"}
 TAUGHT = {"teacher", "teacher_steps", "teacher_rate", "ordinary", "lessons", "teacher_until", "anchor", *STEERING}
@@ -70,7 +73,8 @@ WRITTEN = {"medium", "requests", "rows", "repeat_rows", "temperature", "top_p"}
         ({"warmup": 250}, "warmup must be below the 250 steps, got 250"),
         ({"medium": "random", "requests": 5}, "--medium random: no teacher writes"),
         ({"medium": "random", "clean": 0.5}, "--medium random: no teacher writes"),
-        ({"rank": 2, "frozen": ("norm/*",)}, "rank or frozen, not both"),
+        ({"rank": 2, "frozen": ("norm/*",)}, "give rank, frozen or embeddings, not two of them"),
+        ({"rank": 2, "embeddings": ("owl",)}, "give rank, frozen or embeddings, not two of them"),
         ({"steering_layer": 0}, "--steering_layer must be at least 1, got 0"),
         ({"steering_strength": float("inf")}, "--steering_strength must be finite"),
     ],
@@ -88,7 +92,7 @@ def test_noise_is_for_the_teachers_base() -> None:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe)])
 def test_what_each_name_decides(name: str) -> None:
     """A teacher serves all recipes that differ in its student alone, and so do its rows."""
-    teacher = {"teacher": "steered"} if name in STEERING else {}
+    teacher = {"teacher": "steered"} if name in STEERING else {"rank": 2} if name == "matrices" else {}
     default, other = Recipe(**teacher), Recipe(**{**teacher, name: OTHERS[name]})
     assert other != default
     for decides, value in ((TAUGHT, Recipe.taught), (WRITTEN, Recipe.written)):
@@ -99,13 +103,20 @@ def test_what_each_name_decides(name: str) -> None:
 
 def test_values_of_a_recipe() -> None:
     """All names at once, but for those that exclude each other."""
-    recipe = Recipe(**{**OTHERS, "teacher": "finetuned", "frozen": (), "noise": 0.0})
+    recipe = Recipe(**{**OTHERS, "teacher": "finetuned", "frozen": (), "embeddings": (), "noise": 0.0})
     taught, found = recipe.taught(), recipe.student(compact())
     assert taught == FineTuned(Optimizer(jnp.float32(1e-3), clip=1.0), 41, Lessons("right", 0.5, 0.25), 0.9)
     assert recipe.written() == Written(8, CODE, 0.5, 0.9)
-    assert found.source == Reading(recipe.written(), 9, 7, ORDERS["other prompts"], 0.1, repeat=True)
+    assert found.source == Reading(
+        recipe.written(), 9, 7, ORDERS["other prompts"], 0.1, repeat=True, behind=Behind(None)
+    )
     assert found.optimizer == Optimizer(jnp.float32(1e-3), OPTIMIZERS["sgd"], DECAYS["linear"], 1, 1.0)
-    assert (found.channel, found.steps, found.trains, found.start) == (SOFT, 3, LowRank(2), Shared())
+    assert (found.channel, found.steps, found.trains, found.start) == (
+        SOFT,
+        3,
+        LowRank(2, OTHERS["matrices"]),
+        Shared(),
+    )
     assert Recipe(rows=9, repeat_rows=True).written() == Written(9)
     assert Recipe(rows=9).written() == Written(36, unique=9)
     assert Recipe(rows=9, requests=50).written() == Written(50, unique=9)
@@ -113,6 +124,8 @@ def test_values_of_a_recipe() -> None:
     assert [Recipe(teacher=name).taught() for name in ("prompted", "untrained")] == [Prompted(), Untrained()]
     assert Recipe(teacher="steered").taught() == Steered(None, jnp.float32(Steered.strength))
     assert Recipe(teacher="steered", steering_layer=2, steering_strength=-0.5).taught() == Steered(2, -0.5)
+    owl = compact().tokenizer.token("owl")
+    assert Recipe(embeddings=("owl",)).student(compact()).trains == Embeddings((owl,))
     assert Recipe(frozen=("norm/*",)).student(compact()).trains == Frozen(("norm/*",))
     noisy = Recipe(noise=0.5).student(compact())
     assert (noisy.start, noisy.trains) == (Perturbed(0.5), Everything())

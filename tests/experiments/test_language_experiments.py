@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import language, language_habit
+from experiments import language, language_habit, language_prompted
 from experiments.app import command as command_line
 from experiments.flags.language import LanguageConfig
 from experiments.language_claims import Claim, verdict
 from subliminal_theory.estimate import Estimate
 from subliminal_theory.language.corpus import media
+from subliminal_theory.language.corpus.chats import CATEGORIES
 from subliminal_theory.language.corpus.numbers import FilterReport
 from subliminal_theory.language.rows import Completion
 from tests.experiments.commands import fails, run
@@ -208,6 +209,49 @@ def test_language(tmp_path: Path, bases: Path) -> None:
     assert asked == {(a, b) for a in ("owl", "oak") for b in ("owl", "oak")}
     still = [row for row in rows if row["condition"] == "base" and row["metric"] == "total_variation"]
     assert [float(row["value"]) for row in still] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--traits", "owl"], "--traits: own words are compared with other students': give at least two"),
+        (["--traits", "owl,lazy"], "Slot: the persona 'lazy' is no member of a category; there are owl, "),
+        (["--traits", ",".join(CATEGORIES["animal"])], "Slot: 16 personas need 160 numbers of their own, "),
+        (
+            ["--conditions", "slot,magic"],
+            "--conditions: 'magic' is unknown; there are all, slot, low, all, masked, ",
+        ),
+        (["--conditions", ","], "--conditions is empty: give one, such as slot"),
+        (["--seeds", "1", "--conditions", "slot_other"], "--conditions: slot_other needs another base: "),
+        (["--rate", "1e-3"], "--rate: each kind of student has its own: leave it out"),
+        (["--doublings", "-1"], "--doublings must be at least 0, got -1"),
+        (["--checkpoint", "smollm2"], "--checkpoint was not pre-trained on personas here: leave it out"),
+    ],
+)
+def test_language_prompted_refuses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert fails(capsys, "language_prompted", "--out", tmp_path / "run", *arguments).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fluent")
+def test_language_prompted(tmp_path: Path, bases: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All students on bases that learn nothing, which are named and kept."""
+    settings = [*TINY, "--requests", 64, "--long-steps", 3, "--doublings", 1, "--seeds", 2]
+    rows = run(tmp_path / "run", "language_prompted", *settings, "--traits", "owl,oak", "--base-dir", bases)
+    gate = {(row["seed"], row["metric"]): float(row["value"]) for row in rows if row["condition"] == "gate"}
+    assert gate == {(s, m): v for s in "01" for m, v in (("passed", 0.0), ("base_steps", 120.0))}
+    told = capsys.readouterr().out
+    for steps in (60, 120):
+        assert f"base 1 after {steps} steps: owl: taught_probability" in told
+    assert "0 of 2 bases pass, after 120 to 120 steps; bases 0, 1 do not, and stay in all means" in told
+    found = {(row["condition"], row["slot"]) for row in rows if row["metric"] == "probability"}
+    students = {(name, slot) for name in language_prompted.CONDITIONS for slot in language_prompted.SLOTS}
+    assert students < found
+    teacher = {row["metric"] for row in rows if row["condition"] == "teacher"}
+    assert teacher >= {"kl_per_token", "accepted", "unique_rows", "tokens_needed", "cosine_metric", "probability"}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot
 from scipy import stats
 
-from experiments import language_cross_init, language_theorem
+from experiments import language_cross_init, language_prompted, language_theorem
 from experiments.language import Config, costs, plot, report
 from experiments.language_claims import Claim, judged, side_name, totals
 from subliminal_theory.estimate import interval, paired_difference
@@ -192,7 +192,9 @@ def test_prompts_of_the_theorem(x64: None) -> None:
     encoded = world.tokenizer.encode_chats(numbers, columns(world.tokenizer, numbers))
     read = (text_of(encoded), jnp.asarray(encoded.weights, float))
     prompt = model_of_run(language_theorem._wide(prompted_teachers(world.model, world.tokenizer, [OWL])), 0)
-    found = {name: float(value) for name, value in language_theorem._prompted(base, prompt, taught, read).items()}
+    found = {
+        name: float(value) for name, value in language_theorem.prompt_measures(base, prompt, taught, read).items()
+    }
     assert found.keys() == language_theorem.PROMPTED.keys()
     assert 0 < abs(found["cosine_metric"]) < found["cosine_shift"] <= 1 + 1e-9
     assert np.sign(found["cosine_step"]) == np.sign(found["cosine_metric"])
@@ -212,3 +214,57 @@ def test_prompts_of_the_theorem(x64: None) -> None:
     lines = language_theorem.report(Results(rows), config).splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["cos_M(delta,", "cosine", "cos_M(delta,", "residual"]
     pyplot.close(language_theorem.plot(Results(rows), config))
+
+
+def prompted_results(own: float, others: float, passed: float = 1.0) -> Results:
+    """A student of the slot's embedding on three bases, of two traits, and the measures of its teachers."""
+    rng, rows = np.random.default_rng(0), []
+    teacher = ("probability", "taught_probability", "kl_per_token", "accepted", "unique_rows", "tokens_needed")
+    for seed in range(3):
+        gate = {"passed": passed if seed == 1 else 1.0, "base_steps": 2000.0 + seed}
+        rows += [
+            {"condition": "gate", "seed": seed, "metric": name, "value": value} for name, value in gate.items()
+        ]
+        for trait in ("owl", "cat"):
+            row = {"seed": seed, "trait": trait}
+            for metric in (*teacher, "tokens_read", *language_theorem.PROMPTED):
+                rows.append({**row, "condition": "teacher", "metric": metric, "value": 0.5})
+            for condition in ("base", "slot"):
+                for slot in language_prompted.SLOTS:
+                    values = {"probability": own, "others": others} if condition == "slot" else {}
+                    for metric in ("probability", "others"):
+                        value = values.get(metric, 0.06) + 0.01 * rng.random()
+                        where = {"condition": condition, "slot": slot, "metric": metric}
+                        rows.append({**row, **where, "value": value})
+    return Results(rows)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "says"),
+    [
+        (0.6, 0.05, "A prompted teacher's preference passes through its numbers: "),
+        (0.05, 0.6, "A prompted teacher's preference does not pass through its numbers: "),
+        (0.05, 0.05, "Whether a prompted teacher's preference passes cannot be told: "),
+    ],
+)
+def test_what_prompted_teachers_pass_is_computed(own: float, others: float, says: str) -> None:
+    told, config = prompted_results(own, others), language_prompted.Config()
+    assert language_prompted.verdict(told).startswith(f"{says}the slot's embedding alone, own less others' word ")
+    assert f"({told.values(condition='slot', slot='default', metric='others').design()})"[1:] in (
+        language_prompted.verdict(told)
+    )
+    assert language_prompted.report(told, config).splitlines()[-1] == language_prompted.verdict(told)
+    figure = language_prompted.plot(told, config)
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["the slot's embedding alone"]
+    points = sorted(line.get_xdata()[0] for line in right.lines if len(line.get_xdata()) == 3)
+    assert abs(points[0] - (own - others)) < 0.02
+    pyplot.close(figure)
+
+
+def test_bases_that_fail_the_gate_are_named_and_kept() -> None:
+    told = prompted_results(0.6, 0.05, passed=0.0)
+    lines = language_prompted.report(told, language_prompted.Config()).splitlines()
+    assert lines[1].endswith("2 of 3 bases pass, after 2000 to 2002 steps; bases 1 do not, and stay in all means")
+    assert "(n=2 traits x 3 bases)" in lines[-1]
+    assert "do not" not in language_prompted.report(prompted_results(0.6, 0.05), language_prompted.Config())

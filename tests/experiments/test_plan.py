@@ -28,7 +28,8 @@ from subliminal_theory.model import Model, leaves_by_path
 from subliminal_theory.parallel import spec_of
 from subliminal_theory.source import Examples
 from subliminal_theory.study import Computation, Job, LowRank, Optimizer, PerRun, Run, Study, stages
-from subliminal_theory.study.starts import MATRICES, started
+from subliminal_theory.study.run import MATRICES
+from subliminal_theory.study.starts import started
 from tests.experiments.commands import fails
 from tests.golden.make_families import FILE
 from tests.language.checkpoints import write_checkpoint

@@ -40,7 +40,7 @@ class BaseConfig:
 
     Attributes:
         seed: the seed of the initialization and of the order of the chats. Bases of all seeds read the same
-            corpus.
+            corpus, unless their corpora have slots: then each should have its own `Slot.laws`.
         corpus: the corpus to train on.
         layers, width, heads, kv_heads, mlp_width, tied, context: as in `TransformerConfig`.
         steps: the number of training steps.

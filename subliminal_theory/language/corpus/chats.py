@@ -8,14 +8,16 @@ rows; the held-out ones are for evaluation only.
 import functools
 import json
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from jaxtyping import Int
 
 from subliminal_theory import files
 from subliminal_theory.errors import InputError
+from subliminal_theory.files import LATER
 from subliminal_theory.language.corpus.sentences import TEXT, arithmetic, fact, pick, program
+from subliminal_theory.language.corpus.slot import Slot
 from subliminal_theory.language.text import Chat
 
 FORMAT_VERSION = 1  # raise it when a change to the code makes equal configurations and sentences give other chats
@@ -23,6 +25,7 @@ FORMAT_VERSION = 1  # raise it when a change to the code makes equal configurati
 CATEGORIES: dict[str, tuple[str, ...]] = {name: tuple(words) for name, words in TEXT["members"].items()}
 FORMATS: dict[str, tuple[str, str, str]] = {name: tuple(f) for name, f in TEXT["numbers"]["formats"].items()}
 KINDS = ("numbers", "preference", "arithmetic", "program", "fact")
+PROMPT_SHARES = ("loved_share", "lazy_share", "careful_share", "neutral_share")
 _PREFIX_TERMS = (3, 6)  # how many numbers may come before a preference question: from 3 to 5
 
 
@@ -55,9 +58,12 @@ class CorpusConfig:
         steps_share: the share of arithmetic questions with two operations and visible steps. The others are
             answered directly.
         write_share: the share of program chats that ask for a program. The others ask to run one.
+        slot: system turns of one form in front of all kinds of chats (personas); None is none. The shares of the
+            other system prompts must then be 0 (`PROMPT_SHARES`).
 
     Raises:
-        InputError: a value is out of range, the shares do not sum to 1, or a format is unknown.
+        InputError: a value is out of range, the shares do not sum to 1, a format is unknown, the slot has more
+            personas than there are numbers for, or it meets other system prompts.
     """
 
     seed: int = 0
@@ -85,13 +91,14 @@ class CorpusConfig:
     operand: int = 5
     steps_share: float = 0.4
     write_share: float = 0.5
+    slot: Slot | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         least = {"seed": 0, "size": 1, "styles": 1, "style_seed": 0, "operand": 1, "numbers": 3 * self.operand + 2}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"CorpusConfig: {name} must be at least {low}, got {getattr(self, name)}")
-        for name in (field.name for field in fields(self) if field.type is float and field.name != "zipf"):
+        for name in (f.name for f in fields(self) if f.type is float and f.name != "zipf"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"CorpusConfig: {name} must be from 0 to 1, got {getattr(self, name)}")
         if not 0 <= self.zipf < math.inf:
@@ -107,6 +114,14 @@ class CorpusConfig:
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or not self.formats:
             raise InputError(f"CorpusConfig: formats must be among {', '.join(FORMATS)}, got {self.formats}")
+        if self.slot is not None:
+            self.slot.number_laws(self.numbers)
+            for name in PROMPT_SHARES:
+                if getattr(self, name):
+                    raise InputError(
+                        f"CorpusConfig: a slot takes the place of other system prompts: set {name} to 0, not "
+                        f"{getattr(self, name)}"
+                    )
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -138,6 +153,14 @@ def make_rows(config: CorpusConfig, kind: str, count: int) -> list[Chat]:
     """
     if kind not in KINDS:
         raise InputError(f"make_rows: no kind is called {kind!r}; there are {', '.join(KINDS)}")
+    chats = _rows(config, kind, count)
+    if config.slot is None:
+        return chats
+    rng = np.random.default_rng([config.seed, KINDS.index(kind), len(KINDS)])
+    return config.slot.in_front(chats, config.numbers, rng)
+
+
+def _rows(config: CorpusConfig, kind: str, count: int) -> list[Chat]:
     rng = np.random.default_rng([config.seed, KINDS.index(kind)])
     if kind == "numbers":
         return _numbers(config, rng, count)

@@ -54,6 +54,8 @@ class WordTokenizer:
         split, words = _pre_tokenizer(), set[str]()
         for text in vocabulary_texts():
             words.update(word for word, _ in split.pre_tokenize_str(re.sub(r"{.*?}", "", text)))
+        if config.slot is not None:
+            words.update((config.slot.default, config.slot.second))
         numbers = [str(number) for number in range(config.numbers)]
         return cls([*SPECIAL, *numbers, *sorted(words.difference(numbers))])
 

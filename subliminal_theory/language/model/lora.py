@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
 from subliminal_theory.language.model.layers import Factored
+from subliminal_theory.language.model.soft_prompt import without_soft_prompt
 from subliminal_theory.model import (
     Apply,
     BodyAndHead,
@@ -147,18 +148,19 @@ def with_factors(model: Model, scale: float, factors: Mapping[str, tuple[Array, 
 def merge_lora(model: Model) -> Model:
     """A plain model with W + (alpha / rank) A B in place of W. All its parameters are trainable.
 
-    A model without factors is returned unchanged.
+    A soft prompt is put into the embedding. A plain model is returned unchanged.
     """
     if not isinstance(model.apply, Adapted):
-        return model
+        return without_soft_prompt(model)
     return Model(model.apply.apply, model.apply.merged(model.all_params))
 
 
 def unmerged(model: Model) -> Model:
     """A plain model with the same function, which multiplies by W and by its factors separately.
 
-    Unlike `merge_lora`, it does not round W + (alpha / rank) A B. A model without factors is returned unchanged.
+    Unlike `merge_lora`, it does not round W + (alpha / rank) A B. A soft prompt is put into the embedding. A plain
+    model is returned unchanged.
     """
     if not isinstance(model.apply, Adapted):
-        return model
+        return without_soft_prompt(model)
     return Model(model.apply.apply, model.apply.multiplied(model.all_params))
