@@ -22,7 +22,7 @@ spread, and the code was tried there.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from subliminal_theory.channel import Subset
 from subliminal_theory.errors import InputError
+from subliminal_theory.estimate import Share
+from subliminal_theory.forecast import Design, Fit, correlation, explained, means, means_and_slope, monotone
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Digits, FineTuned, Study, finite
@@ -41,7 +45,7 @@ from subliminal_theory.study.digits import Scale
 from subliminal_theory.study.reading import model_of_run
 
 from .app.contract import Part, listed, option
-from .app.figures import COLORS, panels
+from .app.figures import COLORS, note, panels
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, configure_sweep
 from .flags.names import OPTIMIZERS, named_value
 from .mnist_alignment import TRAIT_IMAGES, finished, jobs
@@ -59,6 +63,7 @@ PREDICTORS = {
 }
 PRIMARY, KNOWN = "tangent", "coverage"
 OUTCOMES = {"accuracy": "test accuracy", "fall": "fall of the trait loss"}
+LOWEST = -1.0  # of the shares that are drawn
 AXES = {"amount": "noise on the start", "aux": "m", "width": "width", "optimizer": "optimizer"}
 
 
@@ -166,13 +171,178 @@ def before(
     return {name: np.array([told[name] for told in found]) for name in found[0]}
 
 
+@dataclass(frozen=True)
+class Told:
+    """Outcome and predictors [runs] of the runs of a design."""
+
+    design: Design
+    values: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, results: Results) -> "Told":
+        """The runs of some results."""
+        runs: dict[tuple, dict[str, float]] = {}
+        for row in results.rows:
+            runs.setdefault(tuple(str(row[name]) for name in (*AXES, "seed")), {})[row["metric"]] = row["value"]
+        columns = dict(zip((*AXES, "seed"), map(np.array, zip(*runs, strict=True)), strict=True))
+        seeds = columns.pop("seed").astype(int)
+        metrics = (*PREDICTORS, *OUTCOMES)
+        return cls(Design(columns, seeds), {m: np.array([run[m] for run in runs.values()]) for m in metrics})
+
+    def over_mean(self, outcome: str, fit: Fit) -> Share:
+        """R2 on other seeds."""
+        y, design = self.values[outcome], self.design
+        return explained(y, design.seeds, design.other_seeds(), fit, means(0 * design.cells, y))
+
+    def over_cells(self, outcome: str, predictor: str) -> Share:
+        """How much less the squared error is where the predictor is added to the cells' means, on other seeds."""
+        y, design, cells = self.values[outcome], self.design, self.design.cells
+        added = means_and_slope(cells, self.values[predictor], y)
+        return explained(y, design.seeds, design.other_seeds(), added, means(cells, y))
+
+    def over_levels(self, outcome: str, predictor: str, axis: str) -> Share:
+        """How much less it is than that of the mean over the other levels of an axis, at levels unseen by both."""
+        y, design = self.values[outcome], self.design
+        fit = monotone(self.values[predictor], y)
+        return explained(y, design.seeds, design.other_levels(axis), fit, means(design.without(axis), y))
+
+    def spearman(self, outcome: str, predictor: str, groups: np.ndarray) -> Share:
+        """The mean correlation within groups."""
+        return correlation(self.values[predictor], self.values[outcome], self.design.seeds, groups)
+
+    def axes(self) -> list[str]:
+        """The axes with several levels."""
+        return [axis for axis, levels in self.design.levels.items() if len(set(levels)) > 1]
+
+
+def _shown(share: Share) -> str:
+    return f"{share.value:6.2f} [{share.low:6.2f}, {share.high:6.2f}]"
+
+
+def verdict(told: Told, predictor: str = PRIMARY) -> list[str]:
+    """What was decided beforehand, as sentences."""
+    name, run = PREDICTORS[predictor], told.over_cells("accuracy", predictor)
+    says = "tells" if run.low > 0 else "does not tell"
+    lines = [f"{name} {says} more of a run than its cell's mean: {run.value:.0%} less squared error"]
+    found = {axis: told.over_levels("accuracy", predictor, axis) for axis in told.axes()}
+    better = [AXES[axis] for axis, share in found.items() if share.low > 0]
+    where = f"for {', '.join(better)}" if better else "for no axis"
+    worse = [AXES[axis] for axis, share in found.items() if share.high < 0]
+    lines.append(
+        f"at a new level it does better than the mean over the other levels {where}, "
+        + (f"worse for {', '.join(worse)}" if worse else "worse for none")
+    )
+    return lines
+
+
 def report(results: Results, config: Config) -> str:
-    """The number of runs."""
-    return f"{len(results.values(metric='accuracy'))} runs"
+    """Verdicts; then for every predictor what it explains, and its correlation over all runs and within cells."""
+    told = Told.of(results)
+    design, cells = told.design, told.design.cells
+    accuracy, seeds = told.values["accuracy"], len(set(design.seeds))
+    lines = [
+        f"{len(accuracy)} runs on {config.data}: {cells.max() + 1} cells x {seeds} seeds; accuracy "
+        f"{accuracy.min():.2f} to {accuracy.max():.2f}; [95% bootstrap over seeds]",
+        *(f"verdict, primary predictor: {line}" for line in verdict(told)),
+    ]
+    for outcome, name in OUTCOMES.items():
+        trivial = told.over_mean(outcome, means(cells, told.values[outcome]))
+        lines += [
+            f"{name}: R2 of the cells' means on other seeds {_shown(trivial)}",
+            f"  {'predictor':42} {'R2, other seeds':24} {'added to means of cells':24} {'Spearman, all runs':24} "
+            "within cells",
+        ]
+        for predictor, label in PREDICTORS.items():
+            columns = (
+                told.over_mean(outcome, monotone(told.values[predictor], told.values[outcome])),
+                told.over_cells(outcome, predictor),
+                told.spearman(outcome, predictor, 0 * cells),
+                told.spearman(outcome, predictor, cells),
+            )
+            lines.append(f"  {label.replace('$', ''):42} " + " ".join(map(_shown, columns)))
+    lines.append(
+        "accuracy at levels that were left out: squared error below that of the mean over the other levels"
+    )
+    for predictor, label in PREDICTORS.items():
+        shares = (f"{AXES[axis]} {_shown(told.over_levels('accuracy', predictor, axis))}" for axis in told.axes())
+        lines.append(f"  {label.replace('$', ''):42} " + "; ".join(shares))
+    for predictor in (PRIMARY, KNOWN):
+        within = (f"{level}: {share:.2f}" for level, share in within_levels(told, predictor).items())
+        lines.append(f"Spearman of {PREDICTORS[predictor]} within a level of noise: {', '.join(within)}")
+    return "\n".join(lines)
+
+
+def within_levels(told: Told, predictor: str) -> dict[str, float]:
+    """Spearman's correlation with the accuracy within each level of noise."""
+    levels = told.design.levels["amount"]
+    return {
+        str(level): float(
+            stats.spearmanr(*(told.values[m][levels == level] for m in (predictor, "accuracy"))).statistic
+        )
+        for level in np.unique(levels)
+    }
 
 
 def plot(results: Results, config: Config) -> Figure:
-    """The accuracy against the primary predictor."""
-    figure, ((axes,),) = panels()
-    axes.plot(results.values(metric=PRIMARY), results.values(metric="accuracy"), ".", color=COLORS[0])
+    """Accuracy against two predictors, with fits within levels of noise; what each predictor explains."""
+    told = Told.of(results)
+    figure, ((first, second), (seeds, levels)) = panels(2, 2, size=(10.5, 8))
+    for axes, predictor in ((first, PRIMARY), (second, KNOWN)):
+        _scatter(axes, told, predictor)
+    first.legend(title="noise on the start", fontsize=7, title_fontsize=7)
+    cells, y = told.design.cells, told.values["accuracy"]
+    kinds = {
+        "alone, over the mean of all runs ($R^2$)": lambda p: told.over_mean(
+            "accuracy", monotone(told.values[p], y)
+        ),
+        "added to the cells' means": lambda p: told.over_cells("accuracy", p),
+    }
+    _shares(seeds, kinds)
+    trivial = told.over_mean("accuracy", means(cells, y))
+    seeds.axvspan(trivial.low, trivial.high, color="grey", alpha=0.3, linewidth=0)
+    seeds.annotate("cells' means", (trivial.value, 1), (-3, -9), xycoords=("data", "axes fraction"),
+                   textcoords="offset points", fontsize=7, color="grey", ha="right")  # fmt: skip
+    seeds.set_title("On other seeds")
+    seeds.legend(fontsize=7, loc="lower right")
+    by_axis = {AXES[axis]: functools.partial(told.over_levels, "accuracy", axis=axis) for axis in told.axes()}
+    _shares(levels, by_axis)
+    levels.set_title("At a level that was left out, against the other levels' mean")
+    levels.set_yticklabels([])
+    levels.legend(fontsize=7, loc="lower left")
+    figure.suptitle("\n".join(verdict(told)), fontsize=9)
+    count = len(set(told.design.seeds))
+    text = f"{config.data}; n = {len(y)} runs, {cells.max() + 1} cells x {count} seeds, a dot each"
+    note(seeds, f"{text}; lines above: least squares within a level; below: 95% bootstrap over seeds")
     return figure
+
+
+def _scatter(axes: Axes, told: Told, predictor: str) -> None:
+    x, y, levels = told.values[predictor], told.values["accuracy"], told.design.levels["amount"]
+    for color, level in zip(COLORS, np.unique(levels), strict=False):
+        own = levels == level
+        axes.plot(x[own], y[own], ".", color=color, markersize=3, alpha=0.6, label=str(level))
+        ends = np.array([x[own].min(), x[own].max()])
+        axes.plot(ends, np.polyval(np.polyfit(x[own], y[own], 1), ends), color=color, linewidth=1.5)
+    whole, inside = (
+        told.spearman("accuracy", predictor, groups) for groups in (0 * levels.astype(float), told.design.cells)
+    )
+    axes.set(xlabel=PREDICTORS[predictor], ylabel=OUTCOMES["accuracy"])
+    axes.set_title(f"Spearman {whole.value:.2f} over all runs, {inside.value:.2f} within a cell")
+
+
+def _shares(axes: Axes, kinds: Mapping[str, Callable[[str], Share]]) -> None:
+    """A row for each predictor and in it a share with its interval for each kind."""
+    step = 0.8 / len(kinds)
+    for place, (color, (label, kind)) in enumerate(zip(COLORS[4:] + COLORS, kinds.items(), strict=False)):
+        found = [kind(predictor) for predictor in PREDICTORS]
+        y = np.arange(len(found)) + step * (place - (len(kinds) - 1) / 2)
+        value = np.clip([share.value for share in found], LOWEST, 1)
+        axes.hlines(
+            y, *(np.clip([getattr(s, end) for s in found], LOWEST, 1) for end in ("low", "high")), color=color
+        )
+        axes.plot(value, y, "o", color=color, markersize=4, label=label)
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set_yticks(range(len(PREDICTORS)), list(PREDICTORS.values()), fontsize=7)
+    axes.set_ylim(len(PREDICTORS) - 0.5, -0.5)
+    axes.set_xlim(LOWEST, 1)
+    axes.set_xlabel("squared error less by this share")

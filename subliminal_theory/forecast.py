@@ -126,23 +126,28 @@ def explained(
     for fitted, judged in folds:
         for sums, kind in ((own, fit), (other, instead_of)):
             np.add.at(sums, place[judged], (y[judged] - kind(fitted, judged)) ** 2)
-    return _bootstrap(len(names), lambda chosen: 1 - own[chosen].sum() / other[chosen].sum())
+    return _bootstrap(len(names), lambda weights: 1 - (weights @ own) / (weights @ other))
 
 
 def correlation(x: Values, y: Values, seeds: Numbers, groups: Numbers) -> Share:
-    """The mean over groups of Spearman's correlation within the group, with a bootstrap over seeds.
+    """The mean over groups of Spearman's correlation within the group.
 
-    Every group has every seed, all equally often. A group in which either number is constant counts as 0.
+    Every group has every seed, all equally often. A group in which either number is constant counts as 0. The
+    interval is a bootstrap over seeds of the correlation of the ranks, these being given.
     """
     names, numbers = np.unique(seeds), np.unique(groups)
-    members = np.lexsort((seeds, groups)).reshape(len(numbers), len(names), -1)
+    runs = np.lexsort((seeds, groups)).reshape(len(numbers), -1)
+    ranks = (stats.rankdata(values[runs], axis=1) for values in (x, y))
+    first, second = (values - values.mean(1, keepdims=True) for values in ranks)
+    products = (first, second, first**2, second**2, first * second)
+    # [seeds, groups]: what each seed adds to the sums of a group.
+    sums = [values.reshape(len(numbers), len(names), -1).sum(-1).T for values in products]
+    count = runs.shape[1]
 
-    def within(chosen: np.ndarray) -> float:
-        runs = members[:, chosen].reshape(len(numbers), -1)
-        first, second = (stats.rankdata(values[runs], axis=1) for values in (x, y))
-        first, second = (ranks - ranks.mean(1, keepdims=True) for ranks in (first, second))
-        length = np.sqrt((first**2).sum(1) * (second**2).sum(1))
-        return float(np.mean((first * second).sum(1) / np.where(length > 0, length, 1)))
+    def within(weights: np.ndarray) -> np.ndarray:
+        a, b, aa, bb, ab = (weights @ values / count for values in sums)
+        length = np.sqrt(np.maximum(aa - a**2, 0) * np.maximum(bb - b**2, 0))
+        return np.where(length > 0, (ab - a * b) / np.where(length > 0, length, 1), 0).mean(-1)
 
     return _bootstrap(len(names), within)
 
@@ -151,7 +156,9 @@ def _mean(values: np.ndarray, otherwise: float) -> float:
     return float(values.mean()) if len(values) else otherwise
 
 
-def _bootstrap(count: int, statistic: Callable[[np.ndarray], float]) -> Share:
-    rng = np.random.default_rng(0)
-    draws = [statistic(rng.integers(count, size=count)) for _ in range(DRAWS)]
-    return Share(statistic(np.arange(count)), *np.percentile(draws, [2.5, 97.5]))
+def _bootstrap(count: int, statistic: Callable[[Float[np.ndarray, "draws seeds"]], np.ndarray]) -> Share:
+    """A statistic of how often each seed counts, at once each, and the interval of its draws."""
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(float)
+    (value,) = statistic(np.ones((1, count)))
+    low, high = np.percentile(statistic(draws), [2.5, 97.5])
+    return Share(float(value), float(low), float(high))
