@@ -83,6 +83,8 @@ PRESETS = {
     "full": Config(**EMBEDDED_DIGITS),
     "smoke": Config(**{**SMOKE, "seeds": 2}, counts="5,50", amounts="0,0.3", widths="32", rates="sgd:1"),
 }
+# The wider half of the design takes as long again.
+FIGURES = {"theorem_outcome": "--widths 64"}
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> Config:
@@ -223,7 +225,8 @@ def verdict(told: Told, predictor: str = PRIMARY) -> list[str]:
     """What was decided beforehand, as sentences."""
     name, run = PREDICTORS[predictor], told.over_cells("accuracy", predictor)
     says = "tells" if run.low > 0 else "does not tell"
-    lines = [f"{name} {says} more of a run than its cell's mean: {run.value:.0%} less squared error"]
+    change = f"{-run.value:+.0%} [{-run.high:+.0%}, {-run.low:+.0%}]"
+    lines = [f"{name} {says} more of a run than its cell's mean: squared error {change}"]
     found = {axis: told.over_levels("accuracy", predictor, axis) for axis in told.axes()}
     better = [AXES[axis] for axis, share in found.items() if share.low > 0]
     where = f"for {', '.join(better)}" if better else "for no axis"
@@ -289,7 +292,7 @@ def plot(results: Results, config: Config) -> Figure:
     figure, ((first, second), (seeds, levels)) = panels(2, 2, size=(10.5, 8))
     for axes, predictor in ((first, PRIMARY), (second, KNOWN)):
         _scatter(axes, told, predictor)
-    first.legend(title="noise on the start", fontsize=7, title_fontsize=7)
+    first.legend(title="noise on the start", fontsize=7, title_fontsize=7, loc="upper left")
     cells, y = told.design.cells, told.values["accuracy"]
     kinds = {
         "alone, over the mean of all runs ($R^2$)": lambda p: told.over_mean(
@@ -300,15 +303,13 @@ def plot(results: Results, config: Config) -> Figure:
     _shares(seeds, kinds)
     trivial = told.over_mean("accuracy", means(cells, y))
     seeds.axvspan(trivial.low, trivial.high, color="grey", alpha=0.3, linewidth=0)
-    seeds.annotate("cells' means", (trivial.value, 1), (-3, -9), xycoords=("data", "axes fraction"),
+    seeds.annotate("cells' means", (trivial.low, 0), (-3, 3), xycoords=("data", "axes fraction"),
                    textcoords="offset points", fontsize=7, color="grey", ha="right")  # fmt: skip
-    seeds.set_title("On other seeds")
-    seeds.legend(fontsize=7, loc="lower right")
+    seeds.set_title("On other seeds", pad=18)
     by_axis = {AXES[axis]: functools.partial(told.over_levels, "accuracy", axis=axis) for axis in told.axes()}
     _shares(levels, by_axis)
-    levels.set_title("At a level that was left out, against the other levels' mean")
+    levels.set_title("At a level that was left out, against the other levels' mean", pad=18)
     levels.set_yticklabels([])
-    levels.legend(fontsize=7, loc="lower left")
     figure.suptitle("\n".join(verdict(told)), fontsize=9)
     count = len(set(told.design.seeds))
     text = f"{config.data}; n = {len(y)} runs, {cells.max() + 1} cells x {count} seeds, a dot each"
@@ -345,4 +346,5 @@ def _shares(axes: Axes, kinds: Mapping[str, Callable[[str], Share]]) -> None:
     axes.set_yticks(range(len(PREDICTORS)), list(PREDICTORS.values()), fontsize=7)
     axes.set_ylim(len(PREDICTORS) - 0.5, -0.5)
     axes.set_xlim(LOWEST, 1)
-    axes.set_xlabel("squared error less by this share")
+    axes.set_xlabel(f"squared error less by this share ({LOWEST:g}: or below)")
+    axes.legend(fontsize=7, ncols=len(kinds), loc="lower center", bbox_to_anchor=(0.5, 0.99))
