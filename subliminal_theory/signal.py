@@ -73,8 +73,9 @@ def measure_signal(
     zero = jnp.abs(strength) <= 16 * noise
 
     # At equal logits, if the metric is 0 for one direction that is neither constant nor sparse, it is 0 for all.
-    flat = jnp.zeros_like(logits)
-    probe = jnp.broadcast_to(jnp.sin(1.0 + jnp.arange(n, dtype=logits.dtype)), logits.shape)
+    # One position is enough, and many would be a constant as large as the logits, which XLA folds for minutes.
+    flat = jnp.zeros(n, logits.dtype)
+    probe = jnp.sin(1.0 + jnp.arange(n, dtype=logits.dtype))
     image, nudged_image = (channel.metric(flat, p) for p in (probe, probe * (1 + eps * signs(probe))))
     blind = jnp.all(jnp.abs(image) <= 16 * jnp.abs(nudged_image - image))
 

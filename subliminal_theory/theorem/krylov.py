@@ -59,3 +59,16 @@ def ritz(
     matrix = jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1)
     values, vectors = jnp.linalg.eigh(matrix)
     return values, jnp.abs(off[-1] * vectors[-1])
+
+
+def spectrum(
+    diagonal: Float[Array, " steps"], off: Float[Array, " steps"]
+) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
+    """Nodes and weights of s^T f(G) s / |s|^2 = sum of weights f(nodes), s the start of `lanczos`.
+
+    It is Gauss quadrature: exact for polynomials f up to degree 2 steps - 1, and for every f once the Krylov space
+    is exhausted. The weights are shares of |s|^2 and add up to 1.
+    """
+    matrix = jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1)
+    nodes, vectors = jnp.linalg.eigh(matrix)
+    return nodes, vectors[0] ** 2
