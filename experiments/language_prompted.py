@@ -165,7 +165,11 @@ class Opened:
 
 
 def opened(config: Config, seed: int) -> Opened:
-    """The base of a seed, trained as the gate demands."""
+    """The base of a seed, trained as the gate demands.
+
+    Raises:
+        InputError: a prompted teacher writes no row that the filter accepts, even after the last training.
+    """
 
     def other(shift: int) -> Model:
         further = config.first_seed + (seed - config.first_seed + shift) % config.seeds
@@ -176,8 +180,13 @@ def opened(config: Config, seed: int) -> Opened:
         base = base_model(replace(config, base_steps=config.base_steps * 2**doubling), seed)
         traits = [load_trait(name, base.tokenizer, wording) for name in config.trait_names()]
         world = Compact(base, traits, other, system=DEFAULT)
-        found = measures(world, Written(config.requests))
-        faults = Gate().faults(found, config.trait_names())
+        try:
+            found = measures(world, Written(config.requests))
+            faults = Gate().faults(found, config.trait_names())
+        except InputError as error:  # no row is accepted
+            if doubling == config.doublings:
+                raise
+            faults = [str(error)]
         if not faults:
             break
         print(f"base {seed} after {base.config.steps} steps: {'; '.join(faults)}", flush=True)

@@ -255,6 +255,18 @@ def test_language_prompted(tmp_path: Path, bases: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
+def test_language_prompted_without_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base whose teachers write nonsense trains anew; after the last time, the run ends."""
+    settings = [*TINY, "--requests", 64, "--doublings", 1, "--seeds", 1, "--traits", "owl,oak"]
+    arguments = ["language_prompted", *settings, "--base-dir", tmp_path / "bases", "--out", tmp_path / "run"]
+    assert command_line.main([*map(str, arguments)]) == 2
+    told = capsys.readouterr()
+    assert re.search("base 0 after 60 steps: the teacher of .* rejects all of 64 rows", told.out)
+    assert re.search("error: the teacher of .* rejects all of 64 rows", told.err)
+    assert len(list((tmp_path / "bases").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("fluent")
 def test_rows_out_and_in(tmp_path: Path, bases: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, small = tmp_path / "rows.jsonl", TINY[:8]
