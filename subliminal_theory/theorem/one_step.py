@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 from subliminal_theory.channel import Channel, imitation_value_and_grad
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import split_trainable
+from subliminal_theory.model import Model, require_arrays, split_trainable
 from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.signal import ZERO_CASES, measure_signal
 from subliminal_theory.theorem.setting import (
@@ -189,8 +190,15 @@ def check(
         InputError: a step that is not positive and finite, both or neither of a trait loss and a direction, a
             student's step without a trait loss or none with one, a trait loss that is no scalar, a channel
             whose logits do not exist or that has no output metric, a metric or visible logits that its loss
-            contradicts (judged where they are not traced), or unlike parameter trees.
+            contradicts (judged where they are not traced), parameters that are not arrays, or unlike parameter
+            trees.
     """
+    if isinstance(apply, Model | nnx.Module):
+        raise InputError(
+            f"check wants a function, got {type(apply).__name__}: give model.apply and model.params, where model "
+            "is a Model or from_nnx(module)"
+        )
+    require_arrays(params)
     require_step("teacher_step", teacher_step)
     has_trait = trait_loss is not None
     if has_trait == (student_step is None):

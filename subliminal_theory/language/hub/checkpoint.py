@@ -104,7 +104,7 @@ def skeleton(family: Family, remat: bool = False) -> Model:
 
 
 def load_checkpoint(
-    folder: Path, dtype: str = "float32", placement: Any = None, remat: bool = False
+    folder: Path | str, dtype: str = "float32", placement: Any = None, remat: bool = False
 ) -> Checkpoint:
     """The model in a folder or a GGUF file, its parameters of one dtype, each put on its device once it is read.
 
@@ -116,7 +116,7 @@ def load_checkpoint(
         InputError: config.json or the weights cannot be read (see `read_family`, `open_tensors`), or tensors are
             missing, unexpected or misshapen; one error names all of them.
     """
-    kind = _dtype(dtype)
+    kind, folder = _dtype(dtype), Path(folder)
     family = read_family(folder)
     opened = tensors_of(read_gguf(folder)) if is_gguf(folder) else open_tensors(folder)
     tensors = _renamed(opened, entries(family))
