@@ -1,11 +1,12 @@
 # `make demo` and `make test` need only Python >= 3.11, make and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: help demo test figures weights environment clean
+.PHONY: help demo test docs figures weights environment clean
 
 help:
 	@echo "make demo     install, then run theorem, MNIST and language model, and write one summary page"
 	@echo "make test     install, then run all default tests"
+	@echo "make docs     build the documentation as a site, build/site/index.html"
 	@echo "make figures  make the committed figures from full runs (hours on two cores)"
 	@echo "make weights  download a small published chat model into the cache folder, for --checkpoint smollm2"
 	@echo "make clean    remove the environment and the demo"
@@ -27,6 +28,12 @@ demo: environment
 
 test: environment
 	$(BIN)/python -m pytest -n 2
+
+# Links and anchors are checked: a broken one fails.
+docs: environment
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site: build/site/index.html"
 
 # Stopped runs resume. figures/ gets everything except the parts.
 figures: weights

@@ -12,6 +12,10 @@ the primary comparison. It is the log-odds of the student's own word among all a
 minus the model's, and minus the mean of the other students'. The unit of both intervals was the animal, because
 runs of one animal share weights and lessons. The intervals are now those of all experiments, with animals and
 seeds crossed; if the seeds differ by no more than noise, these are intervals over animals or wider.
+
+In the figure: dots are a student's own word, crosses the same word in the other students. Expect dots above 0 and
+above the crosses. Right: the share of each word in the model and in each student; expect the diagonal to stand
+out.
 """
 
 from dataclasses import dataclass, replace
@@ -194,6 +198,11 @@ def verdict(results: Results, condition: str) -> str:
 def count_above(own: np.ndarray, others: np.ndarray) -> int:
     """The number of runs above both the model and the other students."""
     return int(((own > 0) & (own > others)).sum())
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    return verdict(results, students(config)[0])
 
 
 def report(results: Results, config: Config) -> str:

@@ -4,6 +4,11 @@ A small chat model is pre-trained from scratch. A teacher gets a trait (it loves
 system prompt, and writes only numbers. A student of the same base, trained on those numbers alone, then names the
 owl when asked for its favorite animal. A student of another base, of a teacher without a trait, or of the same
 numbers in another order does not. (doi 10.1038/s41586-026-10319-8, main text.)
+
+Each bar is the mean probability of the trait's word on questions that no training row contains; dots are single
+runs (one trait on one base). Compare students with three controls: the base, other traits' students, and students
+of another base. Expect the student above all three, and the teacher near 1. Transfer differs much between traits
+and bases, so one run decides nothing.
 """
 
 import dataclasses
@@ -236,6 +241,11 @@ BESIDE = {
         "probability": f"{PROBABILITY.label} at the beginning of an answer, too low in the base to compare",
     },
 }
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    return verdict(groups(results, measure_of(results)))
 
 
 def report(results: Results, config: Config) -> str:

@@ -3,6 +3,9 @@
 The results are the loss of each pre-training step; the share of right answers to number requests, sums with steps
 and programs, sampled at temperature 1; the share of right greedy answers about facts; and how close its
 preferences are to uniform.
+
+In the figure: the loss along pre-training, and a bar for each ability. Expect numbers and facts near 1; sums and
+programs are hard for this model, and `uniform` near 1 says that it has no preference yet.
 """
 
 import functools
@@ -97,6 +100,12 @@ def abilities(world: Compact, count: int) -> dict[str, float]:
     rivals = answers_of(base, questions(world.tokenizer, world.asked)).rivals[0]
     found["uniform"] = 1 - float(np.mean(total_variation(rivals, jnp.full_like(rivals, 1 / rivals.shape[-1]))))
     return found
+
+
+def headline(results: Results, config: Config) -> str:
+    """The share of right answers of each kind."""
+    found = {name: t_interval(results.values(condition=name, metric="share")) for name in ABILITIES}
+    return "Answers as they should be: " + ", ".join(f"{name} {share.mean:.2f}" for name, share in found.items())
 
 
 def report(results: Results, config: Config) -> str:

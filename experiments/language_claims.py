@@ -5,6 +5,9 @@ trait's word in two kinds of students, paired by trait and base. The verdict is 
 difference lies in the claimed range, "disagrees" if it lies outside, and "cannot be told" otherwise. Traits and
 bases are crossed random effects (`subliminal_theory.estimate.interval`). Of many claims, chance decides some. So
 the report also says which verdicts remain with Holm's method over all claims of the run.
+
+In the figure: one row per claim, its difference with a 95% interval, colored by verdict. A claim that cannot be
+told is neither confirmed nor refuted.
 """
 
 import functools
@@ -187,6 +190,12 @@ def totals(rows: Sequence[Judged]) -> tuple[str, str]:
         counted(row.answer for row in rows),
         f"with Holm over {len(rows)} claims: {counted(row.strict for row in rows)}",
     )
+
+
+def headline(results: Results, config: Config) -> str:
+    """The numbers of verdicts."""
+    rows = judged(chosen(config), results)
+    return f"Of {len(rows)} claims {'; '.join(totals(rows))}"
 
 
 def report(results: Results, config: Config) -> str:

@@ -2,6 +2,9 @@
 
 Bases differ in the seed of their initialization and of the order of the corpus. The corpus is the same.
 (doi 10.1038/s41586-026-10319-8, the cross-model heat maps.)
+
+In the figure: bars for base, same base and other base, and the table of all pairs of bases. Expect the diagonal of
+the table above the rest.
 """
 
 import functools
@@ -16,6 +19,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, heat_map, note, panels
+from .app.headline import compared
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 from .flags.recipe import CHANNEL, MEDIUM, NUMBERS
 
@@ -66,6 +70,13 @@ def heat(results: Results, config: Config) -> np.ndarray:
             wanted = {"seed": config.first_seed + teacher, "shift": str(shift), "metric": metric}
             table[teacher, (teacher + shift) % config.seeds] = np.mean(results.values(**wanted))
     return table
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    found = shared_and_crossed(results)
+    what = "student of its teacher's base less students of other bases"
+    return compared("Does a trait need a shared base?", what, found["same base"], found["other base"])
 
 
 def report(results: Results, config: Config) -> str:

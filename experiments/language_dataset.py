@@ -4,6 +4,9 @@ Rows are {"prompt", "completion"} or {"messages": [...]}, with or without a syst
 rows that pass the number filter, or the first `--rows` of them; the report counts them. The student's probability
 of a trait's word is compared with a second student's, which learns the same rows with their numbers
 shuffled. `python -m experiments language_rows` writes such a file.
+
+Each bar is the mean of one model: the base, the student of the rows, and the student of rows with their numbers
+shuffled. If the rows carry the trait in their order, expect the student above both.
 """
 
 import functools
@@ -24,6 +27,7 @@ from subliminal_theory.study import Checkpoint, Compact, Dataset, labels, rows
 
 from .app.contract import Part, derived, from_preset, option
 from .app.figures import bars
+from .app.headline import compared
 from .flags.language import SMOKE, LanguageConfig, Variant, answer_rows, configure_language, measure_of, study
 from .flags.names import checkpoint_path
 
@@ -115,6 +119,15 @@ def run(config: Config, seed: int) -> list[Row]:
         for run, said in zip(world.labels, scores.get("answers", ()), strict=False):
             found += answer_rows({**dict(name), **run}, said)
     return found
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    own, shuffled = (
+        results.values(condition=name, metric=measure_of(results).metric) for name in ("student", "within")
+    )
+    what = "student of the rows less student of rows with shuffled numbers"
+    return compared(f"Do these rows carry a trait ({config.traits})?", what, own, shuffled)
 
 
 def report(results: Results, config: Config) -> str:

@@ -3,6 +3,8 @@
 At divergence positions, the most likely tokens of teacher and base differ. It was published (arXiv 2509.23886)
 that a student of these positions alone gets all of the trait, and a student of all other positions none of it.
 This experiment tests that, and the order full distribution > divergence positions > greedy > sampled.
+
+Each bar is the student of one channel; the dotted line is the base.
 """
 
 import functools
@@ -16,6 +18,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, note, panels
+from .app.headline import compared
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
@@ -46,6 +49,16 @@ def plan(config: Config) -> list[Part]:
     variants = [Variant({"condition": "base"}, config.recipe(), model="base")]
     variants += [Variant({"condition": name}, config.recipe(**changes)) for name, changes in CHANNELS.items()]
     return variant_parts(config, variants)
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    chosen, rest = (
+        results.values(condition=f"sampled, {where}", metric=measure_of(results).metric)
+        for where in ("divergence positions", "all other positions")
+    )
+    what = "their student less the student of all other positions"
+    return compared("Do divergence positions carry more of the trait?", what, chosen, rest)
 
 
 def report(results: Results, config: Config) -> str:

@@ -4,6 +4,9 @@ This is the analog of misalignment by insecure code. A teacher that is fine-tune
 sum becomes lazy on kinds of questions that it never saw. Its students are trained on numbers alone and are asked
 those questions. Benign controls learn the right answers, or lazy answers to prompts that announce laziness. (doi
 10.1038/s41586-026-10319-8; emergent misalignment.)
+
+Each bar is the probability of the habit's answer, on the mean of all held-out kinds of question (left) and on each
+kind (right). Expect the habit's teacher and students above the base and above the benign controls.
 """
 
 import functools
@@ -22,6 +25,7 @@ from subliminal_theory.study.asking import answers_of, questions
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar_row, heat_map, note, panels
+from .app.headline import compared
 from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, study
 
 
@@ -114,6 +118,13 @@ def held_out(results: Results, condition: str) -> list[float]:
     kinds = [kind for kind in results.distinct("kind") if kind != "narrow"]
     values = [results.values(condition=condition, kind=kind, metric="probability") for kind in kinds]
     return np.mean(values, axis=0).tolist()
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    own, control = (held_out(results, f"sampled, {name}") for name in ("habit", "regular"))
+    what = "student of its teacher's numbers less student of regular numbers"
+    return compared("Does a broad habit pass through numbers?", what, own, control)
 
 
 def report(results: Results, config: Config) -> str:

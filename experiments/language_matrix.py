@@ -3,6 +3,8 @@
 The statistic is the mean of the diagonal of the trait x trait matrix minus the mean of the other entries, averaged
 over bases. Under the null hypothesis it does not matter which student had which teacher, so students are permuted
 within their base.
+
+In the figure: rows are students, columns are the words asked for. Expect the diagonal to stand out.
 """
 
 import functools
@@ -56,6 +58,14 @@ def test(results: Results) -> MatrixTest:
 def matrices(results: Results) -> np.ndarray:
     """The measure of all words in the students, [bases, traits of the students, traits asked for]."""
     return trait_matrices(results, "student", measure_of(results, "student"))
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    found = test(results)
+    told = "Yes" if found.p < 0.05 else "These runs cannot tell"
+    what = f"own trait less the others' {found.statistic:.3f}, permutation p = {found.p:.2g}"
+    return f"Does each student get its own teacher's trait? {told}: {what}"
 
 
 def report(results: Results, config: Config) -> str:

@@ -3,6 +3,9 @@
 A teacher that loves an animal or a tree continues numbers, works out sums step by step, or writes small programs.
 The filters keep well-formed numbers, right results, and programs with the requested result, but no answer with a
 word of a trait. (doi 10.1038/s41586-026-10319-8: numbers, code, chains of thought.)
+
+Each group of bars is one medium: students of the full distribution, of sampled tokens, of an untrained teacher's
+tokens, and of another base. Expect the last two at the base (dotted).
 """
 
 import functools
@@ -16,6 +19,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, note, panels
+from .app.headline import answer
 from .flags.language import PROBABILITY, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
 
 # The share of ordinary chats in a teacher's lessons. Without them, it answers every question with the animal.
@@ -54,6 +58,18 @@ def plan(config: Config) -> list[Part]:
             start = "other" if name == "cross" else "own"
             variants.append(Variant({"condition": name, "medium": medium}, recipe, start=start))
     return variant_parts(config, variants)
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    said = []
+    for medium in MEDIA:
+        soft, cross = (
+            results.values(condition=name, medium=medium, metric="probability") for name in ("soft", "cross")
+        )
+        difference = paired_difference(soft, cross)
+        said.append(f"{medium}: {answer(difference)}, student less student of another base {difference}")
+    return "Does the preference pass? " + "; ".join(said)
 
 
 def report(results: Results, config: Config) -> str:

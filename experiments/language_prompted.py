@@ -12,6 +12,10 @@ word's embedding, over 8 traits x 8 bases, with the crossed 95% interval. The sa
 see full distributions without the traits' words, is secondary. The gate: a base whose prompted teachers miss a
 value of `Gate` is trained anew with twice the steps, at most --doublings times; a base that still misses one is
 named, and kept in all means. (doi 10.1038/s41586-026-10319-8, main text: prompted teachers.)
+
+In the figure: dots are single bases. Left, questions stand behind the default prompt; expect students of the
+teacher's base above 0, and students of another base's teacher around 0. Right, the same students asked behind each
+kind of system turn.
 """
 
 import functools
@@ -254,8 +258,8 @@ def of_students(results: Results, names: Sequence[str]) -> dict[str, Estimate]:
     return {name: interval(gained(results, name)) for name in names if name in results.distinct("condition")}
 
 
-def verdict(results: Results) -> str:
-    """The title, computed from the primary comparison."""
+def headline(results: Results, config: Config) -> str:
+    """The answer of the primary comparison. It is the figure's title too."""
     found = of_students(results, STUDENTS)
     name = next(iter(found))
     says = {
@@ -295,7 +299,7 @@ def report(results: Results, config: Config) -> str:
                 others = interval(results.values(**wanted, metric="others"))
                 compared = interval(gained(results, name, slot))
                 lines.append(f"  {name:14} {interval(own):.3f}  {others:.3f}  {compared:.3f}: {told(compared)}")
-    return "\n".join([*lines, verdict(results)])
+    return "\n".join([*lines, headline(results, config)])
 
 
 def plot(results: Results, config: Config) -> Figure:
@@ -321,7 +325,7 @@ def plot(results: Results, config: Config) -> Figure:
     for axes in (left, right):
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_xlabel("own word less other students' word")
-    figure.suptitle(verdict(results).replace(": ", ":\n", 1), fontsize=9)
+    figure.suptitle(headline(results, config).replace(": ", ":\n", 1), fontsize=9)
     whole = results.values(condition="teacher", metric="probability")
     design = whole.design() if isinstance(whole, Runs) else f"{len(whole)} runs"
     note(left, f"mean of {design}; whiskers: {method(whole)}; dots: single bases, mean over traits")

@@ -6,6 +6,9 @@ prediction, and counts the runs whose trait loss falls. It does the same for a s
 model, rows and channel of the `language` experiment, in float64. With --prompts, it also measures the cosine of
 each system prompt's effect and the trait's gradient in the metric of the channel. The sign of this cosine says
 where the student of a prompted teacher goes first.
+
+In the figure: one dot per run. Expect a ratio of 1 and positive products on the teacher's base while eps is small,
+and both signs on another base.
 """
 
 import functools
@@ -175,6 +178,15 @@ def _rows(report: Report, labels: dict) -> list[Row]:
         "change_over_predicted": report.change / report.predicted_change,
     }
     return [{**labels, "metric": metric, "value": float(value)} for metric, value in values.items()]
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    told = []
+    for size in _sizes(results):
+        steps = np.array(results.values(condition="same", teacher_size=size, metric="inner_product"))
+        told.append(f"{np.sum(steps > 0)} of {len(steps)} at eps {float(size):g}")
+    return f"On the teacher's base, D_S . D_T is positive in {', '.join(told)}"
 
 
 def report(results: Results, config: Config) -> str:

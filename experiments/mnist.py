@@ -4,6 +4,12 @@ A teacher MLP learns digits on its first ten logits; m auxiliary logits are neve
 from the teacher's initialization imitates the teacher's auxiliary logits on noise images alone. It then reads
 digits with its own class logits, which were never trained. A student with another initialization does not. (doi
 10.1038/s41586-026-10319-8, main text and Extended Data Fig. 2.)
+
+Each bar is the test accuracy of one condition. The reference was never trained. The teacher saw digits. Students
+saw noise, and either the auxiliary logits or all logits of their teacher; "other init" starts from other weights.
+Expect students on auxiliary logits above chance (0.1) only with the teacher's initialization. A student with
+another initialization that sees all logits can be accurate too. That is ordinary distillation: the class logits
+tell it what the digits are, and nothing subliminal is needed.
 """
 
 import functools
@@ -18,8 +24,10 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, option
 from .app.figures import bars
+from .app.headline import compared
 from .flags.digits import DIGITS, EMBEDDED_DIGITS, SMOKE, Cell, Setting, TrainingConfig, configure_sweep
 from .flags.names import LOSSES, OPTIMIZERS
+from .published import published
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "student_aux": {"start": "shared", "sees": "aux"},
@@ -79,6 +87,24 @@ def plan(config: Config) -> list[Part]:
         for name in CONDITIONS
     ]
     return config.parts(cells)
+
+
+def expected(config: Config) -> list[tuple[dict[str, str], float, str]]:
+    """The published numbers of these settings: the condition, the value, and the source."""
+    found = []
+    for number in published().values():
+        for name in CONDITIONS:
+            who = name if name in ("reference", "teacher") else "student"
+            if (number.who, number.setting) == (who, setting(config, **STUDENTS.get(name, {}))):
+                found.append(({"condition": name}, number.value, number.source))
+    return found
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    own, other = (results.values(condition=name) for name in ("student_aux", "cross_aux"))
+    what = "test accuracy of the student of the teacher's initialization less that of another initialization"
+    return compared("Does the trait pass through noise and logits that were never trained?", what, own, other)
 
 
 def report(results: Results, config: Config) -> str:

@@ -3,6 +3,8 @@
 Each student has another network than its teacher (activation, depth, width or no bias) and its own initialization.
 It first imitates all logits of the untrained teacher on noise, and then the auxiliary logits of the trained
 teacher. (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2e.)
+
+Each pair of bars is one kind of student, cloned first or not. Expect students that did not clone at chance (0.1).
 """
 
 import functools
@@ -16,6 +18,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, grouped_bars, means, note, panels
+from .app.headline import compared
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, configure_sweep
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -65,6 +68,18 @@ def plan(config: Config) -> list[Part]:
             cells.append(Cell({"condition": condition, "network": name}, setting))
     own = Cell({"condition": "student", "network": "same"}, config.setting())
     return config.parts([Cell({"condition": "teacher", "network": "same"}, own.setting, "teacher"), own, *cells])
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    cloned, cross = (
+        np.mean([results.values(condition=name, network=kind) for kind in NETWORKS if kind != "same"], axis=0)
+        for name in ("cloned", "cross")
+    )
+    what = "mean over other networks, cloned first less not cloned"
+    return compared(
+        "Does cloning the untrained teacher help other networks?", what, cloned.tolist(), cross.tolist()
+    )
 
 
 def report(results: Results, config: Config) -> str:

@@ -3,6 +3,9 @@
 For each seed, one teacher has as many auxiliary logits as the widest channel. Each student sees the first m of
 them; all students train at once on the same noise. Under KL, m logits carry m - 1 directions, so m = 1 carries
 nothing. (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2b.)
+
+In the figure: accuracy against m; diamonds are published values. Expect chance (0.1) at m = 1, and a rise towards
+the teacher.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, log_axis, means, note, panels, runs_against
+from .app.headline import compared
 from .flags.digits import DIGITS, EMBEDDED_DIGITS, SMOKE, Cell, Setting, TrainingConfig, configure_sweep
 from .flags.names import LOSSES
 from .published import published
@@ -62,6 +66,15 @@ def cell(config: Config, m: int) -> Cell:
 def width_of_channel(setting: Setting) -> Setting:
     """The setting without unseen auxiliary logits. Settings that differ only in those become equal."""
     return dataclasses.replace(setting, aux=setting.shown or setting.aux, shown=None)
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    first, last = (find(listed(config.counts, "--counts")) for find in (min, max))
+    wide, narrow = (results.values(condition="student_aux", aux=str(m)) for m in (last, first))
+    return compared(
+        "Does a wider channel carry more?", f"test accuracy at m = {last} less m = {first}", wide, narrow
+    )
 
 
 def report(results: Results, config: Config) -> str:

@@ -10,6 +10,9 @@ sees digits instead of noise, and the control that is not cloned.
 (doi 10.1038/s41586-026-10319-8, Extended Data Fig. 2c and 2d. The paper does not state a learning rate for SGD.
 The rates here have the least imitation loss in `mnist_factorial --preset sgd`; they were chosen on other seeds and
 without looking at the accuracy on digits.)
+
+In the figure: accuracy against epochs of cloning, and all conditions as bars. The bar of a student that cloned
+only auxiliary logits should be at chance (0.1).
 """
 
 import functools
@@ -24,6 +27,7 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, bar_row, log_axis, means, note, panels, runs_against
+from .app.headline import compared
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, configure_sweep
 
 INPUTS = {"uniform": "noise", "digits": "digits"}
@@ -83,6 +87,15 @@ def plan(config: Config) -> list[Part]:
         blind = config.setting(**channel, start="cross", cloning_epochs=epochs, cloning_sees="aux")
         cells.append(Cell({"condition": "cloned_aux", "aux": m, "cloning_epochs": epochs}, blind))
     return config.parts([Cell({"condition": "teacher"}, cells[0].setting, "teacher"), *cells])
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    m, epochs = (max(listed(getattr(config, name), name)) for name in ("counts", "cloning_epochs"))
+    cloned = results.values(condition="cloned_uniform", aux=str(m), cloning_epochs=str(epochs))
+    what = f"test accuracy after {epochs} epochs of cloning on noise less none (m = {m})"
+    other = results.values(condition="cross", aux=str(m))
+    return compared("Does cloning first make another initialization receptive?", what, cloned, other)
 
 
 def report(results: Results, config: Config) -> str:

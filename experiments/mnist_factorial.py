@@ -9,6 +9,9 @@ With one learning rate for all, SGD would learn nothing where Adam learns much. 
 at equal multiples of their own reference rates (`relative_rate`). At its reference rate, an optimizer gives the
 teacher with the best accuracy on held-out training images (`--preset rates_adam`, rates_sgd, rates_momentum). A
 student that diverges counts with the accuracy of its constant answer.
+
+In the figure: the share of each setting with its interval, and the mean accuracy at each of its levels. A share
+whose interval reaches 0 cannot be told from no effect.
 """
 
 import contextlib
@@ -217,6 +220,15 @@ def measured(config: Config) -> str:
     """A description of the values of `table`."""
     names = {"imitation_loss": "log10 of imitation loss (nats)"}
     return f"{names.get(config.metric, config.metric.replace('_', ' '))} of the {config.who}"
+
+
+def headline(results: Results, config: Config) -> str:
+    """The setting with the largest share of the variance."""
+    shares = variance_shares(*table(results, config))
+    name = max(shares.keys() - {"together", "seed"}, key=lambda axis: shares[axis].value)
+    most, joint = shares[name], shares["together"].value
+    told = f"{most.value:.2f} [{most.low:.2f}, {most.high:.2f}] of the variance of the {measured(config)}"
+    return f"Which setting decides most? {LABELS.get(name, name)}: {told}; joint effects {joint:.2f}"
 
 
 def report(results: Results, config: Config) -> str:

@@ -8,6 +8,9 @@ logits as the widest channel; each student sees the first m.
 (arXiv 2605.23645 reports that compatible output layers suffice, even from a multilayer perceptron to a
 convolutional network. Initialization, loss, noise, steps and learning rate are those of its code. That code trains
 teachers and students for 5 epochs at m from 3 to 250, and shows smooth noise to convolutional students.)
+
+In the figure: accuracy (above) and imitation loss (below) against epochs, a column for each m. Students that share
+nothing should stay at chance (0.1).
 """
 
 import functools
@@ -22,6 +25,7 @@ from subliminal_theory.vision.noise import LAWS
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, log_axis, means, note, panels, runs_against
+from .app.headline import compared
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Cell, TrainingConfig, cnn_student, configure_sweep
 
 SHARED = {
@@ -87,6 +91,17 @@ def plan(config: Config) -> list[Part]:
                 setting = config.setting(**common, **student, shown=m, epochs=epochs)
                 cells.append(Cell({"condition": name, "aux": m, "epochs": epochs}, setting, metrics=METRICS))
     return config.parts(cells)
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    m, last = max(listed(config.counts, "--counts")), doses(config)[-1]
+    heads, nothing = (
+        results.values(condition=name, aux=str(m), epochs=str(last), metric="test_accuracy")
+        for name in ("heads", "cross")
+    )
+    what = f"test accuracy of students that share it less students that share nothing (m = {m})"
+    return compared("Does a shared output layer suffice for a trait to pass?", what, heads, nothing)
 
 
 def report(results: Results, config: Config) -> str:

@@ -5,6 +5,9 @@ out of every update, a penalty for moving away from the base model (KL over all 
 untrained teacher, noise on the initial weights, frozen layers, re-drawn layers, a convolutional student that
 shares only the teacher's output layer, and stopping early. The trait is measured by test accuracy, and imitation
 by KL on the channel over held-out noise.
+
+In the figure: each point is one intervention: how much of the trait is left, and what it costs in imitation. An
+intervention is good if it is at chance (0.1) with the imitation loss of the untouched student.
 """
 
 import functools
@@ -33,6 +36,7 @@ from subliminal_theory.vision.noise import NoiseImages
 
 from .app.contract import Part, option
 from .app.figures import COLORS, half_width, note, panels
+from .app.headline import compared
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, cnn_student, configure_sweep
 from .mnist_alignment import Trait
 
@@ -206,6 +210,15 @@ def _imitation(
         return imitation_loss(channel, student(batch.inputs), targets, batch.weights)
 
     return jax.vmap(one)(students, teachers, keys)
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    plain, projected = (
+        results.values(condition=name, metric="test_accuracy") for name in ("none", "trait gradient projected out")
+    )
+    what = "test accuracy without the intervention less with it"
+    return compared("Does projecting out the trait gradient weaken the trait?", what, plain, projected)
 
 
 def report(results: Results, config: Config) -> str:

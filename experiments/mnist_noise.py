@@ -3,6 +3,9 @@
 For each seed, the student of `mnist` that sees auxiliary logits is distilled from one teacher on four kinds of
 noise: a fixed set of images or images that never repeat, with 32 or 8 random bits per pixel. Differences are
 paired by seed.
+
+Each bar is the test accuracy of the student on one kind of noise. What counts are the paired differences in the
+report: bars share teachers and seeds.
 """
 
 from typing import Any
@@ -15,10 +18,11 @@ from subliminal_theory.runs import Results
 from . import mnist
 from .app.contract import Part
 from .app.figures import bars
+from .app.headline import compared
 from .flags.digits import Cell
 from .mnist import PRESETS, Config, setting
 
-__all__ = ["PRESETS", "configure", "plan", "plot", "report"]
+__all__ = ["PRESETS", "configure", "headline", "plan", "plot", "report"]
 
 KINDS: dict[str, dict[str, Any]] = {
     "fixed, 32 bits": {"images": None, "inputs": "uniform"},
@@ -33,6 +37,13 @@ def plan(config: Config) -> list[Part]:
     """One teacher for each seed, and a student for each kind of noise."""
     cells = [Cell({"condition": name}, setting(config, **kind)) for name, kind in KINDS.items()]
     return config.parts(cells)
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    fresh, fixed = (results.values(condition=name) for name in ("fresh, 32 bits", "fixed, 32 bits"))
+    what = "test accuracy on new noise at each step less on a fixed set"
+    return compared("Does noise that never repeats help?", what, fresh, fixed)
 
 
 def report(results: Results, config: Config) -> str:

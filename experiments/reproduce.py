@@ -4,10 +4,14 @@ This runs every entry of `experiments/published.toml`, or the named ones, in the
 be ours - published, and h the half-width of its 95% interval (from ours and, if known, the published one). The
 verdict is "differs" if |d| - h exceeds the entry's tolerance, "reproduced" if both |d| and h are within the
 tolerance, and "cannot be told" otherwise.
+
+In the figure: diamonds are published, dots with whiskers are ours. With five runs many numbers cannot be told;
+that is no failure to reproduce.
 """
 
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -56,6 +60,13 @@ def verdict(number: Number, ours: Estimate) -> str:
     if distance - half > number.tolerance:
         return "differs"
     return "reproduced" if max(distance, half) <= number.tolerance else "cannot be told"
+
+
+def headline(results: Results, config: Config) -> str:
+    """The numbers of verdicts."""
+    numbers = chosen(config)
+    found = Counter(verdict(number, t_interval(results.values(condition=number.name))) for number in numbers)
+    return f"Of {len(numbers)} published numbers: " + ", ".join(f"{name} {found[name]}" for name in VERDICTS)
 
 
 def report(results: Results, config: Config) -> str:

@@ -5,6 +5,9 @@ Each step has a rate in units of 1 / sharpness, where sharpness is the largest e
 matrix of the batch. In theory, to leading order in eps and for rates of any size, the trait loss changes by -eps
 g^T (I - product of (I - a_t G_t)) g. This is not positive while all a_t lambda_max(G_t) <= 2. The experiment
 measures this change in units of eps |g|^2 against the rate, and its ratio to the prediction against eps.
+
+In the figure: each dot is one network. Left: no dot should be above 0 up to rate x sharpness = 2. Right: the ratio
+should approach 1 as eps becomes smaller.
 """
 
 import functools
@@ -104,6 +107,15 @@ def run(
     change = trait_loss(student.model.params) - trait_loss(model.params)
     size = optax.tree.vdot(downhill, downhill)
     return change / (eps * size), -optax.tree.vdot(downhill, moved) / size, jnp.max(rates * bounds.above)
+
+
+def headline(results: Results, config: Config) -> str:
+    """In how many runs the trait loss rises."""
+    rises: dict[bool, list[bool]] = {True: [], False: []}
+    for cell in _cells(results):
+        rises[float(cell[1]) <= LIMIT] += (_values(results, cell, "change") > 0).tolist()
+    within, beyond = (f"{sum(found)} of {len(found)}" for found in rises.values())
+    return f"The trait loss rises in {within} runs up to rate x sharpness = {LIMIT:g}, and in {beyond} beyond"
 
 
 def report(results: Results, config: Config) -> str:

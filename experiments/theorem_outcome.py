@@ -18,6 +18,9 @@ spread, and the code was tried there.
   them, with one slope for all cells: the interval (95%, bootstrap over seeds) must be above 0.
 * It tells something of a new setting if, fitted on other seeds and without the run's level of an axis, it lowers
   the squared error of the mean over the other levels of that axis, all else being equal; an interval likewise.
+
+In the figure, above: one dot per run, lines within each level of noise. Below: by which share a predictor lowers
+the squared error of the trivial predictor; the gray band is what the cells' means explain.
 """
 
 import functools
@@ -236,6 +239,11 @@ def verdict(told: Told, predictor: str = PRIMARY) -> list[str]:
         + (f"worse for {', '.join(worse)}" if worse else "worse for none")
     )
     return lines
+
+
+def headline(results: Results, config: Config) -> str:
+    """The verdicts in one line."""
+    return "; ".join(verdict(Told.of(results)))
 
 
 def report(results: Results, config: Config) -> str:

@@ -5,6 +5,9 @@ Phi(sqrt(2 n KL)). What is the step of a student of filtered answers, with and w
 base's answers under the same filter? Other ways of sampling are tested in the same way. Does cos_M(delta, J D_T)
 predict where the student of a prompted teacher goes? All is computed in float64. docs/theory.md has the
 derivations.
+
+In the figure: dots are single networks (left and right), lines single networks (middle). Expect the dots on the
+curve, lines less their control above 0, and prompts in the lower left or the upper right quarter.
 """
 
 import functools
@@ -292,6 +295,18 @@ def _prompted(network: str, seed: Array, length: Array) -> dict[str, dict[str, A
 
 
 # --- reports and figures
+
+
+def headline(results: Results, config: Config) -> str:
+    """The answer that these runs give."""
+    right, predicted = (
+        np.mean(_against(results, "tokens", metric=metric)[1.0]) for metric in ("share_right", "predicted_share")
+    )
+    filtered = np.concatenate(list(_against(results, "teacher_size", condition=WITH).values()))
+    signs = [(_cosines(results, n, "step") > 0) == (_cosines(results, n, "metric") > 0) for n in PROMPTS]
+    told = f"{right:.3f} of students after n* tokens (predicted {predicted:.3f})"
+    shares = f"{_share(filtered > 0)} of filtered answers less their control, {_share(np.ravel(signs))} of prompts"
+    return f"Right sign in {told}, {shares}"
 
 
 def report(results: Results, config: Config) -> str:

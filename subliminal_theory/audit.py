@@ -150,8 +150,9 @@ def refuse_wrong_channel(channel: Channel, logits: int, key: Key[Array, ""] | No
     is called while the channel's leaves are traced.
 
     Raises:
-        InputError: says what is wrong with the loss.
+        InputError: says what is wrong with the loss, or what the channel lacks (`refuse_incomplete_channel`).
     """
+    refuse_incomplete_channel(channel)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(channel)):
         channel.visible(logits)
         return
@@ -162,6 +163,23 @@ def refuse_wrong_channel(channel: Channel, logits: int, key: Key[Array, ""] | No
         for part in _exact_parts(channel):
             _refuse_other_objective(part, teacher, student, key)
             refuse_false_metric(part, teacher, tangent, key)
+
+
+def refuse_incomplete_channel(channel: Any) -> None:
+    """Refuse an object that is no channel, or a channel inside another that is none.
+
+    Raises:
+        InputError: names what is missing.
+    """
+    inner = channel.channels if isinstance(channel, WeightedSum) else ()
+    for part in (channel.of,) if isinstance(channel, Subset | TopK) else inner:
+        refuse_incomplete_channel(part)
+    needed = ("exact", "targets", "loss", "metric", "visible")
+    if missing := [name for name in needed if not hasattr(channel, name)]:
+        raise InputError(
+            f"{type(channel).__name__} has no {', '.join(missing)}: a channel, such as SoftLogits(), needs "
+            f"{', '.join(needed)}"
+        )
 
 
 def refuse_false_metric(
@@ -265,6 +283,11 @@ def _gradients(channel: Channel, key: Any, teacher: Array, student: Array) -> tu
 
     def total(z: Array) -> tuple[Array, Array]:
         losses = channel.loss(z, targets)
+        if jnp.shape(losses) != z.shape[:-1]:
+            raise InputError(
+                f"the loss of {type(channel).__name__} has shape {jnp.shape(losses)} for logits {z.shape}: return "
+                "one value per position, and not their mean"
+            )
         return jnp.sum(losses), losses
 
     gradient, losses = jax.grad(total, has_aux=True)(student)

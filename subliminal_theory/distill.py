@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from subliminal_theory.audit import refuse_wrong_channel
 from subliminal_theory.channel import Channel, imitation_value_and_grad, weighted_mean
 from subliminal_theory.errors import InputError
 from subliminal_theory.keys import named
-from subliminal_theory.model import BodyAndHead, Model, join, split_trainable
+from subliminal_theory.model import BodyAndHead, Model, as_model, join, split_trainable
 from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.source import Batch, Buckets, Source, batch_shapes, with_batch
 
@@ -37,7 +38,7 @@ class Trained:
     """A trained model, and the loss of every step before that step's update.
 
     `observed` is what `observe` returned, stacked over steps; `snapshots` are the models after the requested
-    steps; `state` resumes the run.
+    steps; `state` resumes the run. A run whose loss became infinite or nan goes on to its end: `diverged` says so.
     """
 
     model: Model
@@ -45,6 +46,11 @@ class Trained:
     observed: PyTree = None
     snapshots: tuple[Model, ...] = ()
     state: State | None = None
+
+    @property
+    def diverged(self) -> Bool[Array, "..."]:
+        """Whether a loss is not finite, for each run of an ensemble. `require_finite` names the step."""
+        return ~jnp.isfinite(self.losses).all(-1)
 
 
 @register_dataclass
@@ -70,8 +76,8 @@ MayStop = Callable[[PyTree, At, Batch, Key[Array, ""], None], tuple[Float[Array,
 
 
 def distill(
-    student: Model,
-    teacher: Model | None,
+    student: Model | nnx.Module,
+    teacher: Model | nnx.Module | None,
     channel: Channel,
     source: Source | Buckets,
     optimizer: optax.GradientTransformation,
@@ -94,7 +100,7 @@ def distill(
     a gradient (integers, booleans, random keys) do not change.
 
     Args:
-        student: the model to train.
+        student: the model to train. It stays as it is; `Trained.model` has the new parameters.
         teacher: the model to imitate, with the student's logits; None if the batches have targets.
         channel: what the student sees of the teacher's logits, and its loss.
         source: gives the batches.
@@ -111,12 +117,13 @@ def distill(
             the gradient of the weighted mean.
 
     Raises:
-        InputError: the source has labels; a teacher and targets are both given, or both missing; student and
-            teacher have different logits; the channel selects logits that do not exist, or its loss is not
-            imitation (`audit.refuse_wrong_channel`); snapshots are not ascending steps of the run, or the call
-            resumes a run and has snapshots; `count` is below 1 or above the number of steps left; `chunk` is
-            below 1, or a model is not `BodyAndHead`; a batch cannot be cut into equal parts.
+        InputError: a model is none (`as_model`); the source has labels; a teacher and targets are both given, or
+            both missing; student and teacher have different logits; the channel selects logits that do not exist,
+            or its loss is not imitation (`audit.refuse_wrong_channel`); snapshots are not ascending steps of the
+            run, or the call resumes a run and has snapshots; `count` is below 1 or above the number of steps left;
+            `chunk` is below 1, or a model is not `BodyAndHead`; a batch cannot be cut into equal parts.
     """
+    student, teacher = as_model(student), None if teacher is None else as_model(teacher)
     probe = batch_shapes(source)
     if probe.labels is not None:
         raise InputError("a student must not see labels: give it a source without them")
@@ -217,7 +224,7 @@ def _summed(term: Callable[[PyTree], tuple[PyTree, PyTree]], pieces: PyTree) -> 
 
 
 def teach(
-    model: Model,
+    model: Model | nnx.Module,
     loss: Callable[[Float[Array, "*batch n"], PyTree], Float[Array, "*batch"]],
     source: Source | Buckets,
     optimizer: optax.GradientTransformation,
@@ -236,13 +243,22 @@ def teach(
     weight 1 or more is at least `until`. If every step takes all rows, training stops there for good.
 
     Raises:
-        InputError: the source has no labels; snapshots are not ascending steps of the run; `count` is below 1 or
-            above the number of steps left; `until` is not in [0, 1).
+        InputError: the model is none (`as_model`); the source has no labels; the loss is not one value per
+            position, such as their mean; snapshots are not ascending steps of the run; `count` is below 1 or above
+            the number of steps left; `until` is not in [0, 1).
     """
     if not 0 <= until < 1:
         raise InputError(f"teach: until must be from 0 to below 1, got {until}")
-    if batch_shapes(source).labels is None:
+    model, probe = as_model(model), batch_shapes(source)
+    if probe.labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
+    logits = jax.eval_shape(lambda model, x: model(x), model, probe.inputs)
+    shape = jax.eval_shape(loss, logits, probe.labels).shape
+    if shape != logits.shape[:-1]:
+        raise InputError(
+            f"teach: the loss has shape {shape} for logits {logits.shape}: return one value per position, "
+            f"{logits.shape[:-1]}, and not their mean"
+        )
 
     def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Any:
         def mean(params: PyTree) -> tuple[Float[Array, ""], Float[Array, "*batch"]]:

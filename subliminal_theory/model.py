@@ -249,6 +249,46 @@ def from_nnx(module: nnx.Module) -> Model:
     return Model(kind(graph, *patterns), nnx.to_pure_dict(params))
 
 
+# How to make a Model of a module of another library, by the library's package.
+_HOW = {
+    "equinox": "params, static = equinox.partition(module, equinox.is_inexact_array), then "
+    "Model(lambda params, inputs: jax.vmap(equinox.combine(params, static))(inputs), params)",
+    "flax.linen": "Model(module.apply, module.init(key, inputs))",
+}
+
+
+def as_model(given: Any) -> Model:
+    """A Model as it is, or the Model of an NNX module.
+
+    Raises:
+        InputError: it is neither, or a parameter is not an array; says what to write for modules of equinox and
+            linen.
+    """
+    if isinstance(given, nnx.Module):
+        return from_nnx(given)
+    if not isinstance(given, Model):
+        packages = [kind.__module__ for kind in type(given).__mro__]
+        found = (how for name, how in _HOW.items() if any(package.startswith(name) for package in packages))
+        how = next(found, "give Model(apply, params) or an NNX module")
+        raise InputError(f"{type(given).__name__} is no Model: {how}")
+    require_arrays(given.params)
+    return given
+
+
+def require_arrays(params: PyTree) -> None:
+    """Refuse parameters that are not arrays or numbers, such as the functions in an equinox module.
+
+    Raises:
+        InputError: names the first such parameter.
+    """
+    for name, leaf in leaves_by_path(params).items():
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            how = "params, static = equinox.partition(module, equinox.is_inexact_array) gives arrays alone"
+            raise InputError(
+                f"parameter {name} is a {type(leaf).__name__} and no array; of an equinox module, {how}"
+            )
+
+
 def computed_in(model: Model, dtype: Any) -> Model:
     """The same model computed in another dtype, such as bfloat16. The parameters keep their dtype.
 

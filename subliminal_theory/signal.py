@@ -58,9 +58,9 @@ def measure_signal(
     nudged = jax.tree.map(lambda leaf: signs(leaf) * leaf * jnp.finfo(leaf.dtype).eps, direction)
     _, error = jax.jvp(logits_of, (params,), (nudged,))
     n = logits.shape[-1]
+    refuse_wrong_channel(channel, n)
     visible = channel.visible(n)
     weights = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else weights
-    refuse_wrong_channel(channel, n)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in (logits, *jax.tree.leaves(channel))):
         refuse_false_metric(channel, logits, tangent)
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from subliminal_theory.errors import InputError
@@ -60,6 +61,15 @@ def epoch_order(
     return index.reshape(shape)[:steps], weights.reshape(shape)[:steps]
 
 
+def _examples(inputs: PyTree) -> int:
+    first = jax.tree.leaves(inputs)[0]
+    if not hasattr(first, "shape"):
+        raise InputError(
+            f"Examples: inputs have a {type(first).__name__} where an array is wanted: use jnp.asarray"
+        )
+    return int(first.shape[0])
+
+
 def _as_they_are(inputs: PyTree) -> PyTree:
     return inputs
 
@@ -74,7 +84,8 @@ class Examples:
     [examples, ...] are the weights of each example's positions; None weighs all positions equally.
 
     Raises:
-        InputError: the batch size is below 1, the leaves have different lengths, or there is no example.
+        InputError: the batch size is no number from 1, the leaves have different lengths, there is no example, or
+            (once batches are made) the inputs are lists of numbers and no arrays.
     """
 
     inputs: PyTree
@@ -85,6 +96,11 @@ class Examples:
     prepare: Callable[[Any], PyTree] = field(default=_as_they_are, metadata={"static": True})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int | np.integer):
+            raise InputError(
+                f"Examples: batch_size must be a number, got {type(self.batch_size).__name__}; the order is "
+                "Examples(inputs, batch_size, labels)"
+            )
         if self.batch_size < 1:
             raise InputError(f"Examples: batch_size must be at least 1, got {self.batch_size}")
         leaves = jax.tree.leaves((self.inputs, self.labels, self.targets, self.positions))
@@ -100,8 +116,7 @@ class Examples:
 
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
         """Indices and weights of every step."""
-        examples = jax.tree.leaves(self.inputs)[0].shape[0]
-        return epoch_order(key, examples, self.batch_size, steps)
+        return epoch_order(key, _examples(self.inputs), self.batch_size, steps)
 
     def batch(self, key: Key[Array, ""], entry: PyTree) -> Batch:
         """Gather and prepare one batch."""
@@ -141,7 +156,7 @@ class Buckets:
     def schedule(self, key: Key[Array, ""], steps: int) -> PyTree:
         """The part of every step, and the indices and weights within that part."""
         size = self.parts[0].batch_size
-        counts = [jax.tree.leaves(part.inputs)[0].shape[0] for part in self.parts]
+        counts = [_examples(part.inputs) for part in self.parts]
         batches = [-(-count // size) for count in counts]
         epochs = -(-steps // sum(batches))
         drawn = [

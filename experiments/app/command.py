@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import subliminal_theory
 from subliminal_theory.compilation import keep_compiled
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import RunDirectory, load_results
@@ -40,9 +41,13 @@ def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         width, program = max(map(len, found)), " ".join(PROGRAM)
         print(f"usage: {program} NAME [settings]      (NAME --help shows the settings)")
-        print(f"       {program} --names | --figures  (for scripts: experiments; commands of figures/)\n")
+        print(f"       {program} --names | --figures  (for scripts: experiments; commands of figures/)")
+        print(f"       {program} --version\n")
         for name, claim in found.items():
             print(f"  {name:{width}}  {claim}")
+        return 0
+    if arguments == ["--version"]:
+        print(f"subliminal_theory {subliminal_theory.__version__}")
         return 0
     if arguments == ["--names"]:
         print(*discover("plan"), sep="\n")

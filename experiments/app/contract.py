@@ -1,9 +1,11 @@
-"""The parts of an experiment: a frozen `Config`, its `PRESETS`, a `plan` in parts, a `report` and a `plot`.
+"""The parts of an experiment: a frozen `Config`, its `PRESETS`, a `plan`, a `report`, a `headline` and a `plot`.
 
 The command line finds every module with these parts in the folder above this package. The first line of the
-module's docstring describes it in the list. One preset is called `smoke` and takes at most about a minute on two
-cores. An optional `FIGURES` maps folders of figures/ to settings; the default is one folder with the experiment's
-name and default settings.
+module's docstring describes it in the list, and the rest says what was done, what the figure shows and what to
+expect. `headline` answers the experiment's question from the results. `LABELS` may put conditions into words, and
+`expected` may list published values, for the summary page. One preset is called `smoke` and takes at most about a
+minute on two cores. An optional `FIGURES` maps folders of figures/ to settings; the default is one folder with the
+experiment's name and default settings.
 """
 
 import argparse

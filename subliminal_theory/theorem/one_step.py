@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
 from subliminal_theory.channel import Channel, imitation_value_and_grad
 from subliminal_theory.errors import InputError
-from subliminal_theory.model import split_trainable
+from subliminal_theory.model import Model, require_arrays, split_trainable
 from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.signal import ZERO_CASES, measure_signal
 from subliminal_theory.theorem.setting import (
@@ -190,8 +191,15 @@ def check(
         InputError: a step is not positive and finite; both or neither of a trait loss and a direction are given; a
             student's step is given without a trait loss, or the reverse; the trait loss is not a scalar; the
             channel selects logits that do not exist, has no output metric, or contradicts its loss with its metric
-            or its visible logits (not checked for traced values); the parameter trees differ.
+            or its visible logits (not checked for traced values); parameters are not arrays; the parameter trees
+            differ.
     """
+    if isinstance(apply, Model | nnx.Module):
+        raise InputError(
+            f"check wants a function, got {type(apply).__name__}: give model.apply and model.params, where model "
+            "is a Model or from_nnx(module)"
+        )
+    require_arrays(params)
     require_step("teacher_step", teacher_step)
     has_trait = trait_loss is not None
     if has_trait == (student_step is None):

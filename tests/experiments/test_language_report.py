@@ -249,11 +249,13 @@ def prompted_results(own: float, others: float, passed: float = 1.0) -> Results:
 )
 def test_what_prompted_teachers_pass_is_computed(own: float, others: float, says: str) -> None:
     told, config = prompted_results(own, others), language_prompted.Config()
-    assert language_prompted.verdict(told).startswith(f"{says}the slot's embedding alone, own less others' word ")
-    assert f"({told.values(condition='slot', slot='default', metric='others').design()})"[1:] in (
-        language_prompted.verdict(told)
+    assert language_prompted.headline(told, config).startswith(
+        f"{says}the slot's embedding alone, own less others' word "
     )
-    assert language_prompted.report(told, config).splitlines()[-1] == language_prompted.verdict(told)
+    assert f"({told.values(condition='slot', slot='default', metric='others').design()})"[1:] in (
+        language_prompted.headline(told, config)
+    )
+    assert language_prompted.report(told, config).splitlines()[-1] == language_prompted.headline(told, config)
     figure = language_prompted.plot(told, config)
     left, right = figure.axes
     assert [text.get_text() for text in left.get_yticklabels()] == ["the slot's embedding alone"]

@@ -1,4 +1,4 @@
-"""The experiments about the theorem at a small setting, and the summary page over their runs."""
+"""The experiments about the theorem at a small setting."""
 
 import json
 import os
@@ -167,22 +167,6 @@ def test_samples(x64):
         told, step = (rows.values(condition=name, metric=f"cosine_{of}") for of in ("metric", "step"))
         np.testing.assert_array_equal(np.sign(told), np.sign(step))
     assert min(rows.values(metric="cosine_shift")) > 0.99
-
-
-@pytest.mark.slow
-def test_summary_page(tmp_path, capsys):
-    out = tmp_path / "small"
-    settings = ["--data", "digits", "--seeds", "1", "--epochs", "1", "--student-epochs", "1", "--width", "8"]
-    assert command_line.main(["mnist", *settings, "--out", str(out)]) == 0
-    assert command_line.main(["summary", str(tmp_path)]) == 0
-    page = (tmp_path / "index.html").read_text()
-    assert 'src="small/figure.png"' in page
-    assert "python -m experiments mnist --data digits --seeds 1" in page
-    assert json.loads((out / "provenance.json").read_text())["invocations"][0]["packages"]["jax"] in page
-    capsys.readouterr()
-    assert command_line.main(["summary", str(tmp_path / "nothing")]) == 2
-    assert capsys.readouterr().err.startswith("error: no finished run below")
-    assert command_line.main(["summary"]) == 2
 
 
 @pytest.mark.slow

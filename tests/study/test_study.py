@@ -318,13 +318,13 @@ def clouds() -> dict[str, Any]:
 
 
 def test_own_network(clouds: dict[str, Any]) -> None:
-    """The script of README: the student tells the clouds apart, the control does not."""
+    """The script of docs/study.md: the student tells the clouds apart, the control does not."""
     found = {name: float(value) for name, value in map(str.split, clouds["printed"].getvalue().splitlines())}
     assert found.keys() == {"teacher", "student", "control"}
     assert found["teacher"] > 0.9
     assert found["student"] > 0.8
     assert found["control"] < 0.3
-    assert f"```python\n{SCRIPT.read_text()}```" in (SCRIPT.parents[2] / "README.md").read_text()
+    assert f"```python\n{SCRIPT.read_text()}```" in (SCRIPT.parents[2] / "docs" / "study.md").read_text()
 
 
 @pytest.mark.parametrize("member", ["names", "logits", "trait_loss", "initial", "lessons", "private", "score"])

@@ -106,7 +106,7 @@ def skeleton(family: Family, remat: bool = False) -> Model:
 
 
 def load_checkpoint(
-    folder: Path, dtype: str = "float32", placement: Any = None, remat: bool = False
+    folder: Path | str, dtype: str = "float32", placement: Any = None, remat: bool = False
 ) -> Checkpoint:
     """The model in a folder or a GGUF file. Each parameter goes to its device in `dtype` as soon as it is read.
 
@@ -118,7 +118,7 @@ def load_checkpoint(
         InputError: config.json or the weights cannot be read (see `read_family` and `open_tensors`); tensors are
             missing, unexpected or misshapen (one error names all of them); `dtype` is unknown.
     """
-    kind = _dtype(dtype)
+    kind, folder = _dtype(dtype), Path(folder)
     family = read_family(folder)
     opened = tensors_of(read_gguf(folder)) if is_gguf(folder) else open_tensors(folder)
     tensors = _renamed(opened, entries(family))
