@@ -133,9 +133,10 @@ def test_spectrum_is_gauss_quadrature(steps, x64):
         assert float(weights @ nodes ** (2 * steps)) < (1 - 1e-6) * (share @ values ** (2 * steps))
 
 
+@pytest.mark.slow
 def test_tangent_student_of_a_linear_network_is_the_student():
     """Without hidden layers, and shown all logits so that it learns something."""
-    config = Config(**{**SMOKE, "seeds": 1 + 1})
+    config = Config(**{**SMOKE, "seeds": 2, "epochs": 30, "student_epochs": 30})
     settings = [config.setting(depth=0, start="perturbed", amount=0.3, sees="all", aux=4, student_optimizer="adam",
                                student_rate=0.003)]  # fmt: skip
     rows = Results(students(config, settings, [0, 1]))
