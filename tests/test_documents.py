@@ -18,6 +18,11 @@ SCRIPT = ROOT / "tests" / "quickstart.py"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def in_page(page: str, code: Path) -> bool:
+    """Whether a page of the documentation shows a file of code as it is."""
+    return f"```python\n{code.read_text()}```" in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
 def test_quickstart() -> None:
     """Digits may vary between machines; answers may not."""
     printed, shown = io.StringIO(), SCRIPT.with_suffix(".txt").read_text()
@@ -29,9 +34,12 @@ def test_quickstart() -> None:
     np.testing.assert_allclose(ours[:3], theirs[:3], atol=0.05)
     np.testing.assert_allclose(ours[3:], theirs[3:], rtol=0.02)
     assert f"```python\n{SCRIPT.read_text()}```\n\n```\n{shown}```" in README
+    assert in_page("quickstart.md", SCRIPT)
+    assert f"```\n{shown}```" in (ROOT / "docs" / "quickstart.md").read_text()
 
 
 def test_own_channel() -> None:
+    assert in_page("extend.md", ROOT / "tests" / "own_channel.py")
     inputs = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
     model = Model(lambda params, x: x @ params, jax.random.normal(jax.random.key(0), (4, 3)))
     teacher = model.with_params(model.params + 0.5)
