@@ -20,7 +20,7 @@ environment: .venv/ready
 
 demo: environment
 	rm -rf demo
-	$(BIN)/python -m experiments theorem --seeds 2 --out demo/theorem
+	$(BIN)/python -m experiments theorem --seeds 1 --out demo/theorem
 	$(BIN)/python -m experiments mnist --data auto --seeds 5 --out demo/mnist
 	$(BIN)/python -m experiments language --out demo/language
 	$(BIN)/python -m experiments summary demo

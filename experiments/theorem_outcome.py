@@ -87,7 +87,6 @@ PRESETS = {
     "smoke": Config(**{**SMOKE, "seeds": 2}, counts="5,50", amounts="0,0.3", widths="32", rates="sgd:1"),
 }
 # The wider half of the design takes as long again.
-FIGURES = {"theorem_outcome": "--widths 64"}
 
 
 def configure(preset: str | None, changes: dict[str, Any]) -> Config:
@@ -227,17 +226,16 @@ def _shown(share: Share) -> str:
 def verdict(told: Told, predictor: str = PRIMARY) -> list[str]:
     """What was decided beforehand, as sentences."""
     name, run = PREDICTORS[predictor], told.over_cells("accuracy", predictor)
-    says = "tells" if run.low > 0 else "does not tell"
+    says = "predicts" if run.low > 0 else "is not shown to predict"
     change = f"{-run.value:+.0%} [{-run.high:+.0%}, {-run.low:+.0%}]"
-    lines = [f"{name} {says} more of a run than its cell's mean: squared error {change}"]
+    lines = [f"{name} {says} single runs better than their cells' means: squared error {change}"]
     found = {axis: told.over_levels("accuracy", predictor, axis) for axis in told.axes()}
     better = [AXES[axis] for axis, share in found.items() if share.low > 0]
-    where = f"for {', '.join(better)}" if better else "for no axis"
     worse = [AXES[axis] for axis, share in found.items() if share.high < 0]
-    lines.append(
-        f"at a new level it does better than the mean over the other levels {where}, "
-        + (f"worse for {', '.join(worse)}" if worse else "worse for none")
-    )
+    undecided = [AXES[axis] for axis in found if AXES[axis] not in better + worse]
+    kinds = {"better": better, "worse": worse, "undecided": undecided}
+    told_of = "; ".join(f"{kind} for {', '.join(axes)}" for kind, axes in kinds.items() if axes)
+    lines.append(f"at unseen levels, against the mean over the other levels: {told_of}")
     return lines
 
 
