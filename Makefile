@@ -32,7 +32,7 @@ test: environment
 # Links and anchors are checked: a broken one fails.
 docs: environment
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site: build/site/index.html"
 
 # Stopped runs resume. figures/ gets everything except the parts.
