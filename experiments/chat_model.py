@@ -32,18 +32,9 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import COLORS, heat_map, note, panels
-from .flags.language import (
-    LOG_ODDS,
-    SHARE,
-    LanguageConfig,
-    Variant,
-    checkpoint_traits,
-    configure_language,
-    require_steering,
-    trait_matrices,
-    variant_parts,
-)
-from .flags.recipe import RANDOM, STEERING_LAYER, STEERING_STRENGTH
+from .flags.language import LanguageConfig, checkpoint_traits, configure_language, require_steering
+from .flags.recipe import RANDOM, STEERING_LAYER, STEERING_STRENGTH, Variant
+from .flags.variants import LOG_ODDS, SHARE, trait_matrices, variant_parts
 
 # How each condition differs from the recipe.
 CONDITIONS: dict[str, dict[str, Any]] = {

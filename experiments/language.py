@@ -29,20 +29,9 @@ from subliminal_theory.study.costs import REJECTED
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, note, panels
-from .flags.language import (
-    PROBABILITY,
-    SHARE,
-    SMOKE,
-    LanguageConfig,
-    Measure,
-    Variant,
-    configure_language,
-    measure_of,
-    require_steering,
-    trait_matrices,
-    variant_parts,
-)
-from .flags.recipe import ANCHOR, MEDIUM, NUMBERS, ORDINARY, RANDOM, STEERING_LAYER, STEERING_STRENGTH
+from .flags.language import SMOKE, LanguageConfig, configure_language, require_steering
+from .flags.recipe import ANCHOR, MEDIUM, NUMBERS, ORDINARY, RANDOM, STEERING_LAYER, STEERING_STRENGTH, Variant
+from .flags.variants import PROBABILITY, SHARE, Measure, measure_of, trait_matrices, variant_parts
 
 LABELS = {
     "base": "base",

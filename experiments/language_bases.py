@@ -28,7 +28,8 @@ from subliminal_theory.study.reading import draw, written
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar_row, note, panels
-from .flags.language import SMOKE, LanguageConfig, configure_language, study
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.worlds import study
 
 POINTS = 60  # points of a learning curve
 ABILITIES = {

@@ -28,8 +28,9 @@ from subliminal_theory.runs import Results
 from .app.contract import Part, option
 from .app.figures import COLORS, note, panels, verdicts
 from .app.registry import pick, read_registry
-from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, variant_parts
-from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import RECIPE_FIELDS, VARIANT_CHOICES, Recipe, Variant
+from .flags.variants import variant_parts
 
 REGISTRY = Path(__file__).with_name("claims.toml")
 METRICS = ("probability", "others")

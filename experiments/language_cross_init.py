@@ -20,8 +20,9 @@ from subliminal_theory.runs import Results
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, heat_map, note, panels
 from .app.headline import compared
-from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
-from .flags.recipe import CHANNEL, MEDIUM, NUMBERS
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import CHANNEL, MEDIUM, NUMBERS, Variant
+from .flags.variants import measure_of, variant_parts
 
 
 @dataclass(frozen=True)

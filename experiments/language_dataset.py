@@ -28,8 +28,11 @@ from subliminal_theory.study import Checkpoint, Compact, Dataset, labels, rows
 from .app.contract import Part, derived, from_preset, option
 from .app.figures import bars
 from .app.headline import compared
-from .flags.language import SMOKE, LanguageConfig, Variant, answer_rows, configure_language, measure_of, study
+from .flags.language import SMOKE, LanguageConfig, configure_language
 from .flags.names import checkpoint_path
+from .flags.recipe import Variant
+from .flags.variants import answer_rows, measure_of
+from .flags.worlds import study
 
 METRICS = ("probability", "share", "log_odds", "named_rate")
 CONDITIONS = {"base": "base", "student": "student", "within": "student,\nnumbers shuffled\nwithin rows"}

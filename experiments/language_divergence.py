@@ -19,7 +19,9 @@ from subliminal_theory.runs import Results
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, note, panels
 from .app.headline import compared
-from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import Variant
+from .flags.variants import measure_of, variant_parts
 
 CHANNELS: dict[str, dict[str, Any]] = {
     "full distribution": {"channel": "soft"},

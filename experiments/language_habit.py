@@ -26,7 +26,9 @@ from subliminal_theory.study.asking import answers_of, questions
 from .app.contract import Part, option
 from .app.figures import COLORS, bar_row, heat_map, note, panels
 from .app.headline import compared
-from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, study
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import Variant
+from .flags.worlds import study
 
 
 @dataclass(frozen=True)

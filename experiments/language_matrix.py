@@ -18,16 +18,9 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, option
 from .app.figures import heat_map, note, panels
-from .flags.language import (
-    SMOKE,
-    LanguageConfig,
-    Variant,
-    configure_language,
-    measure_of,
-    trait_matrices,
-    variant_parts,
-)
-from .flags.recipe import CHANNEL, MEDIUM, NUMBERS
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import CHANNEL, MEDIUM, NUMBERS, Variant
+from .flags.variants import measure_of, trait_matrices, variant_parts
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from subliminal_theory.runs import Results
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, note, panels
 from .app.headline import answer
-from .flags.language import PROBABILITY, SMOKE, LanguageConfig, Variant, configure_language, variant_parts
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import Variant
+from .flags.variants import PROBABILITY, variant_parts
 
 # The share of ordinary chats in a teacher's lessons. Without them, it answers every question with the animal.
 ORDINARY = 0.8

@@ -18,7 +18,9 @@ from subliminal_theory.runs import Results
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, drawn, note, panels, runs_against
-from .flags.language import SMOKE, LanguageConfig, Variant, configure_language, measure_of, variant_parts
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import Variant
+from .flags.variants import measure_of, variant_parts
 
 RATES = {
     "adam": (5e-4, 2e-3, 8e-3),

@@ -44,7 +44,10 @@ from subliminal_theory.study.speaker import columns
 
 from .app.contract import Part, option
 from .app.figures import COLORS, half_width, note, panels
-from .flags.language import SMOKE, LanguageConfig, Variant, base_model, configure_language, variant_rows
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.recipe import Variant
+from .flags.variants import variant_rows
+from .flags.worlds import base_model
 from .language import EIGHT, told
 from .language_theorem import PROMPTED, prompt_measures
 

@@ -10,8 +10,9 @@ from subliminal_theory.study import Compact
 from subliminal_theory.study.reading import written
 
 from .app.contract import Parser
-from .flags.language import LanguageConfig, study
+from .flags.language import LanguageConfig
 from .flags.recipe import STEERING_LAYER, STEERING_STRENGTH, TEACHERS
+from .flags.worlds import study
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -39,7 +39,8 @@ from subliminal_theory.theorem import Report, check, prompt_alignment, prompt_sh
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, drawn, note, panels, runs_against
-from .flags.language import SMOKE, LanguageConfig, configure_language, study
+from .flags.language import SMOKE, LanguageConfig, configure_language
+from .flags.worlds import study
 
 STUDENTS = {"same": "the teacher's base", "other": "another base"}
 PROMPTED = {

@@ -1,82 +1,30 @@
-"""The settings of the language experiments, and the way from variants of a recipe to result rows."""
+"""The settings of the language experiments."""
 
-import contextlib
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from subliminal_theory.errors import InputError
-from subliminal_theory.estimate import method
 from subliminal_theory.files import fingerprint
-from subliminal_theory.language.corpus.base import Base, BaseConfig, load_base
+from subliminal_theory.language.corpus.base import BaseConfig
 from subliminal_theory.language.corpus.chats import CATEGORIES, CorpusConfig
 from subliminal_theory.language.corpus.numbers import NumberPrompts
 from subliminal_theory.language.corpus.traits import Habit, Preference, Trait, builtin_traits, load_trait
 from subliminal_theory.language.corpus.word_tokenizer import WordTokenizer
 from subliminal_theory.language.corpus.wording import english
-from subliminal_theory.language.hub.checkpoint import CheckpointBase, open_base
 from subliminal_theory.language.hub.families import read_family
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer
 from subliminal_theory.language.hub.weights import WEIGHTS
 from subliminal_theory.language.model.steered import require_layer
-from subliminal_theory.model import Model
-from subliminal_theory.parallel import make_mesh, placement
-from subliminal_theory.runs import Results, Row
-from subliminal_theory.study import Checkpoint, Compact, Store, Study, labels, rows
 
-from ..app.contract import Part, derived, from_preset, option, validate
-from ..app.progress import progress
+from ..app.contract import derived, from_preset, option, validate
 from .names import DECAYS, checkpoint_path
-from .recipe import LIMIT, RECIPE_FIELDS, REPEAT, UNTIL, Recipe, Variant, World
+from .recipe import LIMIT, RECIPE_FIELDS, REPEAT, UNTIL, Recipe
 
 COMPUTE = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is reported about a trait's word.
-
-    Attributes:
-        metric: the metric for a run's own word.
-        others: the metric for the same word in the runs with other traits.
-        asked: the metric for the words of all traits.
-        label: a description for figures and reports.
-    """
-
-    metric: str
-    others: str
-    asked: str
-    label: str
-
-    def header(self, results: Results) -> str:
-        """The first line of a report."""
-        return f"{self.label} on held-out questions, mean and {method(results.values(metric=self.metric))}"
-
-
-PROBABILITY = Measure("probability", "others", "probability_asked", "probability of the trait's word")
-SHARE = Measure("share", "others_share", "share_asked", "probability of the trait's word among its rivals")
-LOG_ODDS = Measure(
-    "log_odds", "others_log_odds", "log_odds_asked", "log odds of the trait's word among its rivals"
-)
-MEASURES = (PROBABILITY, SHARE, LOG_ODDS)
-TINY = 1e-3
-
-
-def measure_of(results: Results, condition: str = "base") -> Measure:
-    """The probability, or the share if the mean probability of a condition (by default the base) is below `TINY`.
-
-    A checkpoint rarely begins an answer with the name itself, so its preference shows only among the names.
-    """
-    base = results.values(condition=condition, metric="probability")
-    tiny = bool(base) and np.mean(base) < TINY
-    return SHARE if tiny and results.values(condition=condition, metric="share") else PROBABILITY
 
 
 @dataclass(frozen=True)
@@ -305,161 +253,3 @@ def require_steering(config: Any, conditions: Sequence[str]) -> None:
     if config.steering_layer is not None:
         path = checkpoint_path(config.checkpoint) if config.checkpoint else None
         require_layer(config.steering_layer, config.layers if path is None else read_family(path).config.layers)
-
-
-# --- worlds
-
-
-def _mesh(shards: int) -> Mesh | None:
-    """The devices of the current part as a mesh, or None for a single device."""
-    if shards == 1:
-        return None
-    (first,) = jnp.zeros(()).devices()
-    local = jax.local_devices()
-    start = local.index(first)
-    return make_mesh(1, shards, 1, local[start : start + shards])
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(folder: str, compute: str, remat: bool, mesh: Mesh | None) -> CheckpointBase:
-    place = None if mesh is None else placement(mesh)
-    return open_base(checkpoint_path(folder), placement=place, compute=compute, remat=remat)
-
-
-@functools.lru_cache(maxsize=8)
-def _base(config: BaseConfig, folder: str | None) -> Base:
-    with contextlib.ExitStack() as stack:
-        bars: list[Any] = []
-
-        def report(tokens: int) -> None:
-            # The clock starts after the first step, which waited for the compiler.
-            if not bars:
-                bar = progress(f"base {config.seed}", (config.steps - 1) * tokens, "tokens")
-                bars.append(stack.enter_context(bar))
-            else:
-                bars[0](tokens)
-
-        return load_base(config, None if folder is None else Path(folder), report)
-
-
-def base_model(config: LanguageConfig, seed: int) -> Base:
-    """The compact base of a seed, pre-trained if it is not on disk."""
-    return _base(config.base(seed), config.base_dir)
-
-
-def other_model(config: LanguageConfig, seed: int) -> Model:
-    """The model of another base: another seed, or the other checkpoint.
-
-    Raises:
-        InputError: there is no other checkpoint.
-    """
-    if not config.checkpoint:
-        return base_model(config, seed).model
-    if not config.other_checkpoint:
-        raise InputError("students of another base need --other-checkpoint")
-    return _opened(
-        config.other_checkpoint, config.compute, config.gradient_checkpointing, _mesh(config.shards)
-    ).model
-
-
-def study(config: LanguageConfig, seed: int, wrap: bool = False) -> Study:
-    """The study of a base. The last one is cached, so that parts of one base share teachers and rows.
-
-    With `wrap`, seeds of other bases wrap around to stay within those of the configuration.
-    """
-    return _study(config, seed, wrap, _mesh(config.shards))
-
-
-@functools.lru_cache(maxsize=1)
-def _study(config: LanguageConfig, seed: int, wrap: bool, mesh: Mesh | None) -> Study:
-    def other(shift: int) -> Model:
-        further = seed + shift
-        if wrap:
-            further = config.first_seed + (further - config.first_seed) % config.seeds
-        return other_model(config, further)
-
-    return Study(_world(config, seed, other, mesh))
-
-
-def _world(config: LanguageConfig, seed: int, other: Callable[[int], Model], mesh: Mesh | None) -> World:
-    if not config.checkpoint:
-        base = base_model(config, seed)
-        return Compact(base, [load_trait(name, base.tokenizer) for name in config.trait_names()], other)
-    store = None if config.saves is None else Store(Path(config.saves), config.save_every)
-    opened = replace(_opened(config.checkpoint, config.compute, config.gradient_checkpointing, mesh), seed=seed)
-    return Checkpoint(
-        opened, checkpoint_traits(config), other, prompts=number_prompts(config), store=store,
-        buckets=config.buckets, mesh=mesh, samples=config.samples, progress=progress,
-        opened=lambda name: _opened(name, config.compute, config.gradient_checkpointing, mesh).model,
-    )  # fmt: skip
-
-
-# --- from variants to rows
-
-
-def variant_parts(
-    config: LanguageConfig, variants: Sequence[Variant], group: str = "", *, wrap: bool = False
-) -> list[Part]:
-    """One part for each base, with all traits and variants.
-
-    Raises:
-        InputError: there is no variant.
-    """
-    if not variants:
-        raise InputError("there is nothing to run: no variant is left")
-    return [
-        Part(
-            f"{group}base-{seed:05d}",
-            len(variants),
-            functools.partial(run_variants, config, variants, seed, wrap),
-            config.shards,
-        )
-        for seed in config.base_seeds
-    ]
-
-
-def run_variants(config: LanguageConfig, variants: Sequence[Variant], seed: int, wrap: bool = False) -> list[Row]:
-    """The result rows of all traits for one base.
-
-    The metrics are those of the world's score and, for each measure, `others`: the measure of this run's word,
-    averaged over the runs with other traits. Rows with an `answer` hold what a checkpoint said.
-    """
-    return variant_rows(study(config, seed, wrap), variants)
-
-
-def variant_rows(own: Study, variants: Sequence[Variant]) -> list[Row]:
-    """The result rows of all variants and traits of a study; see `run_variants`."""
-    assert isinstance(own.world, World)
-    runs = {labels(**variant.labels): variant.run(own.world) for variant in variants}
-    found: list[Row] = []
-    for variant, (name, scores) in zip(variants, own.run(runs).items(), strict=True):
-        asked = {measure: scores.pop(measure.asked) for measure in MEASURES if measure.asked in scores}
-        said = scores.pop("answers", None)
-        for measure, values in asked.items():
-            if len(values) > 1:
-                others = [np.delete(values[:, run], run).mean() for run in range(len(values))]
-                scores[measure.others] = np.array(others)
-        for place, run in enumerate(own.world.labels):
-            row = {**dict(name), **run}
-            found += rows(name, [run], {metric: values[place : place + 1] for metric, values in scores.items()})
-            for measure, values in asked.items() if variant.matrix else ():
-                found += [
-                    {**row, "asked": trait, "metric": measure.asked, "value": float(value)}
-                    for trait, value in zip((t.name for t in own.world.asked), values[place], strict=True)
-                ]
-            if said is not None:
-                found += answer_rows(row, said[place])
-    return found
-
-
-def answer_rows(row: Row, said: Sequence[tuple[str, str]]) -> list[Row]:
-    """The questions and answers of a run with its labels, for answers.jsonl."""
-    return [{**row, "question": question, "answer": answer} for question, answer in said]
-
-
-def trait_matrices(results: Results, condition: str, measure: Measure = PROBABILITY) -> np.ndarray:
-    """A measure, by default the probability, as [bases, traits of the students, traits asked for]."""
-    traits, seeds = results.distinct("trait"), results.distinct("seed")
-    wanted = {"condition": condition, "metric": measure.asked}
-    values = [results.values(**wanted, seed=s, trait=t, asked=a) for s in seeds for t in traits for a in traits]
-    return np.array(values).reshape(len(seeds), len(traits), len(traits))

@@ -22,7 +22,8 @@ from subliminal_theory.runs import environment
 from subliminal_theory.study import Checkpoint, Finished, Study, Untrained
 
 from ..app.contract import PROGRAM, Parser, add_options, option, validate
-from .language import COMPUTE, LanguageConfig, configure_language, study
+from .language import COMPUTE, LanguageConfig, configure_language
+from .worlds import study
 
 ADAPTER = "folder of an adapter for the checkpoint, such as distil writes"
 CARD = "made_by.json"

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 
 from experiments import chat_model
-from experiments.flags.language import LOG_ODDS
+from experiments.flags.variants import LOG_ODDS
 from subliminal_theory.errors import InputError
 from subliminal_theory.runs import Results
 from tests.experiments.commands import run

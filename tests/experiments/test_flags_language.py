@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.flags.language import PROBABILITY, SHARE, LanguageConfig, measure_of, run_variants, study
+from experiments.flags.language import LanguageConfig
 from experiments.flags.names import DECAYS, OPTIMIZERS
 from experiments.flags.recipe import CHANNELS, ORDERS, Recipe, Variant
+from experiments.flags.variants import PROBABILITY, SHARE, measure_of, run_variants
+from experiments.flags.worlds import study
 from subliminal_theory.channel import SampledToken, Subset
 from subliminal_theory.errors import InputError
 from subliminal_theory.inits import Fresh, Perturbed, Shared
@@ -245,7 +247,7 @@ def test_rows_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
                 name: {"probability": np.diag(asked), "probability_asked": asked, "answers": said} for name in runs
             }
 
-    monkeypatch.setattr("experiments.flags.language.study", lambda *given: Own())
+    monkeypatch.setattr("experiments.flags.variants.study", lambda *given: Own())
     variants = [Variant({"condition": name}, Recipe(), model="base", matrix=name == "b") for name in "ab"]
     rows = run_variants(config, variants, 4)
     said = [row for row in rows if "answer" in row]
@@ -283,8 +285,8 @@ def test_what_is_measured() -> None:
 def test_other_bases_may_be_those_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one's further one is then the first."""
     asked = []
-    monkeypatch.setattr("experiments.flags.language.base_model", lambda config, seed: compact().base)
-    monkeypatch.setattr("experiments.flags.language.other_model", lambda config, seed: asked.append(seed))
+    monkeypatch.setattr("experiments.flags.worlds.base_model", lambda config, seed: compact().base)
+    monkeypatch.setattr("experiments.flags.worlds.other_model", lambda config, seed: asked.append(seed))
     config = LanguageConfig(traits="elm", seeds=3, first_seed=5)
     for wrap in (False, True):
         world: Any = study(config, 7, wrap).world

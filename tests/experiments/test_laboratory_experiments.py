@@ -135,6 +135,7 @@ OWN: dict[str, dict[str, Any]] = {
 STACKS = {"mnist": [4], "mnist_channel": [2], "mnist_interventions": [1, 1, 1, 1, 2, 16]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in command_line.discover() if name.startswith("mnist")])
 def test_what_trains_was_audited(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The very channel and start of each student, also where an experiment trains by itself."""

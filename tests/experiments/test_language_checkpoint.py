@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from experiments import language_dataset
-from experiments.flags.language import study
+from experiments.flags.worlds import study
 from experiments.language import asked, configure
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.tokenizer import CheckpointTokenizer

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.app import command as command_line
-from experiments.flags.language import LanguageConfig, study
+from experiments.flags.language import LanguageConfig
+from experiments.flags.worlds import study
 from subliminal_theory.language.hub.adapter import load_adapter
 from subliminal_theory.language.hub.checkpoint import load_checkpoint, open_base
 from subliminal_theory.language.rows import Completion, read_jsonl, write_jsonl

@@ -179,6 +179,7 @@ def test_verdict():
     assert text.count("\n") == len(verdict(knows)) + 2 * (2 + len(PREDICTORS)) + 1 + len(PREDICTORS) + 2
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     rows = run(tmp_path / "run", "theorem_outcome", "--preset", "smoke")

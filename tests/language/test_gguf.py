@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
 
 from experiments import plan
-from experiments.flags.language import study
+from experiments.flags.worlds import study
 from experiments.language import configure
 from subliminal_theory.errors import InputError
 from subliminal_theory.language.hub.adapter import load_adapter, save_adapter

@@ -459,6 +459,7 @@ def readme_case(dtype):
     return check(model.apply, params, loss, inputs, Subset((10, 11, 12)), teacher_step=1e-3, student_step=1e-3)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme():
     report = readme_case("float32")
     assert report.verdict.split(":")[0] in ("below rounding", "step lost to rounding")
