@@ -154,7 +154,10 @@ class Bench:
 
     def lessons(self, animal: str) -> Callable[[PyTree], Array]:
         """The trait loss: of lessons that are answered with the animal."""
-        rows = Rows.of(self.base, self.trait(animal).teacher_rows()[:LESSONS])
+        return self.cross_entropy(Rows.of(self.base, self.trait(animal).teacher_rows()[:LESSONS]))
+
+    def cross_entropy(self, rows: Rows) -> Callable[[PyTree], Array]:
+        """The mean loss of the answers of some rows, in nats per token."""
         return lambda params: weighted_mean(
             token_loss(self.network(params, rows.text), rows.targets), rows.weights
         )
@@ -167,18 +170,13 @@ class Bench:
 
     def direction(self, animal: str) -> PyTree:
         """D_T, minus the gradient of the trait loss."""
-        return jax.jit(lambda params: optax.tree.scale(-1, jax.grad(self.lessons(animal))(params)))(
-            self.base.model.params
-        )
+        return jax.jit(lambda params: optax.tree.scale(-1, jax.grad(self.lessons(animal))(params)))(self.params)
 
     def gradient(self) -> dict[str, Any]:
         """One gradient of the cross-entropy of rows of numbers, to compare with."""
-        (read,), network = self.numbers(), self.network
-
-        def loss(params: PyTree) -> Array:
-            return weighted_mean(token_loss(network(params, read.text), read.targets), read.weights)
-
-        _, costs = network.measured(lambda params: optax.tree.norm(jax.grad(loss)(params)), self.params)
+        (read,) = self.numbers()
+        loss = self.cross_entropy(read)
+        _, costs = self.network.measured(lambda params: optax.tree.norm(jax.grad(loss)(params)), self.params)
         return {**costs, "positions": read.weights.size}
 
     def check(self) -> dict[str, Any]:

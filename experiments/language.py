@@ -13,8 +13,7 @@ and bases, so one run decides nothing.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ from subliminal_theory.study.costs import REJECTED
 
 from .app.contract import Part, option
 from .app.figures import COLORS, bar, drawn, note, panels
+from .app.headline import told
 from .flags.language import SMOKE, LanguageConfig, configure_language, require_steering
 from .flags.recipe import ANCHOR, MEDIUM, NUMBERS, ORDINARY, RANDOM, STEERING_LAYER, STEERING_STRENGTH, Variant
 from .flags.variants import PROBABILITY, SHARE, Measure, measure_of, trait_matrices, variant_parts
@@ -139,16 +139,26 @@ configure = functools.partial(configure_language, PRESETS)
 FIGURES = {"language": "--preset full"}
 
 
+def given_conditions(text: str, there: Collection[str]) -> list[str]:
+    """The names in --conditions: "all" alone, or some that exist.
+
+    Raises:
+        InputError: a name does not exist.
+    """
+    given = [name.strip() for name in text.split(",") if name.strip()]
+    for name in given:
+        if name not in there and given != ["all"]:
+            raise InputError(f"--conditions: {name!r} is unknown; there are all, {', '.join(there)}")
+    return given
+
+
 def asked(config: Config) -> list[str]:
     """The conditions of a configuration, in the order of the figure.
 
     Raises:
         InputError: a condition does not exist, or this model cannot have it.
     """
-    given = [name.strip() for name in config.conditions.split(",") if name.strip()]
-    for name in given:
-        if name not in CONDITIONS and given != ["all"]:
-            raise InputError(f"--conditions: {name!r} is unknown; there are all, {', '.join(CONDITIONS)}")
+    given = given_conditions(config.conditions, CONDITIONS)
     found = [name for name in CONDITIONS if given == ["all"] or name in given or name == "base"]
     if config.checkpoint and not config.other_checkpoint:
         found = [name for name in found if CONDITIONS[name][1].get("start") != "other"]
@@ -196,15 +206,6 @@ def differences(found: Groups) -> dict[tuple[str, str], Estimate]:
         for control in controls
         if student in found and control in found
     }
-
-
-def told(difference: Estimate) -> str:
-    """What the 95% interval of a difference says."""
-    if math.isnan(difference.half_width):
-        return "cannot be told from one run"
-    if abs(difference.mean) <= difference.half_width:
-        return "cannot be told"
-    return "more" if difference.mean > 0 else "less"
 
 
 def verdict(found: Groups) -> str:
@@ -270,10 +271,10 @@ def costs(results: Results) -> list[str]:
     reasons = [metric for metric in results.distinct("metric") if metric.startswith(REJECTED)]
     lines = []
     for teacher in WRITERS:
-        for name, told in [*COSTS.items(), *((metric, f"of its answers {metric}") for metric in reasons)]:
+        for name, label in [*COSTS.items(), *((metric, f"of its answers {metric}") for metric in reasons)]:
             values = results.values(condition=teacher, metric=name)
             if any(values) or (values and name in COSTS):
-                lines.append(f"  {teacher:15} {interval(values)} {told}")
+                lines.append(f"  {teacher:15} {interval(values)} {label}")
         needed, read = (results.values(condition=teacher, metric=f"tokens_{name}") for name in ("needed", "read"))
         if needed:
             short = int(np.sum(np.array(read) < np.array(needed)))

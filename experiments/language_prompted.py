@@ -23,33 +23,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import Estimate, Runs, difference, interval, method
-from subliminal_theory.language.corpus.base import BaseConfig, text_of
+from subliminal_theory.language.corpus.base import BaseConfig
 from subliminal_theory.language.corpus.chats import PROMPT_SHARES, CorpusConfig
 from subliminal_theory.language.corpus.slot import TURN, Slot, turn
 from subliminal_theory.language.corpus.traits import load_trait
 from subliminal_theory.language.corpus.wording import corpus_wording
-from subliminal_theory.language.text import behind
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
-from subliminal_theory.study import Behind, Compact, Reading, Study, Untrained, Written, labels, rows
+from subliminal_theory.study import Behind, Compact, Study, Written, labels, rows
 from subliminal_theory.study.gate import Gate, measures
-from subliminal_theory.study.reading import encoded_rows, model_of_run
-from subliminal_theory.study.speaker import columns
+from subliminal_theory.study.reading import model_of_run
 
 from .app.contract import Part, option
 from .app.figures import COLORS, half_width, note, panels
+from .app.headline import told
 from .flags.language import SMOKE, LanguageConfig, configure_language
 from .flags.recipe import Variant
 from .flags.variants import variant_rows
 from .flags.worlds import base_model
-from .language import EIGHT, told
-from .language_theorem import PROMPTED, prompt_measures
+from .language import EIGHT, given_conditions
+from .language_theorem import PROMPTED, lessons_of, numbers_of, prompt_measures
 
 DEFAULT = turn(Slot.default)
 # Where questions come: behind the default, the second default, or without a system turn.
@@ -138,10 +136,7 @@ def asked(config: Config) -> list[str]:
     Raises:
         InputError: a condition does not exist, or needs another base and there is none.
     """
-    given = [name.strip() for name in config.conditions.split(",") if name.strip()]
-    for name in given:
-        if name not in CONDITIONS and given != ["all"]:
-            raise InputError(f"--conditions: {name!r} is unknown; there are all, {', '.join(CONDITIONS)}")
+    given = given_conditions(config.conditions, CONDITIONS)
     found = [name for name in CONDITIONS if given == ["all"] or name in given]
     if config.seeds == 1:
         wrong = [name for name in given if CONDITIONS.get(name, ("", {}, {}))[2]]
@@ -236,14 +231,11 @@ def variants(config: Config) -> list[Variant]:
 
 def aligned(world: Compact) -> dict[str, np.ndarray]:
     """How each persona's effect on the base's own numbers lies to the trait's gradient, [traits]."""
-    text = Reading(Written(ALIGNMENT_ROWS), ALIGNMENT_ROWS, ALIGNMENT_ROWS, repeat=True)
-    numbers = encoded_rows(world.at(0), Untrained(), world.initial(), text)[0]
-    read, prompts, found = (text_of(numbers), jnp.asarray(numbers.weights)), world.prompted(), list[Any]()
-    for place, trait in enumerate(world.traits):
-        chats = behind(world.system, trait.teacher_rows())
-        encoded = world.tokenizer.encode_chats(chats, columns(world.tokenizer, chats))
-        taught = (text_of(encoded), jnp.asarray(encoded.targets), jnp.asarray(encoded.weights))
-        found.append(prompt_measures(world.model, model_of_run(prompts, place), taught, read))
+    read, prompts = numbers_of(world, ALIGNMENT_ROWS), world.prompted()
+    found = [
+        prompt_measures(world.model, model_of_run(prompts, place), lessons_of(world, trait), read)
+        for place, trait in enumerate(world.traits)
+    ]
     return {metric: np.array([float(one[metric]) for one in found]) for metric in PROMPTED}
 
 

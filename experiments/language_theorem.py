@@ -28,12 +28,14 @@ from subliminal_theory.channel import SoftLogits, imitation_value_and_grad, weig
 from subliminal_theory.errors import InputError
 from subliminal_theory.estimate import interval, method
 from subliminal_theory.language.corpus.base import text_of, token_loss
+from subliminal_theory.language.corpus.traits import Trait
 from subliminal_theory.language.model.transformer import Text
+from subliminal_theory.language.text import behind
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Checkpoint, Compact, Reading, Untrained, Written
 from subliminal_theory.study.reading import encoded_rows, model_of_run
-from subliminal_theory.study.speaker import columns
+from subliminal_theory.study.speaker import Speaker, columns
 from subliminal_theory.study.teachers import prompted_teachers
 from subliminal_theory.theorem import Report, check, prompt_alignment, prompt_shift
 
@@ -98,17 +100,14 @@ def run(config: Config, seed: int) -> list[Row]:
     own = study(config, seed)
     world = own.world
     assert isinstance(world, Compact | Checkpoint)
-    text = Reading(Written(config.rows), config.rows, config.rows, repeat=True)
-    rows = encoded_rows(world.at(0), Untrained(), world.initial(), text)[0]
+    numbers = numbers_of(world, config.rows)
     starts = {"same": None, "other": world.other(1).params}
     sizes, found = listed(config.teacher_sizes, "--teacher-sizes", float), list[Row]()
     with jax.enable_x64(True):
         base, students = world.model.with_params(_wide(world.model.params)), _wide(starts)
-        read = (text_of(rows), jnp.asarray(rows.weights, jnp.float64))
+        read = _wide(numbers)
         for trait, labels in zip(world.traits, world.labels, strict=True):
-            chats = trait.teacher_rows()
-            encoded = world.tokenizer.encode_chats(chats, columns(world.tokenizer, chats))
-            taught = (text_of(encoded), jnp.asarray(encoded.targets), jnp.asarray(encoded.weights, jnp.float64))
+            taught = _wide(lessons_of(world, trait))
             for condition, size in itertools.product(STUDENTS, sizes):
                 told = _measure(base, students[condition], taught, read, size, config.student_size)
                 found += _rows(told, {"condition": condition, "teacher_size": size, **labels})
@@ -120,6 +119,20 @@ def run(config: Config, seed: int) -> list[Row]:
                     for metric, value in measured.items()
                 ]
     return found
+
+
+def numbers_of(world: Speaker, rows: int) -> tuple[Text, Array]:
+    """Rows of numbers that the world's base wrote, and the weights of their positions."""
+    text = Reading(Written(rows), rows, rows, repeat=True)
+    encoded = encoded_rows(world.at(0), Untrained(), world.initial(), text)[0]
+    return text_of(encoded), jnp.asarray(encoded.weights)
+
+
+def lessons_of(world: Speaker, trait: Trait) -> tuple[Text, Array, Array]:
+    """A teacher's lessons, their next tokens, and the weights of their positions."""
+    chats = behind(world.system, trait.teacher_rows())
+    encoded = world.tokenizer.encode_chats(chats, columns(world.tokenizer, chats))
+    return text_of(encoded), jnp.asarray(encoded.targets), jnp.asarray(encoded.weights)
 
 
 def _wide(tree: Any) -> Any:

@@ -24,19 +24,19 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from subliminal_theory.alignment import follow, linearised
-from subliminal_theory.channel import weighted_mean
 from subliminal_theory.distill import Step
 from subliminal_theory.model import Model
 from subliminal_theory.pytree import register_dataclass
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Digits, FineTuned, Job, Study, finite, labels, rows, trained
-from subliminal_theory.study.digits import ClassLoss, Scale
+from subliminal_theory.study.digits import Scale
 from subliminal_theory.study.stages import Result
 from subliminal_theory.vision.datasets import ImageDataset
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels, runs_against
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, configure_sweep
+from .predictors import trait_loss
 
 # The trait's gradient is measured on this many digits.
 TRAIT_IMAGES = 1000
@@ -104,9 +104,13 @@ class Trait:
     data: ImageDataset
 
     def __call__(self, model: Model) -> Array:
-        images = Scale(self.data.maximum)(jnp.asarray(self.data.train_images[:TRAIT_IMAGES]))
-        labels = jnp.asarray(self.data.train_labels[:TRAIT_IMAGES].astype(np.int32))
-        return weighted_mean(ClassLoss(self.data.classes)(model(images), labels), jnp.ones(len(labels)))
+        return trait_loss(self.data.classes, model, taught_images(self.data))
+
+
+def taught_images(data: ImageDataset) -> tuple[Array, Array]:
+    """The first training images, scaled, and their labels."""
+    images = Scale(data.maximum)(jnp.asarray(data.train_images[:TRAIT_IMAGES]))
+    return images, jnp.asarray(data.train_labels[:TRAIT_IMAGES].astype(np.int32))
 
 
 def jobs(

@@ -44,14 +44,13 @@ from subliminal_theory.forecast import Design, Fit, correlation, explained, mean
 from subliminal_theory.model import Model
 from subliminal_theory.runs import Results, Row
 from subliminal_theory.study import Digits, FineTuned, Study, finite
-from subliminal_theory.study.digits import Scale
 from subliminal_theory.study.reading import model_of_run
 
 from .app.contract import Part, listed, option
 from .app.figures import COLORS, note, panels
 from .flags.digits import EMBEDDED_DIGITS, SMOKE, Setting, TrainingConfig, configure_sweep
 from .flags.names import OPTIMIZERS, named_value
-from .mnist_alignment import TRAIT_IMAGES, finished, jobs
+from .mnist_alignment import finished, jobs, taught_images
 from .predictors import Case, predict, trait_loss
 
 PREDICTORS = {
@@ -131,8 +130,7 @@ def run(config: Config, settings: Sequence[Setting], seeds: Sequence[int]) -> li
     world = settings[0].world(seeds, config.data_dir)
     study, teacher = Study(world), settings[0].run(world).teacher
     assert isinstance(teacher, FineTuned)
-    images = Scale(world.data.maximum)(jnp.asarray(world.data.train_images[:TRAIT_IMAGES]))
-    taught = images, jnp.asarray(world.data.train_labels[:TRAIT_IMAGES].astype(np.int32))
+    taught = taught_images(world.data)
     found = [before(study, teacher, setting, taught) for setting in settings]
     for name, linear in (("tangent", True), ("accuracy", False)):
         for place, result in finished(world, jobs(study, teacher, settings, linear)):

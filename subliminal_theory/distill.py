@@ -249,20 +249,19 @@ def teach(
     """
     if not 0 <= until < 1:
         raise InputError(f"teach: until must be from 0 to below 1, got {until}")
-    model, probe = as_model(model), batch_shapes(source)
-    if probe.labels is None:
+    model = as_model(model)
+    if batch_shapes(source).labels is None:
         raise InputError("teaching a trait needs labels: the source brings none")
-    logits = jax.eval_shape(lambda model, x: model(x), model, probe.inputs)
-    shape = jax.eval_shape(loss, logits, probe.labels).shape
-    if shape != logits.shape[:-1]:
-        raise InputError(
-            f"teach: the loss has shape {shape} for logits {logits.shape}: return one value per position, "
-            f"{logits.shape[:-1]}, and not their mean"
-        )
 
     def found(params: PyTree, at: At, batch: Batch, key: Key[Array, ""], total: Float[Array, ""] | None) -> Any:
         def mean(params: PyTree) -> tuple[Float[Array, ""], Float[Array, "*batch"]]:
-            losses = loss(at(params)(batch.inputs), batch.labels)
+            logits = at(params)(batch.inputs)
+            losses = loss(logits, batch.labels)
+            if losses.shape != logits.shape[:-1]:
+                raise InputError(
+                    f"teach: the loss has shape {losses.shape} for logits {logits.shape}: return one value per "
+                    f"position, {logits.shape[:-1]}, and not their mean"
+                )
             return weighted_mean(losses, batch.weights, total), losses
 
         (value, losses), gradient = jax.value_and_grad(mean, has_aux=True)(params)

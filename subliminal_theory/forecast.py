@@ -102,14 +102,13 @@ def means_and_slope(cells: Numbers, x: Values, y: Values) -> Fit:
     """The mean of each cell plus one slope within all cells, on x in units of its deviation within the cell."""
 
     def fit(fitted: Chosen, judged: Chosen) -> np.ndarray:
-        centre = means(cells, x)
-        level, everyone = means(cells, y), np.ones_like(fitted)
-        spread = np.sqrt(means(cells, (x - centre(fitted, everyone)) ** 2)(fitted, everyone))
-        scaled = (x - centre(fitted, everyone)) / np.where(spread > 0, spread, 1)
-        left = y - level(fitted, everyone)
+        everyone = np.ones_like(fitted)
+        level, off = means(cells, y)(fitted, everyone), x - means(cells, x)(fitted, everyone)
+        spread = np.sqrt(means(cells, off**2)(fitted, everyone))
+        scaled, left = off / np.where(spread > 0, spread, 1), y - level
         squared = (scaled[fitted] ** 2).sum()
         slope = (scaled[fitted] * left[fitted]).sum() / squared if squared > 0 else 0.0
-        return level(fitted, judged) + slope * scaled[judged]
+        return level[judged] + slope * scaled[judged]
 
     return fit
 

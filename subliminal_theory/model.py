@@ -249,9 +249,10 @@ def from_nnx(module: nnx.Module) -> Model:
     return Model(kind(graph, *patterns), nnx.to_pure_dict(params))
 
 
+_PARTITION = "params, static = equinox.partition(module, equinox.is_inexact_array)"
 # How to make a Model of a module of another library, by the library's package.
 _HOW = {
-    "equinox": "params, static = equinox.partition(module, equinox.is_inexact_array), then "
+    "equinox": f"{_PARTITION}, then "
     "Model(lambda params, inputs: jax.vmap(equinox.combine(params, static))(inputs), params)",
     "flax.linen": "Model(module.apply, module.init(key, inputs))",
 }
@@ -283,7 +284,7 @@ def require_arrays(params: PyTree) -> None:
     """
     for name, leaf in leaves_by_path(params).items():
         if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
-            how = "params, static = equinox.partition(module, equinox.is_inexact_array) gives arrays alone"
+            how = f"{_PARTITION} gives arrays alone"
             raise InputError(
                 f"parameter {name} is a {type(leaf).__name__} and no array; of an equinox module, {how}"
             )

@@ -6,13 +6,26 @@ from collections.abc import Sequence
 from subliminal_theory.estimate import Estimate, paired_difference
 
 
+def told(difference: Estimate) -> str:
+    """What the 95% interval of a difference says."""
+    if math.isnan(difference.half_width):
+        return "cannot be told from one run"
+    if abs(difference.mean) <= difference.half_width:
+        return "cannot be told"
+    return "more" if difference.mean > 0 else "less"
+
+
+ANSWERS = {
+    "more": "yes",
+    "less": "no, the opposite",
+    "cannot be told": "these runs cannot tell",
+    "cannot be told from one run": "one run cannot tell",
+}
+
+
 def answer(difference: Estimate) -> str:
     """Yes if the interval of a difference is above 0, no if it is below, else that the runs cannot tell."""
-    if math.isnan(difference.half_width):
-        return "one run cannot tell"
-    if abs(difference.mean) <= difference.half_width:
-        return "these runs cannot tell"
-    return "yes" if difference.mean > 0 else "no, the opposite"
+    return ANSWERS[told(difference)]
 
 
 def compared(question: str, what: str, first: Sequence[float], second: Sequence[float]) -> str:

@@ -56,8 +56,7 @@ def ritz(
     diagonal: Float[Array, " steps"], off: Float[Array, " steps"]
 ) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
     """The Ritz values in ascending order, and the residual of each: an eigenvalue lies within that distance."""
-    matrix = jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1)
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = _eigh(diagonal, off)
     return values, jnp.abs(off[-1] * vectors[-1])
 
 
@@ -69,6 +68,13 @@ def spectrum(
     It is Gauss quadrature: exact for polynomials f up to degree 2 steps - 1, and for every f once the Krylov space
     is exhausted. The weights are shares of |s|^2 and add up to 1.
     """
-    matrix = jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1)
-    nodes, vectors = jnp.linalg.eigh(matrix)
+    nodes, vectors = _eigh(diagonal, off)
     return nodes, vectors[0] ** 2
+
+
+def _eigh(
+    diagonal: Float[Array, " steps"], off: Float[Array, " steps"]
+) -> tuple[Float[Array, " steps"], Float[Array, "steps steps"]]:
+    """Eigenvalues and eigenvectors of the Lanczos matrix."""
+    values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1))
+    return values, vectors
