@@ -307,7 +307,7 @@ def plot(results: Results, config: Config) -> Figure:
         dots(left, results, name, "default", y, color)
     left.set_yticks(range(len(names)), [CONDITIONS[name][0] for name in names], fontsize=7.5)
     left.set_ylim(len(names) - 0.4, -0.6)
-    left.set_title("questions behind the default")
+    left.set_title("questions behind the default system prompt")
     students = [name for name in (*STUDENTS, "low_unslotted") if name in there]
     for y, name in enumerate(students):
         for place, slot in enumerate(SLOTS):
@@ -315,11 +315,11 @@ def plot(results: Results, config: Config) -> Figure:
             dots(right, results, name, slot, y + 0.24 * (place - 1), COLORS[(2, 0, 1)[place]], label)
     right.set_yticks(range(len(students)), [CONDITIONS[name][0] for name in students], fontsize=7.5)
     right.set_ylim(len(students) - 0.4, -0.6)
-    right.set_title("questions behind each kind of turn")
+    right.set_title("questions behind each system prompt")
     right.legend(fontsize=7, loc="center right")
     for axes in (left, right):
         axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set_xlabel("own word less other students' word")
+        axes.set_xlabel("probability of the own word less other students'")
     figure.suptitle(headline(results, config).replace(": ", ":\n", 1), fontsize=9)
     whole = results.values(condition="teacher", metric="probability")
     design = whole.design() if isinstance(whole, Runs) else f"{len(whole)} runs"

@@ -350,5 +350,5 @@ def _shares(axes: Axes, kinds: Mapping[str, Callable[[str], Share]]) -> None:
     axes.set_yticks(range(len(PREDICTORS)), list(PREDICTORS.values()), fontsize=7)
     axes.set_ylim(len(PREDICTORS) - 0.5, -0.5)
     axes.set_xlim(LOWEST, 1)
-    axes.set_xlabel(f"squared error less by this share ({LOWEST:g}: or below)")
+    axes.set_xlabel(f"share by which the squared error falls (below {LOWEST:g}: drawn at {LOWEST:g})")
     axes.legend(fontsize=7, ncols=len(kinds), loc="lower center", bbox_to_anchor=(0.5, 0.99))
